@@ -1,0 +1,8 @@
+"""multibn: one BatchNorm that means the same everywhere. Importing it loads NumPy and no framework."""
+
+from .spec import BLOCK as BLOCK
+from .spec import CLAUSES as CLAUSES
+from .spec import LANES as LANES
+from .spec import BatchNormSpec as BatchNormSpec
+
+__version__ = "0.1.0"

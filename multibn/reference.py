@@ -1,0 +1,231 @@
+"""The specification, runnable: BatchNorm in float64 NumPy that reads like the formulas.
+
+Sums are taken in the order that BN-15 fixes, so that every implementation can give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from .layer import Array, objection
+from .spec import BLOCK, LANES, BatchNormSpec
+
+
+class Saved(NamedTuple):
+    """What backward needs of a forward: the input, gamma (float64, ones if there is none) and the statistics that normalised."""
+
+    x: Array
+    gamma: Array
+    mean: Array
+    invstd: Array
+    spec: BatchNormSpec
+    channel_axis: int
+    through_statistics: bool
+
+
+class Forward(NamedTuple):
+    """y has x's shape and type; moving_mean and moving_var are new arrays of the old ones' type."""
+
+    y: Array
+    moving_mean: Array
+    moving_var: Array
+    saved: Saved
+
+
+class Backward(NamedTuple):
+    """dx has x's shape and type; dgamma and dbeta are (C,) of gamma's type, None where the spec has or learns none."""
+
+    dx: Array
+    dgamma: Array | None
+    dbeta: Array | None
+
+
+def forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    moving_mean: Array,
+    moving_var: Array,
+    spec: BatchNormSpec,
+    training: bool,
+    channel_axis: int = 1,
+    batches: int = 0,
+) -> Forward:
+    """Normalise x (BN-01 to BN-07; Ioffe & Szegedy, Algorithm 1 and 2). Inputs are never changed.
+
+    Args:
+        x: any rank >= 2, float16, float32 or float64.
+        gamma, beta: (C,), or None for 1 and 0; ignored where the spec has none. float64 for float64 input, else float32 (BN-10).
+        moving_mean, moving_var: (C,), of the same type.
+        training: normalise with the batch and update, as the spec says; else normalise with the moving statistics.
+        batches: training batches that the moving statistics hold already, for momentum None.
+
+    Raises:
+        ValueError: wrong rank, shape or number of values (BN-01, BN-12).
+        TypeError: wrong type (BN-10).
+
+    The article's example; it computes the first mean by hand, (0+1+2+3+12+13+14+15)/8:
+
+    >>> x = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
+    >>> zeros, ones = np.zeros(3, np.float32), np.ones(3, np.float32)
+    >>> done = forward(x, ones, zeros, zeros, ones, BatchNormSpec.article(), training=True)
+    >>> done.saved.mean
+    array([ 7.5, 11.5, 15.5])
+    >>> done.moving_mean
+    array([0.75, 1.15, 1.55], dtype=float32)
+    """
+    _check(x, gamma, beta, moving_mean, moving_var, spec, training, channel_axis)
+    values = _by_channel(x, channel_axis)
+    m = values.shape[0] * values.shape[2]
+    mean, var = _float64(moving_mean), _float64(moving_var)
+    new_mean, new_var = moving_mean.copy(), moving_var.copy()
+
+    if spec.uses_batch(training) and m > 0:
+        batch_mean, batch_var = statistics(values)
+        if spec.update_statistics:
+            estimate = batch_var * (m / (m - 1)) if spec.moving_variance == "unbiased" else batch_var
+            with np.errstate(invalid="ignore", over="ignore"):
+                next_mean = _moved(mean, batch_mean, spec.weight_of_old(batches)).astype(moving_mean.dtype)
+                next_var = _moved(var, estimate, spec.weight_of_old(batches)).astype(moving_var.dtype)
+            finite = np.isfinite(next_mean) & np.isfinite(next_var)
+            new_mean[finite], new_var[finite] = next_mean[finite], next_var[finite]
+        if spec.normalize_with == "batch":
+            mean, var = batch_mean, batch_var
+
+    invstd = inverse_std(var, spec.eps)
+    g = _float64(gamma) if gamma is not None and spec.scale else np.ones(len(mean))
+    b = _float64(beta) if beta is not None and spec.center else np.zeros(len(mean))
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        xhat = (values - mean[:, None]) * invstd[:, None]
+        y = (xhat * g[:, None] + b[:, None]).astype(x.dtype)
+    through_statistics = training and spec.normalize_with == "batch"
+    saved = Saved(x.copy(), g, mean, invstd, spec, channel_axis, through_statistics)
+    return Forward(y.reshape(x.shape), new_mean, new_var, saved)
+
+
+def backward(dy: Array, saved: Saved) -> Backward:
+    """The gradients of ``sum(dy * y)`` for x, gamma and beta (BN-08; Ioffe & Szegedy, section 3).
+
+    Args:
+        dy: of x's shape and type.
+        saved: of the forward.
+
+    Raises:
+        ValueError: dy is not of x's shape and type.
+    """
+    x, gamma, mean, invstd, spec, channel_axis, through_statistics = saved
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        raise ValueError(
+            f"dy must have the input's shape {x.shape} and type {x.dtype}, got shape {dy.shape} and type {dy.dtype}. "
+            "Give the gradient of this forward's output."
+        )
+    values, dys = _by_channel(x, channel_axis), _by_channel(dy, channel_axis)
+    m = values.shape[0] * values.shape[2]
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        xhat = (values - mean[:, None]) * invstd[:, None]
+        dbeta = ordered_sum(dys)
+        dgamma = ordered_sum(dys * xhat)
+        if through_statistics and m > 0:
+            dys = dys - (dbeta / m)[:, None] - xhat * (dgamma / m)[:, None]
+        dx = (dys * (gamma * invstd)[:, None]).astype(x.dtype).reshape(x.shape)
+    kind = np.float64 if x.dtype == np.float64 else np.float32
+    return Backward(
+        dx,
+        dgamma.astype(kind) if spec.scale and spec.learn_affine else None,
+        dbeta.astype(kind) if spec.center and spec.learn_affine else None,
+    )
+
+
+def statistics(values: Array) -> tuple[Array, Array]:
+    """Mean and biased variance of each channel of (N, C, S) float64 values, (C,) each (BN-02).
+
+    The deviations from a first mean have a sum of their own, which is what that mean missed: it corrects both, so that the
+    result is right to the last bits however far the values lie from 0.
+    """
+    m = values.shape[0] * values.shape[2]
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        first = ordered_sum(values) / m
+        deviations = values - first[:, None]
+        missed = ordered_sum(deviations) / m
+        mean_square = ordered_sum(deviations * deviations) / m
+        return first + missed, np.maximum(mean_square - missed * missed, 0.0)
+
+
+def _moved(moving: Array, batch: Array, weight_of_old: float) -> Array:
+    """The moving statistic after one update (BN-05); what counts for nothing may be anything, even NaN."""
+    return batch if weight_of_old == 0 else weight_of_old * moving + (1 - weight_of_old) * batch
+
+
+def inverse_std(var: Array, eps: float) -> Array:
+    """1/sqrt(var+eps), NaN where the variance is not finite, so that a poisoned channel shows (BN-03, BN-11)."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isfinite(var), 1.0 / np.sqrt(var + eps), np.nan)
+
+
+def ordered_sum(values: Array) -> Array:
+    """The sum of each channel of (N, C, S) float64 values, (C,), in the order of BN-15."""
+    n, channels, s = values.shape
+    if n * s == 0:
+        return np.zeros(channels)
+    width = min(s, LANES)
+    rows = math.ceil(s / width)
+    chunks = _padded(values, 2, rows * width).reshape(n, channels, rows, width)
+    chunks = _padded(chunks.transpose(0, 2, 1, 3).reshape(n * rows, channels, width), 0, BLOCK)
+    blocks = chunks.reshape(-1, min(BLOCK, n * rows), channels, width)
+    lanes = np.zeros((blocks.shape[0], channels, width))
+    for chunk in range(blocks.shape[1]):
+        lanes += blocks[:, chunk]
+    return _fold(_fold(lanes).T)
+
+
+def _fold(a: Array) -> Array:
+    """The sum over the last axis: the second half is added to the first until one value is left."""
+    while a.shape[-1] > 1:
+        half = (a.shape[-1] + 1) // 2
+        low, high = a[..., :half].copy(), a[..., half:]
+        low[..., : high.shape[-1]] += high
+        a = low
+    return a[..., 0]
+
+
+def _padded(a: Array, axis: int, multiple: int) -> Array:
+    """Zeros after the end of an axis longer than ``multiple``, up to a multiple of it; they do not change a sum."""
+    missing = -a.shape[axis] % multiple if a.shape[axis] > multiple or axis == 2 else 0
+    return np.pad(a, [(0, missing if i == axis else 0) for i in range(a.ndim)])
+
+
+def _by_channel(x: Array, channel_axis: int) -> Array:
+    """x as float64 (N, C, S): the axes before the channel axis, the channels, the axes after it."""
+    axis = channel_axis % x.ndim
+    before, after = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
+    return _float64(x).reshape(before, x.shape[axis], after)
+
+
+def _float64(a: Array) -> Array:
+    return a.astype(np.float64)
+
+
+def _check(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    moving_mean: Array,
+    moving_var: Array,
+    spec: BatchNormSpec,
+    training: bool,
+    channel_axis: int,
+) -> None:
+    given = {"gamma": gamma, "beta": beta, "moving_mean": moving_mean, "moving_var": moving_var}
+    problem = objection(
+        x.shape,
+        x.dtype.name,
+        num_features=len(moving_mean),
+        channel_axis=channel_axis,
+        needs_batch=spec.uses_batch(training),
+        parameters={name: (a.shape, a.dtype.name) for name, a in given.items() if a is not None},
+    )
+    if problem is not None:
+        raise (TypeError if problem.kind.endswith("type") else ValueError)(problem.message)
