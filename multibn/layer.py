@@ -1,4 +1,4 @@
-"""What all layers share: the input they take and the messages when they refuse it, their text, and how a backend presents itself."""
+"""What all layers share: the input they take, the messages when they refuse it, their text, and how a backend presents itself."""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ def forward(
     if spec.uses_batch(training) and m > 0:
         batch_mean, batch_var = statistics(values)
         if spec.update_statistics:
-            estimate = batch_var * (m / (m - 1)) if spec.moving_variance == "unbiased" else batch_var
-            with np.errstate(invalid="ignore", over="ignore"):
+            with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+                estimate = batch_var * (m / (m - 1)) if spec.moving_variance == "unbiased" else batch_var
                 next_mean = _moved(mean, batch_mean, spec.weight_of_old(batches)).astype(moving_mean.dtype)
                 next_var = _moved(var, estimate, spec.weight_of_old(batches)).astype(moving_var.dtype)
             finite = np.isfinite(next_mean) & np.isfinite(next_var)
@@ -161,7 +161,7 @@ def _moved(moving: Array, batch: Array, weight_of_old: float) -> Array:
 
 def inverse_std(var: Array, eps: float) -> Array:
     """1/sqrt(var+eps), NaN where the variance is not finite, so that a poisoned channel shows (BN-03, BN-11)."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.isfinite(var), 1.0 / np.sqrt(var + eps), np.nan)
 
 
@@ -170,11 +170,11 @@ def ordered_sum(values: Array) -> Array:
     n, channels, s = values.shape
     if n * s == 0:
         return np.zeros(channels)
-    width = min(s, LANES)
-    rows = math.ceil(s / width)
-    chunks = _padded(values, 2, rows * width).reshape(n, channels, rows, width)
-    chunks = _padded(chunks.transpose(0, 2, 1, 3).reshape(n * rows, channels, width), 0, BLOCK)
-    blocks = chunks.reshape(-1, min(BLOCK, n * rows), channels, width)
+    pieces = math.ceil(s / LANES)
+    width = math.ceil(s / pieces)
+    chunks = _padded(values, 2, pieces * width).reshape(n, channels, pieces, width)
+    chunks = _padded(chunks.transpose(0, 2, 1, 3).reshape(n * pieces, channels, width), 0, BLOCK)
+    blocks = chunks.reshape(-1, min(BLOCK, n * pieces), channels, width)
     lanes = np.zeros((blocks.shape[0], channels, width))
     for chunk in range(blocks.shape[1]):
         lanes += blocks[:, chunk]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
 LANES: Final = 512
-"""BN-15: a row (the values of one channel after its axis) is cut into chunks of this many values, one sum for each position."""
+"""BN-15: a row (the values of one sample and channel) is cut into the fewest equal chunks of at most this many values."""
 
 BLOCK: Final = 256
 """BN-15: this many chunks are added, position by position and in order, before the positions are folded in halves."""
@@ -40,8 +40,8 @@ CLAUSES: Final[Mapping[str, str]] = {
         "inputs. Integers are refused."
     ),
     "BN-11": (
-        "A NaN or Inf stays in its channel. A channel whose batch statistics are not finite, or would not be in the type of "
-        "the moving statistics, leaves its moving statistics as they were."
+        "A NaN or Inf stays in its channel. A channel whose moving statistics would not be finite, in their type, after an "
+        "update (so where the batch statistics are not) leaves both as they were."
     ),
     "BN-12": (
         "m = 0 in training: empty output, zero parameter gradients, no update of any kind. m = 1 in training, where batch "
@@ -54,9 +54,10 @@ CLAUSES: Final[Mapping[str, str]] = {
     ),
     "BN-15": (
         "Reproducible: on CPU the same input gives the same bits in NumPy, PyTorch and MXNet, for every number of threads, in "
-        "every run, and on every IEEE-754 machine. The order of summation is therefore part of the specification: each row in "
-        f"chunks of {LANES}, {BLOCK} chunks added position by position, the positions folded in halves, then the sums of the "
-        "blocks folded in halves; float64, no fast-math, no contraction."
+        "every run, and on every IEEE-754 machine. The order of summation is therefore part of the specification: each row of "
+        f"S values in ceil(S/{LANES}) chunks of equal length (the last may be shorter), {BLOCK} chunks at a time added position "
+        "by position, the positions folded in halves, then the sums of these blocks folded in halves; float64, no fast-math, "
+        "no contraction."
     ),
     "BN-16": (
         "Accurate: |result - exact value of these formulas for the given inputs| <= 0.51 ulp of the output's type (1 ulp for "
