@@ -1,0 +1,222 @@
+"""The CPU kernel that every layer shares: its entries, which share the work among threads, and BatchNorm of NumPy arrays."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import threads as pool
+from .layer import PARAMETER_TYPE, Array
+from .loops import backward_at as backward_at
+from .loops import backward_serial as backward_serial
+from .loops import backward_stage, chunks_of, forward_stage
+from .loops import forward_at as forward_at
+from .loops import forward_serial as forward_serial
+from .loops import pointer as pointer
+from .spec import BatchNormSpec
+
+SERIAL = 1 << 15
+"""Inputs of fewer values than this are done by the caller alone: waking a thread takes longer."""
+
+
+def run_forward(
+    x: Array, y: Array, gamma: Array, beta: Array, moving_mean: Array, moving_var: Array, saved: Array,
+    eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, threads: int | None = None,
+) -> None:  # fmt: skip
+    """Normalise x into y; fill saved; update the moving statistics in place.
+
+    Args:
+        x, y: (N, C, S), C-contiguous, float32, float64, or a half's bits (int16 float16, uint16 bfloat16).
+        gamma, beta, moving_mean, moving_var: (C,) float32, for float64 x float64; ones and zeros where there is none.
+        saved: (2, C) float64; gets the mean that normalised and 1/sqrt(var+eps).
+        old: weight of the old moving statistics.
+        use_batch: normalise with the batch statistics, else with the moving ones as they were before.
+        update: update the moving statistics with those of the batch.
+        threads: at most so many; None for ``threads.limit()``.
+    """
+    if x.size == 0:  # BN-12
+        return
+    if x.dtype.char not in _ready:
+        prepare(x.dtype)
+    if x.size < SERIAL:
+        forward_serial(x, y, gamma, beta, moving_mean, moving_var, saved, eps, old, unbiased, use_batch, update)
+        return
+    threads = pool.limit() if threads is None else threads
+    _, groups, _, blocks = chunks_of(x)
+    channels = x.shape[1]
+    rest = (
+        x, y, gamma, beta, moving_mean, moving_var, saved, np.empty((3, blocks, channels)),
+        eps, old, unbiased, use_batch, update,
+    )  # fmt: skip
+    if groups >= _PIECES * threads or threads == 1:
+        _share(forward_stage, 0, groups, rest, threads)
+        return
+    if use_batch or update:
+        _share(forward_stage, 1, groups * blocks, rest, threads)
+        forward_stage(2, 0, channels, *rest)
+        _share(forward_stage, 3, groups * blocks, rest, threads)
+    forward_stage(4, 0, channels, *rest)
+    _share(forward_stage, 5, groups * blocks, rest, threads)
+
+
+def run_backward(
+    x: Array, dy: Array, dx: Array, gamma: Array, saved: Array, dgamma: Array, dbeta: Array, through: bool,
+    threads: int | None = None,
+) -> None:  # fmt: skip
+    """Fill dx, dgamma and dbeta.
+
+    Args:
+        x, dy, dx: (N, C, S), as for ``run_forward``.
+        gamma, dgamma, dbeta: (C,), as gamma there.
+        saved: as filled by ``run_forward``.
+        through: whether the statistics that normalised were the batch's, so that gradients flow through them (BN-08).
+    """
+    if x.size == 0:
+        dgamma[:] = dbeta[:] = 0
+        return
+    if x.dtype.char not in _ready:
+        prepare(x.dtype)
+    if x.size < SERIAL:
+        backward_serial(x, dy, dx, gamma, saved, dgamma, dbeta, through)
+        return
+    threads = pool.limit() if threads is None else threads
+    _, groups, _, blocks = chunks_of(x)
+    channels = x.shape[1]
+    rest = (
+        x, dy, dx, gamma, saved, dgamma, dbeta, np.empty((2, blocks, channels)), np.empty((3, channels)), through,
+    )  # fmt: skip
+    if groups >= _PIECES * threads or threads == 1:
+        _share(backward_stage, 0, groups, rest, threads)
+        return
+    _share(backward_stage, 1, groups * blocks, rest, threads)
+    backward_stage(2, 0, channels, *rest)
+    _share(backward_stage, 3, groups * blocks, rest, threads)
+
+
+_PIECES = 4
+"""Pieces of work for each thread, so that one that starts late does less."""
+
+
+def _share(function: Any, stage: int, count: int, rest: tuple[Any, ...], threads: int) -> None:
+    if threads == 1:
+        function(stage, 0, count, *rest)
+    else:
+        pool.run(lambda first, last: function(stage, first, last, *rest), pool.split(count, _PIECES * threads), threads)
+
+
+_ready: set[str] = set()
+_preparing = threading.Lock()
+
+
+def prepare(dtype: Any) -> None:
+    """Compile the kernel for a type of input, or load it from disk; says so on stderr when that takes over a second."""
+    dtype = np.dtype(dtype)
+    with _preparing:
+        if dtype.char in _ready:
+            return
+        notice = threading.Timer(
+            1.0, lambda: print(f"multibn: compiling the CPU kernel for {dtype.name}; later runs find it on disk", file=sys.stderr)
+        )
+        notice.start()
+        try:
+            x, saved = np.zeros((2, 1, 1), dtype), np.empty((2, 1))
+            a, b, c, d = np.zeros((4, 1), np.float64 if dtype == np.float64 else np.float32)
+            forward_serial(x, x.copy(), a, b, c, d, saved, 1.0, 0.5, False, True, True)
+            backward_serial(x, x, x.copy(), a, saved, b, c, True)
+        finally:
+            notice.cancel()
+        _ready.add(dtype.char)
+
+
+class Saved(NamedTuple):
+    """What ``backward`` needs of a ``forward`` of NumPy arrays."""
+
+    x: Array
+    gamma: Array
+    statistics: Array
+    through: bool
+    shape: tuple[int, ...]
+    channel_axis: int
+
+
+def forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    moving_mean: Array,
+    moving_var: Array,
+    spec: BatchNormSpec,
+    training: bool,
+    channel_axis: int = 1,
+    batches: int = 0,
+) -> tuple[Array, Saved]:
+    """``reference.forward`` by the kernel: the same arguments and the same bits, but the moving statistics are updated in place.
+
+    x is taken in whatever layout it has; it is copied only if neither it nor its channels-last view is contiguous.
+    """
+    values = by_channel(x, channel_axis)
+    kind = np.dtype(PARAMETER_TYPE[x.dtype.name])
+    gamma = gamma if gamma is not None and spec.scale else ones(len(moving_mean), kind)
+    beta = beta if beta is not None and spec.center else zeros(len(moving_mean), kind)
+    y, statistics = np.empty_like(values), np.empty((2, len(moving_mean)))
+    run_forward(
+        bits(values), bits(y), gamma, beta, moving_mean, moving_var, statistics,
+        spec.eps, spec.weight_of_old(batches), spec.moving_variance == "unbiased",
+        training and spec.normalize_with == "batch", training and spec.update_statistics,
+    )  # fmt: skip
+    through = training and spec.normalize_with == "batch"
+    return _as_given(y, x.shape, channel_axis), Saved(values, gamma, statistics, through, x.shape, channel_axis)
+
+
+def backward(dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+    """``(dx, dgamma, dbeta)``, the same bits as ``reference.backward``."""
+    dys = by_channel(dy, saved.channel_axis)
+    if dys.shape != saved.x.shape:  # dy lies in memory in another way than x
+        dys = np.ascontiguousarray(np.moveaxis(dy, saved.channel_axis, -1) if saved.x.shape[2] == 1 else dy).reshape(
+            saved.x.shape
+        )
+    dx, dgamma, dbeta = np.empty_like(dys), np.empty_like(saved.gamma), np.empty_like(saved.gamma)
+    run_backward(bits(saved.x), bits(dys), bits(dx), saved.gamma, saved.statistics, dgamma, dbeta, saved.through)
+    return _as_given(dx, saved.shape, saved.channel_axis), dgamma, dbeta
+
+
+def by_channel(x: Array, channel_axis: int) -> Array:
+    """x as C-contiguous (N, C, S), a view where possible: of x itself, or, for channels-last memory, with S = 1."""
+    axis = channel_axis % x.ndim
+    channels = x.shape[axis]
+    if not x.flags.c_contiguous or not x.flags.writeable:
+        last = np.moveaxis(x, axis, -1)
+        if last.flags.c_contiguous and last.flags.writeable:
+            return last.reshape(-1, channels, 1)
+        x = np.array(x, order="C")  # Numba compiles anew for read-only arrays: cheaper to copy these
+    return x.reshape(math.prod(x.shape[:axis]), channels, math.prod(x.shape[axis + 1 :]))
+
+
+def bits(a: Array) -> Array:
+    """float16 as the int16 that the kernel takes; other types as they are."""
+    return a.view(np.int16) if a.dtype == np.float16 else a
+
+
+@lru_cache(maxsize=256)
+def ones(channels: int, dtype: Any) -> Array:
+    """gamma of a layer that has none."""
+    return np.ones(channels, dtype)
+
+
+@lru_cache(maxsize=256)
+def zeros(channels: int, dtype: Any) -> Array:
+    """beta of a layer that has none."""
+    return np.zeros(channels, dtype)
+
+
+def _as_given(values: Array, shape: tuple[int, ...], channel_axis: int) -> Array:
+    """(N, C, S) back to the shape that came, in the same layout."""
+    axis = channel_axis % len(shape)
+    if values.shape[2] == 1 and math.prod(shape[axis + 1 :]) != 1:
+        return np.moveaxis(values.reshape(*shape[:axis], *shape[axis + 1 :], shape[axis]), -1, axis)
+    return values.reshape(shape)
