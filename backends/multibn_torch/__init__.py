@@ -1,0 +1,8 @@
+"""BatchNorm for PyTorch, after the specification of multibn."""
+
+from .backend import BACKEND as BACKEND
+from .layers import BatchNorm as BatchNorm
+from .layers import BatchNorm1d as BatchNorm1d
+from .layers import BatchNorm2d as BatchNorm2d
+from .layers import BatchNorm3d as BatchNorm3d
+from .swap import swap as swap

@@ -1,0 +1,73 @@
+"""PyTorch as the conformance suite sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from multibn.layer import Array, Backend
+from multibn.spec import BatchNormSpec
+
+from .layers import BatchNorm, Layer
+
+
+class TorchSubject:
+    """``BatchNorm`` behind NumPy arrays."""
+
+    def __init__(self, num_features: int, spec: BatchNormSpec | None, device: str, implementation: Any) -> None:
+        self._device = torch.device(device)
+        self._layer: Layer = BatchNorm(num_features, 4, spec, implementation=implementation).to(self._device)
+
+    def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
+        """Set the state; the layer becomes float64 if the arrays are."""
+        given = {"weight": gamma, "bias": beta, "running_mean": moving_mean, "running_var": moving_var}
+        arrays = [a for a in given.values() if a is not None]
+        self._layer.to(torch.float64 if any(a.dtype == "float64" for a in arrays) else torch.float32)
+        with torch.no_grad():
+            for name, array in given.items():
+                if array is not None and getattr(self._layer, name) is not None:
+                    getattr(self._layer, name).copy_(torch.from_numpy(array))
+            self._layer.num_batches_tracked.zero_()  # type: ignore[union-attr]
+
+    def forward(self, x: Array, training: bool) -> Array:
+        """y for x, whatever its rank."""
+        self._layer.ranks = (x.ndim,)
+        self._layer.train(training)
+        self._layer.zero_grad()
+        x = x if all(stride >= 0 for stride in x.strides) else x.copy()  # PyTorch has no negative strides
+        self._x = torch.from_numpy(x).to(self._device).detach()
+        if self._x.is_floating_point():
+            self._x.requires_grad_()
+        self._y = self._layer(self._x)
+        return self._array(self._y)
+
+    def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
+        """Gradients of the last forward."""
+        self._y.backward(torch.from_numpy(dy).to(self._device))
+        gradients = [p if p is None else p.grad for p in (self._layer.weight, self._layer.bias)]
+        dgamma, dbeta = (g if g is None else self._array(g) for g in gradients)
+        assert self._x.grad is not None
+        return self._array(self._x.grad), dgamma, dbeta
+
+    def moving(self) -> tuple[Array, Array]:
+        """Copies of the moving statistics."""
+        return self._array(self._layer.running_mean), self._array(self._layer.running_var)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _array(t: torch.Tensor) -> Array:
+        array: Array = t.detach().cpu().numpy().copy()
+        return array
+
+
+def _devices() -> list[str]:
+    return ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+BACKEND = Backend(
+    name="torch",
+    versions={"torch": torch.__version__},
+    implementations={"kernel": "exact", "framework": "working"},
+    devices=_devices,
+    make=TorchSubject,
+)
