@@ -14,7 +14,7 @@ from . import threads as pool
 from .layer import PARAMETER_TYPE, Array
 from .loops import backward_at as backward_at
 from .loops import backward_serial as backward_serial
-from .loops import backward_stage, chunks_of, forward_stage
+from .loops import backward_stage, forward_stage, plan_of
 from .loops import forward_at as forward_at
 from .loops import forward_serial as forward_serial
 from .loops import pointer as pointer
@@ -47,21 +47,19 @@ def run_forward(
         forward_serial(x, y, gamma, beta, moving_mean, moving_var, saved, eps, old, unbiased, use_batch, update)
         return
     threads = pool.limit() if threads is None else threads
-    _, groups, _, blocks = chunks_of(x)
-    channels = x.shape[1]
+    plan = plan_of(x.shape)
+    channels, groups, tasks = plan.channels, plan.groups, plan.groups * plan.blocks
     rest = (
-        x, y, gamma, beta, moving_mean, moving_var, saved, np.empty((3, blocks, channels)),
+        x, y, gamma, beta, moving_mean, moving_var, saved, np.empty((3, plan.blocks, channels)),
         eps, old, unbiased, use_batch, update,
     )  # fmt: skip
     if groups >= _PIECES * threads or threads == 1:
         _share(forward_stage, 0, groups, rest, threads)
         return
     if use_batch or update:
-        _share(forward_stage, 1, groups * blocks, rest, threads)
-        forward_stage(2, 0, channels, *rest)
-        _share(forward_stage, 3, groups * blocks, rest, threads)
-    forward_stage(4, 0, channels, *rest)
-    _share(forward_stage, 5, groups * blocks, rest, threads)
+        _share(forward_stage, 1, tasks, rest, threads)
+    forward_stage(2, 0, channels, *rest)
+    _share(forward_stage, 3, tasks, rest, threads)
 
 
 def run_backward(
@@ -85,17 +83,17 @@ def run_backward(
         backward_serial(x, dy, dx, gamma, saved, dgamma, dbeta, through)
         return
     threads = pool.limit() if threads is None else threads
-    _, groups, _, blocks = chunks_of(x)
-    channels = x.shape[1]
+    plan = plan_of(x.shape)
+    channels, groups, tasks = plan.channels, plan.groups, plan.groups * plan.blocks
     rest = (
-        x, dy, dx, gamma, saved, dgamma, dbeta, np.empty((2, blocks, channels)), np.empty((3, channels)), through,
+        x, dy, dx, gamma, saved, dgamma, dbeta, np.empty((2, plan.blocks, channels)), np.empty((3, channels)), through,
     )  # fmt: skip
     if groups >= _PIECES * threads or threads == 1:
         _share(backward_stage, 0, groups, rest, threads)
         return
-    _share(backward_stage, 1, groups * blocks, rest, threads)
+    _share(backward_stage, 1, tasks, rest, threads)
     backward_stage(2, 0, channels, *rest)
-    _share(backward_stage, 3, groups * blocks, rest, threads)
+    _share(backward_stage, 3, tasks, rest, threads)
 
 
 _PIECES = 4

@@ -9,7 +9,7 @@ lane) has its own float64 sum. The compiler vectorises across lanes, which reord
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, types
@@ -23,38 +23,52 @@ from .spec import BLOCK, LANES
 _A, _B, _MEAN, _INVSTD, _GAMMA, _BETA = (i * LANES for i in range(6))
 
 
-@compiled
-def chunks_of(x: Any) -> tuple[int, int, int, int]:
-    """(channels in a group, groups, chunks of a group, blocks of a group) of an (N, C, S) array."""
-    n, channels, s = x.shape
-    together = max(1, LANES // s)
-    chunks = n * math.ceil(s / LANES)
-    return together, math.ceil(channels / together), chunks, math.ceil(chunks / BLOCK)
+class Plan(NamedTuple):
+    """How an (N, C, S) array is cut (BN-15)."""
+
+    channels: int
+    s: int
+    together: int
+    """Neighbouring channels that share a chunk: a group."""
+    pieces: int
+    """Chunks of a row."""
+    width: int
+    """Values of a channel in a chunk; the last chunk of a row may have fewer."""
+    groups: int
+    chunks: int
+    """Chunks of a group."""
+    blocks: int
+    """Blocks of a group."""
 
 
 @compiled
-def _chunk(x: Any, group: int, chunk: int) -> tuple[int, int]:
-    """Where a chunk of a group begins in the flat array, and how many values it has."""
-    _, channels, s = x.shape
-    together = max(1, LANES // s)
-    channel = group * together
-    if s <= LANES:
-        return (chunk * channels + channel) * s, min(together, channels - channel) * s
+def plan_of(shape: tuple[int, int, int]) -> Plan:
+    """The plan for an array of this shape."""
+    n, channels, s = shape
     pieces = math.ceil(s / LANES)
+    together = max(1, LANES // s)
+    chunks = n * pieces
     width = math.ceil(s / pieces)
-    row, piece = chunk // pieces, chunk % pieces
-    return (row * channels + channel) * s + piece * width, min(width, s - piece * width)
+    return Plan(channels, s, together, pieces, width, math.ceil(channels / together), chunks, math.ceil(chunks / BLOCK))
 
 
 @compiled
-def _spread(values: Any, x: Any, group: int, lanes: Any) -> None:
+def _chunk(plan: Plan, group: int, chunk: int) -> tuple[int, int]:
+    """Where a chunk of a group begins in the flat array, and how many values it has."""
+    channel = group * plan.together
+    if plan.pieces == 1:
+        return (chunk * plan.channels + channel) * plan.s, min(plan.together, plan.channels - channel) * plan.s
+    row, piece = chunk // plan.pieces, chunk % plan.pieces
+    return (row * plan.channels + channel) * plan.s + piece * plan.width, min(plan.width, plan.s - piece * plan.width)
+
+
+@compiled
+def _spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
     """One value per channel of the group, repeated for each of its lanes."""
-    _, channels, s = x.shape
-    together = max(1, LANES // s)
-    width = math.ceil(s / math.ceil(s / LANES))
-    for k in range(min(together, channels - group * together)):
-        for j in range(k * width, (k + 1) * width):
-            lanes[j] = values[group * together + k]
+    for k in range(min(plan.together, plan.channels - group * plan.together)):
+        value = values[group * plan.together + k]
+        for j in range(k * plan.width, (k + 1) * plan.width):
+            lanes[j] = value
 
 
 @compiled
@@ -69,25 +83,18 @@ def _fold(lanes: Any, start: int, width: int) -> float:
 
 
 @compiled
-def _fold_lanes(lanes: Any, start: int, x: Any, group: int, sums: Any) -> None:
+def _fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> None:
     """The sum of each channel of the group over its lanes, which begin at ``start``."""
-    _, channels, s = x.shape
-    together = max(1, LANES // s)
-    width = math.ceil(s / math.ceil(s / LANES))
-    for k in range(min(together, channels - group * together)):
-        sums[group * together + k] = _fold(lanes, start + k * width, width)
+    for k in range(min(plan.together, plan.channels - group * plan.together)):
+        sums[group * plan.together + k] = _fold(lanes, start + k * plan.width, plan.width)
 
 
 @compiled
-def _fold_blocks(sums: Any, channel: int) -> float:
-    """The sum of a channel over its blocks, folded like lanes."""
-    width = sums.shape[0]
-    while width > 1:
-        half = (width + 1) // 2
-        for b in range(width - half):
-            sums[b, channel] += sums[b + half, channel]
-        width = half
-    return sums[0, channel]
+def _count(plan: Plan, block: int) -> int:
+    """Values that a channel has in a block."""
+    begin, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
+    whole = end // plan.pieces - begin // plan.pieces
+    return whole * plan.s + (end % plan.pieces - begin % plan.pieces) * plan.width
 
 
 # Inner loops. Four (or two) chunks at a time: a lane adds them one after the other, but is read and written only once.
@@ -165,108 +172,108 @@ def _scale(da: Any, dx: Any, lanes: Any) -> None:
 
 
 @compiled
-def _sum_blocks(x: Any, flat: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
-    """sums[0]: of the values."""
-    _, _, chunks, blocks = chunks_of(x)
-    for task in range(first, last):
-        group, block = task // blocks, task % blocks
-        lanes[_A : _A + LANES] = 0.0
-        chunk, end = block * BLOCK, min(chunks, (block + 1) * BLOCK)
-        while chunk < end:
-            i, width = _chunk(x, group, chunk)
-            if chunk + 3 < end:
-                j, width_j = _chunk(x, group, chunk + 1)
-                k, width_k = _chunk(x, group, chunk + 2)
-                m, width_m = _chunk(x, group, chunk + 3)
-                if width == width_j == width_k == width_m:
-                    _add4(flat[i : i + width], flat[j : j + width], flat[k : k + width], flat[m : m + width], lanes)
-                    chunk += 4
-                    continue
-            _add(flat[i : i + width], lanes)
-            chunk += 1
-        _fold_lanes(lanes, _A, x, group, sums[0, block])
+def _four(plan: Plan, group: int, chunk: int, end: int) -> tuple[bool, int, int, int]:
+    """Whether four chunks of equal width begin at this one, and where the three others lie."""
+    if chunk + 3 >= end:
+        return False, 0, 0, 0
+    _, width = _chunk(plan, group, chunk)
+    j, width_j = _chunk(plan, group, chunk + 1)
+    k, width_k = _chunk(plan, group, chunk + 2)
+    m, width_m = _chunk(plan, group, chunk + 3)
+    return width == width_j == width_k == width_m, j, k, m
 
 
 @compiled
-def _deviate_blocks(x: Any, flat: Any, mean: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
-    """sums[1], sums[2]: of the deviations from a first mean, and of their squares."""
-    _, _, chunks, blocks = chunks_of(x)
+def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
+    """sums: of the values of each block, of their deviations from the block's mean, and of the squares of these."""
     for task in range(first, last):
-        group, block = task // blocks, task % blocks
-        _spread(mean, x, group, lanes[_MEAN:])
+        group, block = task // plan.blocks, task % plan.blocks
+        begin, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
+
+        lanes[_A : _A + LANES] = 0.0
+        chunk = begin
+        while chunk < end:
+            i, width = _chunk(plan, group, chunk)
+            four, j, k, m = _four(plan, group, chunk, end)
+            if four:
+                _add4(flat[i : i + width], flat[j : j + width], flat[k : k + width], flat[m : m + width], lanes)
+            else:
+                _add(flat[i : i + width], lanes)
+            chunk += 4 if four else 1
+        _fold_lanes(lanes, _A, plan, group, sums[0, block])
+
+        _spread(sums[0, block], plan, group, lanes[_MEAN:])
+        count = _count(plan, block)
+        for lane in range(LANES):
+            lanes[_MEAN + lane] /= count
         lanes[_A : _A + LANES] = 0.0
         lanes[_B : _B + LANES] = 0.0
-        chunk, end = block * BLOCK, min(chunks, (block + 1) * BLOCK)
-        while chunk < end:
-            i, width = _chunk(x, group, chunk)
-            if chunk + 3 < end:
-                j, width_j = _chunk(x, group, chunk + 1)
-                k, width_k = _chunk(x, group, chunk + 2)
-                m, width_m = _chunk(x, group, chunk + 3)
-                if width == width_j == width_k == width_m:
-                    _deviate4(flat[i : i + width], flat[j : j + width], flat[k : k + width], flat[m : m + width], lanes)
-                    chunk += 4
-                    continue
-            _deviate(flat[i : i + width], lanes)
-            chunk += 1
-        _fold_lanes(lanes, _A, x, group, sums[1, block])
-        _fold_lanes(lanes, _B, x, group, sums[2, block])
+        chunk = begin
+        while chunk < end:  # the block is in the cache now
+            i, width = _chunk(plan, group, chunk)
+            four, j, k, m = _four(plan, group, chunk, end)
+            if four:
+                _deviate4(flat[i : i + width], flat[j : j + width], flat[k : k + width], flat[m : m + width], lanes)
+            else:
+                _deviate(flat[i : i + width], lanes)
+            chunk += 4 if four else 1
+        _fold_lanes(lanes, _A, plan, group, sums[1, block])
+        _fold_lanes(lanes, _B, plan, group, sums[2, block])
 
 
 @compiled
-def _normalise_blocks(x: Any, flat: Any, y: Any, gamma: Any, beta: Any, saved: Any, first: int, last: int, lanes: Any) -> None:
-    _, _, chunks, blocks = chunks_of(x)
+def _normalise_blocks(
+    plan: Plan, flat: Any, y: Any, gamma: Any, beta: Any, saved: Any, first: int, last: int, lanes: Any
+) -> None:
     for task in range(first, last):
-        group, block = task // blocks, task % blocks
-        _spread(saved[0], x, group, lanes[_MEAN:])
-        _spread(saved[1], x, group, lanes[_INVSTD:])
-        _spread(gamma, x, group, lanes[_GAMMA:])
-        _spread(beta, x, group, lanes[_BETA:])
-        for chunk in range(block * BLOCK, min(chunks, (block + 1) * BLOCK)):
-            i, width = _chunk(x, group, chunk)
+        group, block = task // plan.blocks, task % plan.blocks
+        _spread(saved[0], plan, group, lanes[_MEAN:])
+        _spread(saved[1], plan, group, lanes[_INVSTD:])
+        _spread(gamma, plan, group, lanes[_GAMMA:])
+        _spread(beta, plan, group, lanes[_BETA:])
+        for chunk in range(block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)):
+            i, width = _chunk(plan, group, chunk)
             _normalise(flat[i : i + width], y[i : i + width], lanes)
 
 
 @compiled
-def _correlate_blocks(x: Any, flat: Any, dy: Any, saved: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
+def _correlate_blocks(plan: Plan, flat: Any, dy: Any, saved: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
     """sums[0], sums[1]: of dy, and of dy*xhat."""
-    _, _, chunks, blocks = chunks_of(x)
     for task in range(first, last):
-        group, block = task // blocks, task % blocks
-        _spread(saved[0], x, group, lanes[_MEAN:])
-        _spread(saved[1], x, group, lanes[_INVSTD:])
+        group, block = task // plan.blocks, task % plan.blocks
+        _spread(saved[0], plan, group, lanes[_MEAN:])
+        _spread(saved[1], plan, group, lanes[_INVSTD:])
         lanes[_A : _A + LANES] = 0.0
         lanes[_B : _B + LANES] = 0.0
-        chunk, end = block * BLOCK, min(chunks, (block + 1) * BLOCK)
+        chunk, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
         while chunk < end:
-            i, width = _chunk(x, group, chunk)
+            i, width = _chunk(plan, group, chunk)
             if chunk + 1 < end:
-                j, width_j = _chunk(x, group, chunk + 1)
+                j, width_j = _chunk(plan, group, chunk + 1)
                 if width == width_j:
                     _correlate2(flat[i : i + width], flat[j : j + width], dy[i : i + width], dy[j : j + width], lanes)
                     chunk += 2
                     continue
             _correlate(flat[i : i + width], dy[i : i + width], lanes)
             chunk += 1
-        _fold_lanes(lanes, _A, x, group, sums[0, block])
-        _fold_lanes(lanes, _B, x, group, sums[1, block])
+        _fold_lanes(lanes, _A, plan, group, sums[0, block])
+        _fold_lanes(lanes, _B, plan, group, sums[1, block])
 
 
 @compiled
 def _propagate_blocks(
-    x: Any, flat: Any, dy: Any, dx: Any, saved: Any, means: Any, through: bool, first: int, last: int, lanes: Any
+    plan: Plan, flat: Any, dy: Any, dx: Any, saved: Any, means: Any, through: bool, first: int, last: int, lanes: Any
 ) -> None:
     """means: of dy, of dy*xhat, and gamma*invstd, for each channel."""
-    _, _, chunks, blocks = chunks_of(x)
     for task in range(first, last):
-        group, block = task // blocks, task % blocks
-        _spread(saved[0], x, group, lanes[_MEAN:])
-        _spread(saved[1], x, group, lanes[_INVSTD:])
-        _spread(means[0], x, group, lanes[_A:])
-        _spread(means[1], x, group, lanes[_B:])
-        _spread(means[2], x, group, lanes[_GAMMA:])
-        for chunk in range(block * BLOCK, min(chunks, (block + 1) * BLOCK)):
-            i, width = _chunk(x, group, chunk)
+        group, block = task // plan.blocks, task % plan.blocks
+        _spread(saved[0], plan, group, lanes[_MEAN:])
+        _spread(saved[1], plan, group, lanes[_INVSTD:])
+        _spread(means[0], plan, group, lanes[_A:])
+        _spread(means[1], plan, group, lanes[_B:])
+        _spread(means[2], plan, group, lanes[_GAMMA:])
+        for chunk in range(block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)):
+            i, width = _chunk(plan, group, chunk)
             if through:
                 _propagate(flat[i : i + width], dy[i : i + width], dx[i : i + width], lanes)
             else:
@@ -277,24 +284,35 @@ def _propagate_blocks(
 
 
 @compiled
-def _first_mean(x: Any, sums: Any, mean: Any, first: int, last: int) -> None:
-    for c in range(first, last):
-        mean[c] = _fold_blocks(sums[0], c) / (x.shape[0] * x.shape[2])
+def _batch_statistics(plan: Plan, m: int, sums: Any, channel: int, scratch: Any) -> tuple[float, float]:
+    """Mean and variance of a channel from the sums of its blocks; the text is in ``reference.statistics``."""
+    blocks = plan.blocks
+    for b in range(blocks):
+        scratch[b] = sums[0, b, channel]
+    first = _fold(scratch, 0, blocks) / m
+    for b in range(blocks):
+        count, missed = _count(plan, b), sums[1, b, channel]
+        shift = sums[0, b, channel] / count - first
+        scratch[b] = missed + count * shift
+        sums[2, b, channel] = sums[2, b, channel] + 2 * shift * missed + count * shift * shift
+    mean_missed = _fold(scratch, 0, blocks) / m
+    for b in range(blocks):
+        scratch[b] = sums[2, b, channel]
+    mean_square = _fold(scratch, 0, blocks) / m
+    return first + mean_missed, max(mean_square - mean_missed * mean_missed, 0.0)
 
 
 @compiled
 def _statistics(
-    x: Any, sums: Any, saved: Any, moving_mean: Any, moving_var: Any, eps: float, old: float,
+    plan: Plan, m: int, sums: Any, saved: Any, moving_mean: Any, moving_var: Any, eps: float, old: float,
     unbiased: bool, use_batch: bool, update: bool, first: int, last: int,
 ) -> None:  # fmt: skip
     """saved: the mean and 1/sqrt(var+eps) that normalise; the moving statistics are updated in place (BN-05, BN-06, BN-11)."""
-    m = x.shape[0] * x.shape[2]
+    scratch = np.empty(plan.blocks)
     for c in range(first, last):
         mean, var = np.float64(moving_mean[c]), np.float64(moving_var[c])
         if use_batch or update:
-            missed = _fold_blocks(sums[1], c) / m
-            batch_mean = saved[0, c] + missed
-            batch_var = max(_fold_blocks(sums[2], c) / m - missed * missed, 0.0)
+            batch_mean, batch_var = _batch_statistics(plan, m, sums, c, scratch)
             if update:
                 kept = (moving_mean[c], moving_var[c])
                 estimate = batch_var * (m / (m - 1)) if unbiased else batch_var
@@ -311,8 +329,15 @@ def _statistics(
 @compiled
 def _gradients(x: Any, sums: Any, saved: Any, gamma: Any, dgamma: Any, dbeta: Any, means: Any, first: int, last: int) -> None:
     m = max(1, x.shape[0] * x.shape[2])
+    blocks = sums.shape[1]
+    scratch = np.empty(blocks)
     for c in range(first, last):
-        sum_dy, sum_dy_xhat = _fold_blocks(sums[0], c), _fold_blocks(sums[1], c)
+        for b in range(blocks):
+            scratch[b] = sums[0, b, c]
+        sum_dy = _fold(scratch, 0, blocks)
+        for b in range(blocks):
+            scratch[b] = sums[1, b, c]
+        sum_dy_xhat = _fold(scratch, 0, blocks)
         dbeta[c], dgamma[c] = sum_dy, sum_dy_xhat
         means[0, c], means[1, c], means[2, c] = sum_dy / m, sum_dy_xhat / m, gamma[c] * saved[1, c]
 
@@ -326,30 +351,28 @@ def forward_stage(
     stage: int, first: int, last: int, x: Any, y: Any, gamma: Any, beta: Any, moving_mean: Any, moving_var: Any, saved: Any,
     sums: Any, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
 ) -> None:  # fmt: skip
-    """One stage of a forward: 0 all of groups first..last; 1, 3, 5 tasks first..last; 2, 4 channels first..last."""
-    together, _, _, blocks = chunks_of(x)
+    """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last."""
+    plan = plan_of(x.shape)
     flat, out = x.reshape(x.size), y.reshape(x.size)
     lanes = np.empty(6 * LANES)
     if stage == 1:
-        _sum_blocks(x, flat, sums, first, last, lanes)
+        _describe_blocks(plan, flat, sums, first, last, lanes)
     elif stage == 2:
-        _first_mean(x, sums, saved[0], first, last)
+        _statistics(
+            plan, x.size // x.shape[1], sums, saved, moving_mean, moving_var, eps, old, unbiased, use_batch, update, first, last
+        )
     elif stage == 3:
-        _deviate_blocks(x, flat, saved[0], sums, first, last, lanes)
-    elif stage == 4:
-        _statistics(x, sums, saved, moving_mean, moving_var, eps, old, unbiased, use_batch, update, first, last)
-    elif stage == 5:
-        _normalise_blocks(x, flat, out, gamma, beta, saved, first, last, lanes)
+        _normalise_blocks(plan, flat, out, gamma, beta, saved, first, last, lanes)
     else:
         for group in range(first, last):
-            begin, end = group * blocks, (group + 1) * blocks
-            c, c_end = group * together, min((group + 1) * together, x.shape[1])
+            begin, end = group * plan.blocks, (group + 1) * plan.blocks
+            c, c_end = group * plan.together, min((group + 1) * plan.together, plan.channels)
             if use_batch or update:
-                _sum_blocks(x, flat, sums, begin, end, lanes)
-                _first_mean(x, sums, saved[0], c, c_end)
-                _deviate_blocks(x, flat, saved[0], sums, begin, end, lanes)
-            _statistics(x, sums, saved, moving_mean, moving_var, eps, old, unbiased, use_batch, update, c, c_end)
-            _normalise_blocks(x, flat, out, gamma, beta, saved, begin, end, lanes)
+                _describe_blocks(plan, flat, sums, begin, end, lanes)
+            _statistics(
+                plan, x.size // x.shape[1], sums, saved, moving_mean, moving_var, eps, old, unbiased, use_batch, update, c, c_end
+            )
+            _normalise_blocks(plan, flat, out, gamma, beta, saved, begin, end, lanes)
 
 
 @compiled
@@ -358,22 +381,22 @@ def backward_stage(
     sums: Any, means: Any, through: bool,
 ) -> None:  # fmt: skip
     """One stage of a backward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last."""
-    together, _, _, blocks = chunks_of(x)
+    plan = plan_of(x.shape)
     flat, flat_dy, flat_dx = x.reshape(x.size), dy.reshape(x.size), dx.reshape(x.size)
     lanes = np.empty(6 * LANES)
     if stage == 1:
-        _correlate_blocks(x, flat, flat_dy, saved, sums, first, last, lanes)
+        _correlate_blocks(plan, flat, flat_dy, saved, sums, first, last, lanes)
     elif stage == 2:
         _gradients(x, sums, saved, gamma, dgamma, dbeta, means, first, last)
     elif stage == 3:
-        _propagate_blocks(x, flat, flat_dy, flat_dx, saved, means, through, first, last, lanes)
+        _propagate_blocks(plan, flat, flat_dy, flat_dx, saved, means, through, first, last, lanes)
     else:
         for group in range(first, last):
-            begin, end = group * blocks, (group + 1) * blocks
-            c, c_end = group * together, min((group + 1) * together, x.shape[1])
-            _correlate_blocks(x, flat, flat_dy, saved, sums, begin, end, lanes)
+            begin, end = group * plan.blocks, (group + 1) * plan.blocks
+            c, c_end = group * plan.together, min((group + 1) * plan.together, plan.channels)
+            _correlate_blocks(plan, flat, flat_dy, saved, sums, begin, end, lanes)
             _gradients(x, sums, saved, gamma, dgamma, dbeta, means, c, c_end)
-            _propagate_blocks(x, flat, flat_dy, flat_dx, saved, means, through, begin, end, lanes)
+            _propagate_blocks(plan, flat, flat_dy, flat_dx, saved, means, through, begin, end, lanes)
 
 
 @compiled
@@ -382,17 +405,19 @@ def forward_serial(
     eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
 ) -> None:  # fmt: skip
     """The forward of ``run_forward`` on the caller's thread."""
-    _, groups, _, blocks = chunks_of(x)
-    sums = np.empty((3, blocks, x.shape[1]))
-    forward_stage(0, 0, groups, x, y, gamma, beta, moving_mean, moving_var, saved, sums, eps, old, unbiased, use_batch, update)
+    plan = plan_of(x.shape)
+    sums = np.empty((3, plan.blocks, plan.channels))
+    forward_stage(
+        0, 0, plan.groups, x, y, gamma, beta, moving_mean, moving_var, saved, sums, eps, old, unbiased, use_batch, update
+    )
 
 
 @compiled
 def backward_serial(x: Any, dy: Any, dx: Any, gamma: Any, saved: Any, dgamma: Any, dbeta: Any, through: bool) -> None:
     """The backward of ``run_backward`` on the caller's thread."""
-    _, groups, _, blocks = chunks_of(x)
-    sums, means = np.empty((2, blocks, x.shape[1])), np.empty((3, x.shape[1]))
-    backward_stage(0, 0, groups, x, dy, dx, gamma, saved, dgamma, dbeta, sums, means, through)
+    plan = plan_of(x.shape)
+    sums, means = np.empty((2, plan.blocks, plan.channels)), np.empty((3, plan.channels))
+    backward_stage(0, 0, plan.groups, x, dy, dx, gamma, saved, dgamma, dbeta, sums, means, through)
 
 
 # Small input by its addresses: making NumPy arrays of a framework's tensors takes longer than the work itself.

@@ -142,16 +142,22 @@ def backward(dy: Array, saved: Saved) -> Backward:
 def statistics(values: Array) -> tuple[Array, Array]:
     """Mean and biased variance of each channel of (N, C, S) float64 values, (C,) each (BN-02).
 
-    The deviations from a first mean have a sum of their own, which is what that mean missed: it corrects both, so that the
-    result is right to the last bits however far the values lie from 0.
+    Each block of BN-15 takes its deviations from a mean of its own. Their sum is what that mean missed, by rounding; it corrects
+    mean and variance, so that both are right to the last bits however far the values lie from 0. Then the blocks move to the mean
+    of all: with shift = block mean - mean, sum((x-mean)^2) = sum((d+shift)^2) = sum(d^2) + 2*shift*sum(d) + count*shift^2.
     """
     m = values.shape[0] * values.shape[2]
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        first = ordered_sum(values) / m
-        deviations = values - first[:, None]
-        missed = ordered_sum(deviations) / m
-        mean_square = ordered_sum(deviations * deviations) / m
-        return first + missed, np.maximum(mean_square - missed * missed, 0.0)
+        x, inside = _blocks(values), _blocks(np.ones_like(values))
+        count, total = _sum_blocks(inside), _sum_blocks(x)
+        deviations = (x - (total / count)[:, None, :, None]) * inside
+        missed, squares = _sum_blocks(deviations), _sum_blocks(deviations * deviations)
+
+        first = _fold(total.T) / m
+        shift = total / count - first
+        mean_missed = _fold((missed + count * shift).T) / m
+        mean_square = _fold((squares + 2 * shift * missed + count * shift * shift).T) / m
+        return first + mean_missed, np.maximum(mean_square - mean_missed * mean_missed, 0.0)
 
 
 def _moved(moving: Array, batch: Array, weight_of_old: float) -> Array:
@@ -167,18 +173,25 @@ def inverse_std(var: Array, eps: float) -> Array:
 
 def ordered_sum(values: Array) -> Array:
     """The sum of each channel of (N, C, S) float64 values, (C,), in the order of BN-15."""
+    return _fold(_sum_blocks(_blocks(values)).T) if values.size else np.zeros(values.shape[1])
+
+
+def _blocks(values: Array) -> Array:
+    """(N, C, S) as (blocks, chunks of a block, C, width of a chunk), with zeros where the last ones are not full."""
     n, channels, s = values.shape
-    if n * s == 0:
-        return np.zeros(channels)
     pieces = math.ceil(s / LANES)
     width = math.ceil(s / pieces)
-    chunks = _padded(values, 2, pieces * width).reshape(n, channels, pieces, width)
-    chunks = _padded(chunks.transpose(0, 2, 1, 3).reshape(n * pieces, channels, width), 0, BLOCK)
-    blocks = chunks.reshape(-1, min(BLOCK, n * pieces), channels, width)
-    lanes = np.zeros((blocks.shape[0], channels, width))
+    chunks = _padded(values, 2, width).reshape(n, channels, pieces, width).transpose(0, 2, 1, 3)
+    chunks = chunks.reshape(n * pieces, channels, width)
+    return _padded(chunks, 0, min(BLOCK, n * pieces)).reshape(-1, min(BLOCK, n * pieces), channels, width)
+
+
+def _sum_blocks(blocks: Array) -> Array:
+    """The sums of the blocks, (blocks, C): the chunks are added position by position, then the positions are folded."""
+    lanes = np.zeros((blocks.shape[0], *blocks.shape[2:]))
     for chunk in range(blocks.shape[1]):
         lanes += blocks[:, chunk]
-    return _fold(_fold(lanes).T)
+    return _fold(lanes)
 
 
 def _fold(a: Array) -> Array:
@@ -192,9 +205,8 @@ def _fold(a: Array) -> Array:
 
 
 def _padded(a: Array, axis: int, multiple: int) -> Array:
-    """Zeros after the end of an axis longer than ``multiple``, up to a multiple of it; they do not change a sum."""
-    missing = -a.shape[axis] % multiple if a.shape[axis] > multiple or axis == 2 else 0
-    return np.pad(a, [(0, missing if i == axis else 0) for i in range(a.ndim)])
+    """Zeros after the end of an axis, up to a multiple of a length; they do not change a sum."""
+    return np.pad(a, [(0, -a.shape[i] % multiple if i == axis else 0) for i in range(a.ndim)])
 
 
 def _by_channel(x: Array, channel_axis: int) -> Array:

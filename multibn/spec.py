@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 LANES: Final = 512
 """BN-15: a row (the values of one sample and channel) is cut into the fewest equal chunks of at most this many values."""
 
-BLOCK: Final = 256
+BLOCK: Final = 128
 """BN-15: this many chunks are added, position by position and in order, before the positions are folded in halves."""
 
 CLAUSES: Final[Mapping[str, str]] = {
@@ -56,7 +56,8 @@ CLAUSES: Final[Mapping[str, str]] = {
         "Reproducible: on CPU the same input gives the same bits in NumPy, PyTorch and MXNet, for every number of threads, in "
         "every run, and on every IEEE-754 machine. The order of summation is therefore part of the specification: each row of "
         f"S values in ceil(S/{LANES}) chunks of equal length (the last may be shorter), {BLOCK} chunks at a time added position "
-        "by position, the positions folded in halves, then the sums of these blocks folded in halves; float64, no fast-math, "
+        "by position, the positions folded in halves, then the sums of these blocks folded in halves. Deviations are taken "
+        "from the mean of their block, and moved to the mean of all when the blocks are put together. float64, no fast-math, "
         "no contraction."
     ),
     "BN-16": (

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-HUGE = 4 << 20
+HUGE = 32 << 20
 """Fresh outputs from this many bytes on are worth huge pages: below, the allocator hands out memory that was touched before."""
 
 _Task = Callable[[], None]
