@@ -14,10 +14,19 @@ from numba.extending import overload
 
 def compiled(function: Any) -> Any:
     """Compile on first use; keep the result on disk where there is a place for it (beside this file, or the user's cache)."""
+    return _compile(function, {})
+
+
+def inner(function: Any) -> Any:
+    """The same for a function that only compiled code calls: it needs no entry from Python, which takes as long to compile."""
+    return _compile(function, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
+
+
+def _compile(function: Any, options: dict[str, bool]) -> Any:
     try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
+        return njit(nogil=True, error_model="numpy", cache=True, **options)(function)
     except RuntimeError:  # Numba found no directory that it may write
-        return njit(nogil=True, error_model="numpy")(function)
+        return njit(nogil=True, error_model="numpy", **options)(function)
 
 
 def load(value: Any) -> Any:
@@ -62,7 +71,7 @@ def _store_for(out: Any, j: int, value: Any) -> Any:
     return store
 
 
-@compiled
+@inner
 def _decode(code: Any, mantissa: int, bias: int) -> Any:
     """The value of 16 bits: a sign, then the exponent, then ``mantissa`` bits."""
     magnitude = np.int64(code) & 0x7FFF
@@ -76,7 +85,7 @@ def _decode(code: Any, mantissa: int, bias: int) -> Any:
     return -value if np.int64(code) & 0x8000 else value
 
 
-@compiled
+@inner
 def _encode(value: Any, mantissa: int, bias: int) -> Any:
     """The 16 bits nearest to a float64, ties to even: one rounding, so BN-16 holds for halves too."""
     size = abs(value)

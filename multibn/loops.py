@@ -16,7 +16,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .compiled import compiled, load, store
+from .compiled import compiled, inner, load, store
 from .spec import BLOCK, LANES
 
 # One scratch array per call holds six vectors of LANES values, at constant distances: the compiler sees that they do not overlap.
@@ -52,7 +52,7 @@ def plan_of(shape: tuple[int, int, int]) -> Plan:
     return Plan(channels, s, together, pieces, width, math.ceil(channels / together), chunks, math.ceil(chunks / BLOCK))
 
 
-@compiled
+@inner
 def _chunk(plan: Plan, group: int, chunk: int) -> tuple[int, int]:
     """Where a chunk of a group begins in the flat array, and how many values it has."""
     channel = group * plan.together
@@ -62,7 +62,7 @@ def _chunk(plan: Plan, group: int, chunk: int) -> tuple[int, int]:
     return (row * plan.channels + channel) * plan.s + piece * plan.width, min(plan.width, plan.s - piece * plan.width)
 
 
-@compiled
+@inner
 def _spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
     """One value per channel of the group, repeated for each of its lanes."""
     for k in range(min(plan.together, plan.channels - group * plan.together)):
@@ -71,7 +71,7 @@ def _spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
             lanes[j] = value
 
 
-@compiled
+@inner
 def _fold(lanes: Any, start: int, width: int) -> float:
     """The sum of the lanes: the second half is added to the first until one is left."""
     while width > 1:
@@ -82,14 +82,14 @@ def _fold(lanes: Any, start: int, width: int) -> float:
     return lanes[start]
 
 
-@compiled
+@inner
 def _fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> None:
     """The sum of each channel of the group over its lanes, which begin at ``start``."""
     for k in range(min(plan.together, plan.channels - group * plan.together)):
         sums[group * plan.together + k] = _fold(lanes, start + k * plan.width, plan.width)
 
 
-@compiled
+@inner
 def _count(plan: Plan, block: int) -> int:
     """Values that a channel has in a block."""
     begin, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
@@ -100,19 +100,19 @@ def _count(plan: Plan, block: int) -> int:
 # Inner loops. Four (or two) chunks at a time: a lane adds them one after the other, but is read and written only once.
 
 
-@compiled
+@inner
 def _add(a: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
         lanes[j] += load(a[j])
 
 
-@compiled
+@inner
 def _add4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
         lanes[j] = (((lanes[j] + load(a[j])) + load(b[j])) + load(c[j])) + load(d[j])
 
 
-@compiled
+@inner
 def _deviate(a: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
         p = load(a[j]) - lanes[j + _MEAN]
@@ -120,7 +120,7 @@ def _deviate(a: Any, lanes: Any) -> None:
         lanes[j + _B] += p * p
 
 
-@compiled
+@inner
 def _deviate4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
         mean = lanes[j + _MEAN]
@@ -129,14 +129,14 @@ def _deviate4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
         lanes[j + _B] = (((lanes[j + _B] + p * p) + q * q) + r * r) + s * s
 
 
-@compiled
+@inner
 def _normalise(a: Any, y: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
         xhat = (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _INVSTD]
         store(y, j, xhat * lanes[j + _GAMMA] + lanes[j + _BETA])
 
 
-@compiled
+@inner
 def _correlate(a: Any, da: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
         p, dp = load(a[j]), load(da[j])
@@ -144,7 +144,7 @@ def _correlate(a: Any, da: Any, lanes: Any) -> None:
         lanes[j + _B] += dp * ((p - lanes[j + _MEAN]) * lanes[j + _INVSTD])
 
 
-@compiled
+@inner
 def _correlate2(a: Any, b: Any, da: Any, db: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
         mean, invstd = lanes[j + _MEAN], lanes[j + _INVSTD]
@@ -153,7 +153,7 @@ def _correlate2(a: Any, b: Any, da: Any, db: Any, lanes: Any) -> None:
         lanes[j + _B] = (lanes[j + _B] + dp * ((load(a[j]) - mean) * invstd)) + dq * ((load(b[j]) - mean) * invstd)
 
 
-@compiled
+@inner
 def _propagate(a: Any, da: Any, dx: Any, lanes: Any) -> None:
     """dx from dy: lanes _A and _B hold the means of dy and dy*xhat, _GAMMA gamma*invstd."""
     for j in range(a.shape[0]):
@@ -161,7 +161,7 @@ def _propagate(a: Any, da: Any, dx: Any, lanes: Any) -> None:
         store(dx, j, ((load(da[j]) - lanes[j + _A]) - xhat * lanes[j + _B]) * lanes[j + _GAMMA])
 
 
-@compiled
+@inner
 def _scale(da: Any, dx: Any, lanes: Any) -> None:
     """dx from dy where the statistics are constants."""
     for j in range(da.shape[0]):
@@ -171,7 +171,7 @@ def _scale(da: Any, dx: Any, lanes: Any) -> None:
 # Passes over the tasks first..last, a task being one block of one group.
 
 
-@compiled
+@inner
 def _four(plan: Plan, group: int, chunk: int, end: int) -> tuple[bool, int, int, int]:
     """Whether four chunks of equal width begin at this one, and where the three others lie."""
     if chunk + 3 >= end:
@@ -183,7 +183,7 @@ def _four(plan: Plan, group: int, chunk: int, end: int) -> tuple[bool, int, int,
     return width == width_j == width_k == width_m, j, k, m
 
 
-@compiled
+@inner
 def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
     """sums: of the values of each block, of their deviations from the block's mean, and of the squares of these."""
     for task in range(first, last):
@@ -221,7 +221,7 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
         _fold_lanes(lanes, _B, plan, group, sums[2, block])
 
 
-@compiled
+@inner
 def _normalise_blocks(
     plan: Plan, flat: Any, y: Any, gamma: Any, beta: Any, saved: Any, first: int, last: int, lanes: Any
 ) -> None:
@@ -236,7 +236,7 @@ def _normalise_blocks(
             _normalise(flat[i : i + width], y[i : i + width], lanes)
 
 
-@compiled
+@inner
 def _correlate_blocks(plan: Plan, flat: Any, dy: Any, saved: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
     """sums[0], sums[1]: of dy, and of dy*xhat."""
     for task in range(first, last):
@@ -260,7 +260,7 @@ def _correlate_blocks(plan: Plan, flat: Any, dy: Any, saved: Any, sums: Any, fir
         _fold_lanes(lanes, _B, plan, group, sums[1, block])
 
 
-@compiled
+@inner
 def _propagate_blocks(
     plan: Plan, flat: Any, dy: Any, dx: Any, saved: Any, means: Any, through: bool, first: int, last: int, lanes: Any
 ) -> None:
@@ -283,7 +283,7 @@ def _propagate_blocks(
 # Between the passes: what the sums of a channel say.
 
 
-@compiled
+@inner
 def _batch_statistics(plan: Plan, m: int, sums: Any, channel: int, scratch: Any) -> tuple[float, float]:
     """Mean and variance of a channel from the sums of its blocks; the text is in ``reference.statistics``."""
     blocks = plan.blocks
@@ -302,7 +302,7 @@ def _batch_statistics(plan: Plan, m: int, sums: Any, channel: int, scratch: Any)
     return first + mean_missed, max(mean_square - mean_missed * mean_missed, 0.0)
 
 
-@compiled
+@inner
 def _statistics(
     plan: Plan, m: int, sums: Any, saved: Any, moving_mean: Any, moving_var: Any, eps: float, old: float,
     unbiased: bool, use_batch: bool, update: bool, first: int, last: int,
@@ -326,7 +326,7 @@ def _statistics(
         saved[1, c] = 1.0 / np.sqrt(var + eps) if np.isfinite(var) else np.nan
 
 
-@compiled
+@inner
 def _gradients(x: Any, sums: Any, saved: Any, gamma: Any, dgamma: Any, dbeta: Any, means: Any, first: int, last: int) -> None:
     m = max(1, x.shape[0] * x.shape[2])
     blocks = sums.shape[1]
