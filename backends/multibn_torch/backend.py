@@ -35,8 +35,7 @@ class TorchSubject:
         self._layer.ranks = (x.ndim,)
         self._layer.train(training)
         self._layer.zero_grad()
-        x = x if all(stride >= 0 for stride in x.strides) else x.copy()  # PyTorch has no negative strides
-        self._x = torch.from_numpy(x).to(self._device).detach()
+        self._x = self._tensor(x)
         if self._x.is_floating_point():
             self._x.requires_grad_()
         self._y = self._layer(self._x)
@@ -44,7 +43,7 @@ class TorchSubject:
 
     def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
         """Gradients of the last forward."""
-        self._y.backward(torch.from_numpy(dy).to(self._device))
+        self._y.backward(self._tensor(dy))
         gradients = [p if p is None else p.grad for p in (self._layer.weight, self._layer.bias)]
         dgamma, dbeta = (g if g is None else self._array(g) for g in gradients)
         assert self._x.grad is not None
@@ -53,6 +52,10 @@ class TorchSubject:
     def moving(self) -> tuple[Array, Array]:
         """Copies of the moving statistics."""
         return self._array(self._layer.running_mean), self._array(self._layer.running_var)  # type: ignore[arg-type]
+
+    def _tensor(self, a: Array) -> torch.Tensor:
+        a = a if all(stride >= 0 for stride in a.strides) else a.copy()  # PyTorch has no negative strides
+        return torch.from_numpy(a).to(self._device)
 
     @staticmethod
     def _array(t: torch.Tensor) -> Array:

@@ -55,8 +55,10 @@ def by_framework(
     batch_var = torch.zeros_like(batch_mean)
     if how.use_batch:
         y = batch_norm(x, batch_mean, batch_var, gamma, beta, True, 1.0, how.eps)
-    else:
-        y = batch_norm(x, moving_mean, moving_var, gamma, beta, False, 0.0, how.eps)
+    else:  # with copies: backward needs the moving statistics as they are now
+        assert moving_mean is not None
+        assert moving_var is not None
+        y = batch_norm(x, moving_mean.clone(), moving_var.clone(), gamma, beta, False, 0.0, how.eps)
         with torch.no_grad():
             batch_norm(x, batch_mean, batch_var, None, None, True, 1.0, how.eps)
     if how.update and moving_mean is not None and moving_var is not None:
