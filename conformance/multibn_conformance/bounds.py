@@ -1,0 +1,242 @@
+"""How far a right answer may be from the exact one: every bound of the suite, each with its derivation.
+
+Two kinds of arithmetic are judged (``multibn.layer.Precision``).
+
+exact: BN-16's own bound. kappa is taken with var+eps in place of var: never wider, and finite for a constant channel too.
+
+working: arithmetic in the input's type (float32 for half input), with unit roundoff u, in any order of summation. With
+gamma_n = n*u / (1 - n*u), a sum of n terms is off by at most gamma_n * sum|term| (Higham, "Accuracy and Stability of Numerical
+Algorithms", section 4.2). The rest is first-order propagation through mean, var and 1/sqrt(var+eps); each of the functions below
+names its own terms. A FEW roundings are granted where implementations differ in how they arrange a formula, such as
+x*scale + (beta - mean*scale), whose products are as large as |x|, not as |x-mean|. Numbers below the smallest normal of the type
+may be flushed to zero. Where the formulas leave the range of the type, nothing is promised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from multibn.layer import PARAMETER_TYPE, Array, Precision
+
+FEW = 4
+"""Roundings of an element on its way through any usual arrangement of the formulas."""
+
+SUM = 1e-14
+"""BN-16: what float64 sums may miss, as a part of the sum of the absolute terms."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a bound depends on, to float64's accuracy.
+
+    Args:
+        x: (C, m), the values of each channel.
+        dy: (C, m), or None where there was no backward.
+        gamma, beta: (C, 1); ones and zeros where there is none.
+        mean, var: (C, 1), the statistics that normalise.
+        batch_mean, batch_var: (C, 1) of the batch, None where it was not used; var as the spec estimates it.
+        eps: of the spec.
+        from_batch: whether mean and var are the batch's.
+        dtype: of x.
+    """
+
+    x: Array
+    dy: Array | None
+    gamma: Array
+    beta: Array
+    mean: Array
+    var: Array
+    batch_mean: Array | None
+    batch_var: Array | None
+    eps: float
+    from_batch: bool
+    dtype: str
+
+    @cached_property
+    def invstd(self) -> Array:
+        """1/sqrt(var+eps)."""
+        return 1 / np.sqrt(self.var + self.eps)
+
+    @cached_property
+    def xhat(self) -> Array:
+        """The normalised values."""
+        return (self.x - self.mean) * self.invstd
+
+    @cached_property
+    def kappa(self) -> Array:
+        """The condition number of normalising, never wider than BN-16's; 1 in a channel of NaN, where only dbeta has a value."""
+        kappa = np.sqrt(1 + self.mean**2 / (self.var + self.eps))
+        return np.where(np.isfinite(kappa), kappa, 1.0)
+
+    @property
+    def arithmetic(self) -> str:
+        """The type that a working implementation computes in."""
+        return PARAMETER_TYPE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of a moving statistic: new = kept + (1-weight)*batch, kept = weight*old, (C,) each; made: where (BN-11)."""
+
+    weight: float
+    kept: Array
+    batch: Array
+    new: Array
+    made: Array
+    equal_weight: bool
+    facts: Facts
+
+
+def scale(name: str, f: Facts, updates: tuple[Update, ...] = ()) -> Array:
+    """How large a result is as a whole (BN-16): (C, 1) for y and dx, (C,) for others. Single values may be 0 by cancellation."""
+    if name == "y":
+        return np.abs(f.gamma) + (np.abs(f.beta) if f.dtype == "float64" else 0)
+    if name in ("moving_mean", "moving_var"):
+        sizes = [np.abs(a) for update in updates for a in (update.kept, update.batch, update.new)] or [np.zeros(len(f.gamma))]
+        return np.max(np.where(np.isfinite(sizes), sizes, 0), axis=0)
+    assert f.dy is not None
+    if name == "dx":
+        return np.abs(f.gamma) * f.invstd * np.max(np.abs(f.dy), axis=1, keepdims=True, initial=0)
+    return np.abs(f.dy * f.xhat if name == "dgamma" else f.dy).sum(axis=1)
+
+
+def ulp(exact: Array, dtype: str) -> Array:
+    """The distance of the type's neighbours at the exact value, never below its smallest denormal."""
+    info = np.finfo(dtype)
+    largest = float(np.nextafter(info.max, np.zeros((), dtype)))
+    return np.asarray(np.spacing(np.minimum(np.abs(exact), largest).astype(dtype)), np.float64)
+
+
+def roundoff(dtype: str) -> float:
+    """u: half the distance of 1 and its next neighbour."""
+    return float(np.finfo(dtype).eps) / 2
+
+
+def _gamma(n: int, dtype: str) -> float:
+    u = roundoff(dtype)
+    return n * u / (1 - n * u)
+
+
+def _rounded(exact: Array, dtype: str) -> Array:
+    """BN-16: float64 work, rounded once to the output's type; float64 output has only itself to work in."""
+    return (1.0 if dtype == "float64" else 0.51) * ulp(exact, dtype)
+
+
+def for_y(f: Facts, exact: Array, precision: Precision) -> Array:
+    """Bound of y, (C, m)."""
+    if precision == "exact":
+        return _rounded(exact, f.dtype) + SUM * f.kappa * scale("y", f)
+    u = roundoff(f.arithmetic)
+    products = np.abs(f.gamma) * f.invstd * (np.abs(f.x) + np.abs(f.mean)) + np.abs(f.beta)
+    return np.abs(f.gamma) * _xhat_error(f) + FEW * u * products + _flushed(f) + ulp(exact, f.dtype)
+
+
+def for_dx(f: Facts, exact: Array, precision: Precision) -> Array:
+    """Bound of dx, (C, m)."""
+    assert f.dy is not None
+    if precision == "exact":
+        return _rounded(exact, f.dtype) + SUM * f.kappa * scale("dx", f)
+    slope, u, m = np.abs(f.gamma) * f.invstd, roundoff(f.arithmetic), f.x.shape[1]
+    terms, error = np.abs(f.dy), np.zeros_like(f.x)
+    if f.from_batch:  # dy - average(dy) - xhat*average(dy*xhat): the errors of the averages, then of xhat
+        product = f.dy * f.xhat
+        average = np.abs(np.mean(product, axis=1, keepdims=True))
+        off = (_gamma(m, f.arithmetic) + 2 * u) * np.mean(np.abs(product), axis=1, keepdims=True)
+        off = off + np.mean(np.abs(f.dy) * _xhat_error(f), axis=1, keepdims=True)
+        error = _gamma(m, f.arithmetic) * np.mean(terms, axis=1, keepdims=True) + np.abs(f.xhat) * off + _xhat_error(f) * average
+        terms = terms + np.abs(np.mean(f.dy, axis=1, keepdims=True)) + np.abs(f.xhat) * average
+    return slope * (error + (_invstd_error(f) + FEW * u) * terms) + _flushed(f) + ulp(exact, f.dtype)
+
+
+def for_dgamma(f: Facts, exact: Array, precision: Precision) -> Array:
+    """Bound of dgamma, (C,)."""
+    assert f.dy is not None
+    dtype, terms = PARAMETER_TYPE[f.dtype], scale("dgamma", f)
+    if precision == "exact":
+        return _rounded(exact, dtype) + SUM * f.kappa[:, 0] * terms
+    through_xhat = (np.abs(f.dy) * _xhat_error(f)).sum(axis=1)
+    return (_gamma(f.x.shape[1], dtype) + FEW * roundoff(dtype)) * terms + through_xhat + _flushed(f)[:, 0] + ulp(exact, dtype)
+
+
+def for_dbeta(f: Facts, exact: Array, precision: Precision) -> Array:
+    """Bound of dbeta, (C,)."""
+    dtype, terms = PARAMETER_TYPE[f.dtype], scale("dbeta", f)
+    if precision == "exact":
+        return _rounded(exact, dtype) + SUM * f.kappa[:, 0] * terms
+    return _gamma(f.x.shape[1], dtype) * terms + _flushed(f)[:, 0] + ulp(exact, dtype)
+
+
+def for_moving(updates: tuple[Update, ...], which: str, precision: Precision) -> Array:
+    """Bound of a moving statistic after its updates, (C,).
+
+    What an update inherits shrinks by its weight. It adds
+    - its rounding to the statistic's type, BN-16's 0.51 ulp;
+    - the float64 roundings before that: two products and a sum, 1.5 ulp of float64 at the largest of the terms, which may cancel;
+      with equal weights also the weight n/(n+1) and its complement, one ulp more;
+    - the part of the batch that comes in, times what its float64 sum may miss. That is a part of the absolute terms, not of the
+      result: a mean near 0 by cancellation cannot be right in ulp.
+    A working implementation does all of it in its own arithmetic, and rounds momentum too.
+    """
+    bound: Array = np.zeros(())
+    batch: Array
+    final: Array
+    work: Array
+    for update in updates:
+        f = update.facts
+        assert f.batch_mean is not None
+        assert f.batch_var is not None
+        statistic = PARAMETER_TYPE[f.dtype]
+        largest = np.maximum(np.abs(update.kept), np.maximum(np.abs(update.batch), np.abs(update.new)))
+        if precision == "exact":
+            final = (0.0 if statistic == "float64" else 0.51) * ulp(update.new, statistic)
+            work = (2.5 if update.equal_weight else 1.5) * ulp(largest, "float64")
+            size = np.sqrt(f.batch_mean**2 + f.batch_var) if which == "moving_mean" else f.batch_var
+            batch = SUM * size[:, 0]
+        else:
+            final, work = np.zeros_like(largest), FEW * ulp(largest, statistic)
+            mean_error, var_error = _statistics_error(f, f.batch_mean, f.batch_var)
+            batch = (mean_error if which == "moving_mean" else var_error)[:, 0]
+        bound = np.where(update.made, update.weight * bound + final + work + (1 - update.weight) * batch, bound)
+    return bound
+
+
+def not_promised(f: Facts, precision: Precision) -> str | None:
+    """Why nothing is promised for these values, or None."""
+    if precision == "exact":
+        return None
+    info, values = np.finfo(f.arithmetic), np.where(np.isfinite(f.x), f.x, 0)
+    squares = np.sum((values - values.mean(axis=1, keepdims=True)) ** 2, axis=1) if values.size else np.zeros(1)
+    if max(np.max(squares), np.max(np.abs(values), initial=0)) * FEW > float(info.max):
+        return f"not promised: the sum of the squares leaves the range of {f.arithmetic}"
+    if f.eps < float(info.tiny):
+        return f"not promised: eps {f.eps} is below the smallest normal {f.arithmetic}"
+    return None
+
+
+def _statistics_error(f: Facts, mean: Array, var: Array) -> tuple[Array, Array]:
+    """Of the batch's mean and variance, (C, 1): a sum each; the variance takes the mean's error squared, being least there."""
+    g, u = _gamma(f.x.shape[1], f.arithmetic), roundoff(f.arithmetic)
+    of_mean = g * np.mean(np.abs(f.x), axis=1, keepdims=True) + u * np.abs(mean)
+    return of_mean, var * (g + FEW * u) + of_mean**2 + float(np.finfo(f.arithmetic).tiny)
+
+
+def _invstd_error(f: Facts) -> Array:
+    """Relative, of 1/sqrt(var+eps): half of that of var+eps (never over 1, for the variance errs upwards), and FEW roundings."""
+    if not f.from_batch:
+        return np.full_like(f.mean, FEW * roundoff(f.arithmetic))
+    _, of_var = _statistics_error(f, f.mean, f.var)
+    return np.minimum(0.5 * of_var / (f.var + f.eps), 1) + FEW * roundoff(f.arithmetic)
+
+
+def _xhat_error(f: Facts) -> Array:
+    """Of xhat, (C, m): invstd's, the mean's, and the rounding of the difference."""
+    of_mean = _statistics_error(f, f.mean, f.var)[0] if f.from_batch else np.zeros_like(f.mean)
+    return np.abs(f.xhat) * _invstd_error(f) + f.invstd * (of_mean + roundoff(f.arithmetic) * np.abs(f.x - f.mean))
+
+
+def _flushed(f: Facts) -> Array:
+    """Of numbers below the smallest normal, in x or in the result."""
+    return float(np.finfo(f.arithmetic).tiny) * (1 + np.abs(f.gamma) * np.nan_to_num(f.invstd))

@@ -1,0 +1,33 @@
+"""The suite as pytest: one test for each subject and case, ``pytest conformance --backend torch``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("mpmath") is None:
+    pytest.skip("the oracle needs mpmath: pip install 'multibn[conformance]'", allow_module_level=True)
+
+from multibn_conformance.case import Case
+from multibn_conformance.judge import judge
+from multibn_conformance.plugin import chosen_by
+from multibn_conformance.subjects import Absent, Candidate
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Subjects and cases, as the options choose them."""
+    present, absent, cases = chosen_by(metafunc.config)
+    checks = [pytest.param(each, case, id=f"{each.name}-{case.id}".replace("/", "-")) for each in present for case in cases]
+    missing = [pytest.param(each, None, id=f"{each.name}-absent".replace("/", "-")) for each in absent]
+    metafunc.parametrize(("candidate", "case"), checks + missing)
+
+
+def test_conforms(candidate: Candidate | Absent, case: Case) -> None:
+    """The subject gives what the case wants; who is not judged is told."""
+    if isinstance(candidate, Absent):
+        pytest.skip(f"{candidate.name}: {candidate.reason}")
+    judgement = judge(candidate, case)
+    if judgement.status in ("skip", "differs"):
+        pytest.skip(judgement.message)
+    assert judgement.status == "pass", f"{judgement.message}\n{judgement.snippet}"

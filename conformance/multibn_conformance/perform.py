@@ -1,0 +1,129 @@
+"""Run a case's calls on a subject and collect its answers. What no BatchNorm may do is found here; values are not judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from multibn.layer import PARAMETER_TYPE, Array, Subject
+from multibn.spec import BatchNormSpec
+
+from .case import Case, Step
+from .inputs import state
+
+Make = Callable[[int, BatchNormSpec], Subject]
+
+
+class Wrong(Exception):
+    """A subject's answer is wrong; the message says how, ulp and ratio (to the bound) by how much."""
+
+    def __init__(self, message: str, ulp: float = np.inf, ratio: float = np.inf) -> None:
+        super().__init__(message)
+        self.ulp, self.ratio = ulp, ratio
+
+
+class Answer(NamedTuple):
+    """What a subject gave at a step: where, and each observed name with its array, and the type that it must have."""
+
+    where: str
+    step: Step
+    arrays: dict[str, Array | None]
+    types: dict[str, str]
+
+
+def perform(case: Case, make: Make) -> Iterator[Answer]:
+    """The answers of a new subject, step by step.
+
+    Raises:
+        Wrong: the subject raises where it must not, or not where it must; changes its input; or does not keep its state
+            where the step observes that it is unchanged.
+    """
+    subject = _call("making it", make, case.features, case.spec)
+    arrays = state(case.features, case.dtype, 0, case.spec)
+    refusable = case.verdict == "must raise"
+    _call("load", subject.load, *_copies(arrays))
+    moving, kind = arrays[2:], case.dtype
+    for number, step in enumerate(case.steps, 1):
+        where = f"step {number} of {len(case.steps)} ({step.do})"
+        given = None if step.values is None else step.values.array()
+        before = None if given is None else given.copy()
+        answers: dict[str, Array | None] = {}
+        if step.do == "load":
+            assert step.values is not None
+            kind = step.values.dtype
+            arrays = state(case.features, kind, step.values.seed, case.spec)
+            moving = arrays[2:]
+            _call(where, subject.load, *_copies(arrays))
+        elif step.do == "reload":
+            subject = _call(where, make, case.features, case.spec)
+            _call(where, subject.load, *_copies((*arrays[:2], *moving)))
+        elif step.do == "refuse":
+            _refused(where, subject, given)
+        elif step.do == "backward":
+            gradients = _call(where, subject.backward, given)
+            if not isinstance(gradients, tuple) or len(gradients) != 3:
+                raise Wrong(f"{where}: backward returned {type(gradients).__name__}, should be a tuple (dx, dgamma, dbeta).")
+            answers.update(zip(("dx", "dgamma", "dbeta"), gradients, strict=True))
+        else:
+            answers["y"] = _call(where, subject.forward, given, step.do == "train")
+        if before is not None and given is not None and before.tobytes() != given.tobytes():
+            raise Wrong(f"{where}: the subject changed the array that it was given. It must leave its inputs as they are.")
+        now = _call(f"{where}, reading the moving statistics", subject.moving)
+        read = _array(f"{where}, moving_mean", now[0]), _array(f"{where}, moving_var", now[1])
+        answers.update(zip(_NAMES, read, strict=True))
+        if "unchanged" in step.observe:
+            for name, old in zip(_NAMES, moving, strict=True):
+                _same_bits(f"{where}: {name} must stay as it was", answers[name], old)
+        moving = read
+        observed: dict[str, Any] = {name: answers[name] for name in step.observe if name != "unchanged"}
+        arrived = {name: a if a is None else _array(f"{where}, {name}", a) for name, a in observed.items()}
+        data = kind if given is None else given.dtype.name
+        yield Answer(where, step, arrived, {name: data if name in ("y", "dx") else PARAMETER_TYPE[kind] for name in arrived})
+    assert refusable == any(step.do == "refuse" for step in case.steps)
+
+
+_NAMES = ("moving_mean", "moving_var")
+
+
+def _call(where: str, function: Callable[..., Any], *arguments: object) -> Any:
+    try:
+        return function(*arguments)
+    except (Exception, SystemExit) as error:
+        raise Wrong(f"{where} raised {type(error).__name__}: {error}") from error
+
+
+def _refused(where: str, subject: Subject, x: Array | None) -> None:
+    assert x is not None
+    try:
+        y = subject.forward(x, True)
+    except Exception as error:
+        if not str(error).strip():
+            raise Wrong(f"{where}: {type(error).__name__} without a message, should be an error that says why.") from error
+        return
+    raise Wrong(f"{where}: got output of type {type(y).__name__}, should be an error, for input of shape {x.shape}, {x.dtype}.")
+
+
+def _copies(arrays: tuple[Array | None, ...]) -> list[Array | None]:
+    return [a if a is None else a.copy() for a in arrays]
+
+
+def _array(where: str, a: object) -> Array:
+    if not isinstance(a, np.ndarray):
+        raise Wrong(f"{where}: got {type(a).__name__}, should be a NumPy array.")
+    return np.array(a)
+
+
+def _same_bits(what: str, got: Array | None, old: Array) -> None:
+    assert got is not None
+    if got.dtype != old.dtype or got.shape != old.shape:
+        raise Wrong(f"{what}: got {got.dtype} of shape {got.shape}, was {old.dtype} of shape {old.shape}.")
+    if got.tobytes() != old.tobytes():
+        index = int(np.flatnonzero(bits_differ(got, old))[0])
+        raise Wrong(f"{what}: index [{index}] is {got[index].item()!r}, was {old[index].item()!r}.")
+
+
+def bits_differ(a: Array, b: Array) -> Array:
+    """Where two arrays of one type and shape differ in bits, all NaN being alike."""
+    return np.asarray((a.view(f"u{a.itemsize}") != b.view(f"u{b.itemsize}")) & ~(np.isnan(a) & np.isnan(b)))

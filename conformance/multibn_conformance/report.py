@@ -1,0 +1,106 @@
+"""The run and its report on a terminal: a table of subject x clause with the worst error, what was skipped, and one last line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from multibn.spec import CLAUSES
+
+from .case import Case
+from .judge import Judgement, judge
+from .subjects import Absent, Candidate
+
+
+def run(candidates: Sequence[Candidate], cases: Sequence[Case], console: Console) -> list[Judgement]:
+    """Judge every candidate by every case; a progress bar shows how far it is, on a terminal only."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    judgements = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("judging", total=len(candidates) * len(cases))
+        for candidate in candidates:
+            progress.update(task, description=candidate.name)
+            for case in cases:
+                judgements.append(judge(candidate, case))
+                progress.advance(task)
+    return judgements
+
+
+def show(judgements: Sequence[Judgement], candidates: Sequence[Candidate], absent: Sequence[Absent], console: Console) -> None:
+    """Print failures, the table, what was skipped, and the last line."""
+    failures = [each for each in judgements if each.status == "fail"]
+    first = {(each.subject, each.clause): each for each in reversed(failures)}.values()
+    for each in reversed(first):
+        others = [
+            other.case for other in failures if (other.subject, other.clause) == (each.subject, each.clause) and other != each
+        ]
+        console.print(f"[red]{escape(each.subject)}[/red] fails {escape(each.message)}", soft_wrap=True)
+        if others:
+            console.print(f"It fails {len(others)} more of this clause: {', '.join(others)}.", soft_wrap=True)
+        console.print(f"[dim]{escape(each.snippet)}[/dim]\n", soft_wrap=True)
+    console.print(_table(judgements, candidates))
+    versions = {f"{name} {version}" for candidate in candidates for name, version in candidate.backend.versions.items()}
+    console.print(
+        "Worst error in ulp of the output's type, at the scale of the result; for float64 it includes what float64 sums lose. "
+        f"Judged with {', '.join(sorted(versions))}.",
+        soft_wrap=True,
+    )
+    for line in _left_out(judgements, absent):
+        console.print(escape(line), soft_wrap=True)
+    console.print(last_line(judgements), style="bold red" if failures else "bold green", soft_wrap=True)
+
+
+def last_line(judgements: Sequence[Judgement]) -> str:
+    """``conforms: ...`` or ``does not conform: ...``."""
+    broken: dict[str, dict[str, None]] = {}
+    for each in judgements:
+        if each.status == "fail":
+            broken.setdefault(each.subject, {})[each.clause] = None
+    if broken:
+        return "does not conform: " + "; ".join(f"{name} breaks {', '.join(sorted(its))}" for name, its in broken.items())
+    subjects, passed = {each.subject for each in judgements}, sum(each.status == "pass" for each in judgements)
+    return f"conforms: {', '.join(sorted(subjects))} ({passed} checks)"
+
+
+def _table(judgements: Sequence[Judgement], candidates: Sequence[Candidate]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("clause", no_wrap=True)
+    for candidate in candidates:
+        table.add_column(candidate.name.replace("/", "\n"), justify="right", no_wrap=True)
+    for clause in CLAUSES:
+        rows = [[each for each in judgements if each.subject == c.name and each.clause == clause] for c in candidates]
+        if any(rows):
+            table.add_row(clause, *(_cell(row) for row in rows))
+    return table
+
+
+def _cell(judgements: Sequence[Judgement]) -> str:
+    counted = [each for each in judgements if each.status in ("pass", "fail")]
+    worst = _short(max((each.ulp for each in counted), default=0.0))
+    if any(each.status == "fail" for each in counted):
+        return f"[red]FAIL[/red] {worst}"
+    return f"[green]ok[/green] {worst}" if counted else "skipped"
+
+
+def _short(ulp: float) -> str:
+    """0.5, 38, 4e5: two digits where they count."""
+    return f"{ulp:.2g}" if ulp < 100 or ulp == float("inf") else f"{ulp:.0e}".replace("e+0", "e").replace("e+", "e")
+
+
+def _left_out(judgements: Sequence[Judgement], absent: Sequence[Absent]) -> list[str]:
+    """Each reason once, with how often."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for each in judgements:
+        if each.status in ("skip", "differs"):
+            reason = each.message if each.status == "skip" else "may differ, and does"
+            reasons.setdefault((each.subject, reason), []).append(each.case)
+    lines = [f"skipped {name}: {reason}" for name, reason in ((each.name, each.reason) for each in absent)]
+    for (subject, reason), cases in reasons.items():
+        told = f"{len(cases)} of its cases, {cases[0]} and others" if len(cases) > 2 else ", ".join(cases)
+        lines.append(f"{'noted' if reason.startswith('may') else 'skipped'} {subject}: {told}: {reason}")
+    return lines

@@ -1,0 +1,135 @@
+"""The NumPy home of BatchNorm: a layer on arrays, and the subjects ``reference`` and ``kernel`` of the conformance suite.
+
+Importing it loads NumPy alone; Numba comes with the first call of the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import reference
+from .layer import Array, Backend, objection, spec_text
+from .spec import BatchNormSpec
+
+
+class BatchNorm:
+    """The article's block on NumPy arrays, computed by the kernel.
+
+    State: gamma (ones), beta (zeros), None where the spec has none; moving_mean (zeros), moving_var (ones); (num_features,) each,
+    float32; make them float64 for float64 input (BN-10). ``batches`` counts the updates, for momentum None.
+
+    Args:
+        num_features: channels C.
+        num_dims: rank of the input, 2 for (N, C), 4 for (N, C, H, W); None for any.
+        spec: what it computes.
+    """
+
+    def __init__(self, num_features: int, num_dims: int | None, spec: BatchNormSpec | None = None) -> None:
+        self.num_features, self.num_dims, self.spec = num_features, num_dims, BatchNormSpec() if spec is None else spec
+        self.gamma = np.ones(num_features, np.float32) if self.spec.scale else None
+        self.beta = np.zeros(num_features, np.float32) if self.spec.center else None
+        self.moving_mean, self.moving_var = np.zeros(num_features, np.float32), np.ones(num_features, np.float32)
+        self.batches = 0
+        self._saved: Any = None
+
+    def __repr__(self) -> str:
+        return f"BatchNorm({self.num_features}, {self.num_dims}, {spec_text(self.spec)})"
+
+    def forward(self, x: Array, training: bool) -> Array:
+        """y for x, (N, C, ...); in training the moving statistics are updated, as the spec says.
+
+        Raises:
+            ValueError: wrong rank, shape or number of values (BN-01, BN-12).
+            TypeError: wrong type (BN-10).
+        """
+        state = {"gamma": self.gamma, "beta": self.beta, "moving_mean": self.moving_mean, "moving_var": self.moving_var}
+        problem = objection(
+            x.shape,
+            x.dtype.name,
+            num_features=self.num_features,
+            ranks=None if self.num_dims is None else (self.num_dims,),
+            needs_batch=self.spec.uses_batch(training),
+            parameters={name: (a.shape, a.dtype.name) for name, a in state.items() if a is not None},
+        )
+        if problem is not None:
+            raise (TypeError if problem.kind.endswith("type") else ValueError)(problem.message)
+        y = self._forward(x, training)
+        self.batches += training and self.spec.update_statistics and x.size > 0
+        return y
+
+    def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
+        """(dx, dgamma, dbeta) of the last forward; None for what there is not or is not learned.
+
+        Raises:
+            ValueError: there was no forward, or dy is not of its output's shape and type.
+        """
+        if self._saved is None:
+            raise ValueError("backward needs a forward before it, and there was none. Call forward(x, training) first.")
+        dx, dgamma, dbeta = self._backward(dy)
+        learned = self.spec.learn_affine
+        return dx, dgamma if learned and self.spec.scale else None, dbeta if learned and self.spec.center else None
+
+    def _forward(self, x: Array, training: bool) -> Array:
+        from . import kernel
+
+        state = self.gamma, self.beta, self.moving_mean, self.moving_var
+        y, saved = kernel.forward(x, *state, self.spec, training, batches=self.batches)
+        self._saved = saved, x.shape, x.dtype
+        return y
+
+    def _backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
+        from . import kernel
+
+        saved, shape, dtype = self._saved
+        if dy.shape != shape or dy.dtype != dtype:
+            raise ValueError(
+                f"dy must have the input's shape {shape} and type {dtype}, got shape {dy.shape} and type {dy.dtype}. "
+                "Give the gradient of this forward's output."
+            )
+        return kernel.backward(dy, saved)
+
+
+class KernelSubject(BatchNorm):
+    """``BatchNorm`` as the conformance suite sees it, for input of any rank."""
+
+    def __init__(self, num_features: int, spec: BatchNormSpec | None = None) -> None:
+        super().__init__(num_features, None, spec)
+
+    def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
+        """Copies of the arrays become the state."""
+        self.gamma = gamma.copy() if gamma is not None and self.spec.scale else None
+        self.beta = beta.copy() if beta is not None and self.spec.center else None
+        if moving_mean is not None and moving_var is not None:
+            self.moving_mean, self.moving_var = moving_mean.copy(), moving_var.copy()
+        self.batches = 0
+
+    def moving(self) -> tuple[Array, Array]:
+        """Copies of the moving statistics."""
+        return self.moving_mean.copy(), self.moving_var.copy()
+
+
+class ReferenceSubject(KernelSubject):
+    """The same, computed by ``multibn.reference``."""
+
+    def _forward(self, x: Array, training: bool) -> Array:
+        state = self.gamma, self.beta, self.moving_mean, self.moving_var
+        done = reference.forward(x, *state, self.spec, training, batches=self.batches)
+        self.moving_mean, self.moving_var, self._saved = done.moving_mean, done.moving_var, done.saved
+        return done.y
+
+    def _backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
+        return reference.backward(dy, self._saved)
+
+
+def _make(num_features: int, spec: BatchNormSpec | None, device: str, implementation: str) -> KernelSubject:
+    return {"reference": ReferenceSubject, "kernel": KernelSubject}[implementation](num_features, spec)
+
+
+def _devices() -> tuple[str, ...]:
+    return ("cpu",)
+
+
+BACKEND = Backend("numpy", {"numpy": np.__version__}, {"reference": "exact", "kernel": "exact"}, _devices, _make)
+"""NumPy as the conformance suite sees it."""

@@ -1,0 +1,92 @@
+"""The NumPy layer: what it takes, what it refuses, with the whole message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from multibn.array import BACKEND, BatchNorm, KernelSubject, ReferenceSubject
+from multibn.spec import BatchNormSpec
+
+X = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
+
+
+def test_the_articles_example() -> None:
+    layer = BatchNorm(3, 4, BatchNormSpec.article())
+    y = layer.forward(X, training=True)
+    assert layer.moving_mean.tolist() == np.array([0.75, 1.15, 1.55], np.float32).tolist()
+    assert np.array_equal(y, ReferenceSubject(3, BatchNormSpec.article()).forward(X, training=True))
+    assert layer.batches == 1
+    assert [None if a is None else a.shape for a in layer.backward(X)] == [(2, 3, 2, 2), (3,), (3,)]
+
+
+def test_repr() -> None:
+    assert repr(BatchNorm(3, 4)) == "BatchNorm(3, 4, eps=1e-05, momentum=0.9)"
+
+
+@pytest.mark.parametrize("spec", [BatchNormSpec(scale=False), BatchNormSpec(center=False), BatchNormSpec(learn_affine=False)])
+def test_no_gradient_for_what_there_is_not(spec: BatchNormSpec) -> None:
+    layer = BatchNorm(3, 4, spec)
+    layer.forward(X, training=True)
+    _, dgamma, dbeta = layer.backward(X)
+    assert (dgamma is None, dbeta is None) == (not (spec.scale and spec.learn_affine), not (spec.center and spec.learn_affine))
+    assert (layer.gamma is None, layer.beta is None) == (not spec.scale, not spec.center)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (
+            X[0],
+            ValueError,
+            "expected input of rank 4, got rank 3, shape (3, 2, 2) (BN-01). The axes are batch, channel, then space; "
+            "reshape the input, or use the layer made for its rank.",
+        ),
+        (
+            X.astype(np.int64),
+            TypeError,
+            "expected input of type float16, bfloat16, float32, float64, got int64 (BN-10). Convert the input to float32 first.",
+        ),
+        (
+            X[:1, :, :1, :1],
+            ValueError,
+            "Expected more than 1 value per channel when training, got input of shape (1, 3, 1, 1) (BN-12). One value is its own "
+            "mean, so its variance is 0 and the output would be beta whatever the input. Use a larger batch, or inference.",
+        ),
+    ],
+)
+def test_refused_input_leaves_the_state(x: np.ndarray, error: type[Exception], message: str) -> None:  # type: ignore[type-arg]
+    layer = BatchNorm(3, 4)
+    with pytest.raises(error) as caught:
+        layer.forward(x, training=True)
+    assert str(caught.value) == message
+    assert (layer.moving_mean.tolist(), layer.moving_var.tolist(), layer.batches) == ([0, 0, 0], [1, 1, 1], 0)
+
+
+def test_refused_gradients() -> None:
+    layer = BatchNorm(3, 4)
+    with pytest.raises(ValueError) as caught:
+        layer.backward(X)
+    assert str(caught.value) == "backward needs a forward before it, and there was none. Call forward(x, training) first."
+    layer.forward(X, training=True)
+    with pytest.raises(ValueError) as caught:
+        layer.backward(X[:1])
+    assert str(caught.value) == (
+        "dy must have the input's shape (2, 3, 2, 2) and type float32, got shape (1, 3, 2, 2) and type float32. "
+        "Give the gradient of this forward's output."
+    )
+
+
+def test_the_backend_makes_both() -> None:
+    made = {name: BACKEND.make(3, None, "cpu", name) for name in BACKEND.implementations}
+    assert {name: type(subject) for name, subject in made.items()} == {"reference": ReferenceSubject, "kernel": KernelSubject}
+    assert BACKEND.devices() == ("cpu",)
+
+
+def test_importing_it_loads_no_numba() -> None:
+    code = "import sys, multibn.array; print(sorted({'numba', 'torch', 'mxnet'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,292 @@
+"""The command line and the pytest run of the suite: choices, messages, exit codes, third-party backends."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'multibn[conformance]'")
+
+from rich.console import Console
+
+from multibn.cli import app
+from multibn.layer import Backend
+from multibn.spec import CLAUSES
+from multibn_conformance import reproduce, subjects
+from multibn_conformance.choice import WrongCall
+from multibn_conformance.fixed import CASES
+
+ROOT = Path(__file__).parents[1]
+
+THIRD_PARTY = """
+from multibn.array import KernelSubject, ReferenceSubject
+from multibn.layer import Backend
+
+class Wrong(ReferenceSubject):
+    def _forward(self, x, training):
+        super()._forward(x, training)
+        return super()._forward(x, training)
+
+def make(num_features, spec, device, implementation):
+    return {"right": ReferenceSubject, "wrong": Wrong}[implementation](num_features, spec)
+
+RIGHT = Backend("right", {"third": "3.0"}, {"right": "exact"}, lambda: ("cpu", "chip:0"), make)
+WRONG = Backend("wrong", {"third": "3.0"}, {"wrong": "exact"}, lambda: ("cpu",), make)
+LOOSE = Backend("loose", {"third": "3.0"}, {"right": "working"}, lambda: ("cpu", "chip:0"), make)
+"""
+
+
+@pytest.fixture
+def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A distribution that someone else made: its backends appear through its entry points alone."""
+    (tmp_path / "third_party_norm.py").write_text(THIRD_PARTY)
+    info = tmp_path / "third_party_norm-3.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party-norm\nVersion: 3.0\n")
+    (info / "entry_points.txt").write_text(
+        "[multibn.backends]\n"
+        + "".join(f"{name} = third_party_norm:{name.upper()}\n" for name in ("right", "wrong", "loose"))
+        + "missing = no_such_module:BACKEND\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(subjects, "entry_points", lambda group: _points(tmp_path, group))
+    return tmp_path
+
+
+def _points(path: Path, group: str) -> list[object]:
+    from importlib.metadata import distributions
+
+    return [point for found in distributions(path=[str(path)]) for point in found.entry_points if point.group == group]
+
+
+def called(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.usefixtures("third_party")
+def test_conforms() -> None:
+    code, out, err = called("conform", "--backend", "right", "--clause", "BN-07")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert re.fullmatch(r" BN-07 +ok \d\.\d *", next(line for line in lines if "BN-07" in line))
+    assert lines[-3:] == [
+        "Worst error in ulp of the output's type, at the scale of the result; for float64 it includes what float64 sums lose. "
+        "Judged with third 3.0.",
+        "skipped right/right/chip:0: exact implementations run on the CPU",
+        "conforms: right/right/cpu (10 checks)",
+    ]
+
+
+@pytest.mark.usefixtures("third_party")
+def test_does_not_conform() -> None:
+    code, out, _ = called("conform", "--backend", "right", "--backend", "wrong", "--device", "cpu", "--clause", "BN-05")
+    lines = out.splitlines()
+    assert code == 1
+    assert lines[0].startswith("wrong/wrong/cpu fails BN-05-ten-steps-rank-2-float32: step 1 of 10 (train), moving_mean[")
+    assert lines[1] == f"BN-05: {CLAUSES['BN-05']}"
+    assert lines[3].startswith(
+        "It fails 14 more of this clause: BN-05-ten-steps-rank-3-float32, BN-05-ten-steps-rank-4-float32, "
+    )
+    assert lines[4:6] == [
+        "from multibn_conformance import reproduce",
+        "print(reproduce('wrong/wrong/cpu', 'BN-05-ten-steps-rank-2-float32'))",
+    ]
+    assert lines[-1] == "does not conform: wrong/wrong/cpu breaks BN-05"
+    assert reproduce("wrong/wrong/cpu", "BN-05-ten-steps-rank-2-float32").splitlines() == [
+        lines[0].removeprefix("wrong/wrong/cpu fails "),
+        *lines[1:3],
+    ]
+    assert reproduce("right/right/cpu", "BN-05-ten-steps-rank-2-float32") == "pass"
+
+
+@pytest.mark.usefixtures("third_party")
+def test_one_failure_and_what_is_left_out() -> None:
+    code, out, _ = called(
+        "conform", "--backend", "[lw]*", "--device", "cpu", "--case", "BN-15-rank-?", "--case", "BN-05-momentum-0.1"
+    )
+    lines = out.splitlines()
+    assert code == 1
+    assert lines[3].startswith("from")
+    assert lines[-2:] == [
+        "skipped loose/right/cpu: BN-15-rank-2, BN-15-rank-4: equal bits are promised by exact implementations only",
+        "does not conform: wrong/wrong/cpu breaks BN-05, BN-15",
+    ]
+
+
+@pytest.mark.usefixtures("third_party")
+def test_a_case_that_differs_where_it_may_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import third_party_norm  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(third_party_norm.Wrong, "_forward", lambda self, x, training: 1 + _reference(self, x, training))
+    code, out, _ = called("conform", "--backend", "wrong", "--case", "BN-14-bits-across-layouts")
+    assert code == 0
+    assert out.splitlines()[-2:] == [
+        "noted wrong/wrong/cpu: BN-14-bits-across-layouts: may differ, and does",
+        "conforms: wrong/wrong/cpu (0 checks)",
+    ]
+
+
+def _reference(subject: Any, x: Any, training: bool) -> Any:
+    from multibn.array import ReferenceSubject
+
+    return ReferenceSubject._forward(subject, x, training)
+
+
+@pytest.mark.usefixtures("third_party")
+def test_all_of_the_third_party() -> None:
+    code, out, _ = called("conform", "--case", "BN-07-one-value")
+    assert code == 0
+    assert (
+        "skipped missing: no_such_module:BACKEND cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'" in out
+    )
+    assert out.splitlines()[-1] == "conforms: loose/right/chip:0, loose/right/cpu, right/right/cpu, wrong/wrong/cpu (4 checks)"
+
+
+@pytest.mark.usefixtures("third_party")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--backend", "keras"), "there is no backend 'keras'; there are right, wrong, loose, missing."),
+        (
+            ("--backend", "missing"),
+            "backend 'missing' was asked for, but no_such_module:BACKEND cannot be loaded: ModuleNotFoundError: "
+            "No module named 'no_such_module'. Install what it needs.",
+        ),
+        (("--device", "cuda:0"), "there is no device 'cuda:0'; there are cpu, chip:0."),
+        (("--backend", "wrong", "--device", "cuda:0"), "there is no device 'cuda:0'; there is cpu."),
+        (
+            ("--backend", "right", "--device", "chip:0"),
+            "nobody to judge: right/right/chip:0: exact implementations run on the CPU.",
+        ),
+        (("--case", "BN-99-*"), f"there is no case 'BN-99-*'; there are {', '.join(CASES)}."),
+        (("--clause", "BN-99"), f"there is no clause 'BN-99'; there are {', '.join(CLAUSES)}."),
+        (
+            ("--case", "BN-05-*", "--clause", "BN-06"),
+            "no case of BN-05-* is of clause BN-06. Leave one of the two choices out.",
+        ),
+    ],
+)
+def test_a_wrong_call(arguments: tuple[str, ...], message: str) -> None:
+    assert called("conform", *arguments) == (2, "", f"multibn: {message}\n")
+
+
+def test_nobody_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subjects, "entry_points", lambda group: [])
+    assert called("conform") == (2, "", "multibn: nobody to judge: no backend.\n")
+    assert called("conform", "--backend", "torch") == (2, "", "multibn: there is no backend 'torch'; there are none.\n")
+
+
+@pytest.mark.usefixtures("third_party")
+@pytest.mark.parametrize(
+    ("subject", "case", "message"),
+    [
+        (
+            "a/b/c",
+            "BN-07-one-value",
+            "there is no subject 'a/b/c'; there are right/right/cpu, wrong/wrong/cpu, loose/right/cpu, loose/right/chip:0.",
+        ),
+        ("*", "BN-07-one-value", "reproduce runs one case on one subject; these are patterns of several."),
+        ("wrong/wrong/cpu", "BN-0*", "reproduce runs one case on one subject; these are patterns of several."),
+    ],
+)
+def test_reproduce_refuses(subject: str, case: str, message: str) -> None:
+    with pytest.raises(WrongCall) as caught:
+        reproduce(subject, case)
+    assert str(caught.value) == message
+
+
+def test_an_unknown_option_is_a_wrong_call() -> None:
+    assert called("conform", "--backends", "numpy")[0] == 2
+
+
+def test_what_the_oracle_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("mpmath", "multibn_conformance"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mpmath", None)
+    needed = "multibn conform needs mpmath, which is not installed: pip install 'multibn[conformance]'"
+    assert called("conform") == (2, "", f"multibn: {needed}\n")
+
+
+def test_clauses_and_dialects() -> None:
+    assert called("clauses") == (0, "".join(f"{number}  {text}\n" for number, text in CLAUSES.items()), "")
+    code, out, _ = called("dialects")
+    assert code == 0
+    assert "gluon" in out
+
+
+def test_help_loads_no_framework() -> None:
+    code = (
+        "import sys; sys.argv = ['multibn', 'conform', '--help']\n"
+        "from multibn.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    print(sorted({'numba', 'torch', 'mxnet', 'mpmath', 'sklearn', 'pytest'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_progress_bar_is_for_terminals() -> None:
+    from io import StringIO
+
+    from multibn.array import BACKEND
+    from multibn_conformance import report
+
+    for terminal in (True, False):
+        text = StringIO()
+        candidates = [subjects.Candidate(BACKEND, "reference", "cpu")]
+        judgements = report.run(candidates, [CASES["BN-07-one-value"]], Console(file=text, force_terminal=terminal, width=100))
+        assert [each.status for each in judgements] == ["pass"]
+        assert ("numpy/reference/cpu" in text.getvalue()) == terminal
+
+
+def checked(*arguments: str, path: Path | None = None, before: str = "") -> subprocess.CompletedProcess[str]:
+    """``pytest conformance`` in a process of its own."""
+    start = f"import sys; sys.path[:0] = [{str(path)!r}]" if path else "import sys"
+    given = ["conformance", "-q", "-p", "no:cacheprovider", *arguments]
+    code = f"{start}\n{before}\nimport pytest; sys.exit(pytest.main({given!r}))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_pytest_names_subject_and_case(third_party: Path) -> None:
+    done = checked("--backend", "right", "--backend", "wrong", "--case", "BN-05-momentum-0*", "-rA", path=third_party)
+    assert done.returncode == 1, done.stdout
+    for line in (
+        "PASSED conformance/multibn_conformance/checks.py::test_conforms[right-right-cpu-BN-05-momentum-0.1]",
+        "FAILED conformance/multibn_conformance/checks.py::test_conforms[wrong-wrong-cpu-BN-05-momentum-0.1]",
+    ):
+        assert any(each.startswith(line) for each in done.stdout.splitlines()), done.stdout
+    assert "right/right/chip:0: exact implementations run on the CPU" in done.stdout
+
+
+def test_pytest_skips_what_is_not_promised(third_party: Path) -> None:
+    done = checked("--backend", "loose", "--device", "cpu", "--case", "BN-15-rank-2", "-rs", path=third_party)
+    assert done.returncode == 0, done.stdout
+    assert "equal bits are promised by exact implementations only" in done.stdout
+
+
+def test_pytest_with_a_backend_that_cannot_load_is_an_error(third_party: Path) -> None:
+    done = checked("--backend", "missing", path=third_party)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stderr == (
+        "ERROR: backend 'missing' was asked for, but no_such_module:BACKEND cannot be loaded: ModuleNotFoundError: "
+        "No module named 'no_such_module'. Install what it needs.\n\n"
+    )
+
+
+def test_pytest_without_mpmath_is_a_skip() -> None:
+    done = checked("-rs", before="sys.modules['mpmath'] = None")
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert "the oracle needs mpmath: pip install 'multibn[conformance]'" in done.stdout
+
+
+def test_a_candidate_is_named_by_backend_implementation_and_device() -> None:
+    backend = Backend("a", {}, {"b": "exact"}, lambda: ("c",), lambda *_: None)  # type: ignore[arg-type]
+    assert repr(subjects.Candidate(backend, "b", "c")) == "Candidate(implementation='b', device='c')"
+    assert subjects.Candidate(backend, "b", "c").name == "a/b/c"
