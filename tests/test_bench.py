@@ -1,0 +1,328 @@
+"""``multibn bench``: its arithmetic, the reports of a made-up run, the processes that measure, and wrong calls."""
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from multibn import bench, bench_result, cli
+from multibn.bench_result import Input, Result, Row
+
+PROCESSORS = len(os.sched_getaffinity(0))
+
+
+def row(given: Input, ours: list[float], own: list[float], copy: list[float] | None = None) -> Row:
+    samples = {"ours": ours, "own": own}
+    return Row(given, "torch.nn.BatchNorm2d", samples if copy is None else {**samples, "copy": copy})
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> Result:
+    monkeypatch.setattr(bench_result, "version", lambda name: f"of-{name}")
+    monkeypatch.setattr(platform, "python_version", lambda: "3.11.0")
+    monkeypatch.setattr(bench_result, "__version__", "0.0")
+    rows = [
+        row(Input("stages", (32, 64, 4, 4)), [10.0, 12.0, 30.0], [40.0, 12.0, 90.0], [10.0, 8.0, 10.0]),
+        row(Input("stages", (32, 128, 2, 2)), [1.0, 1.0, 1.0], [12.0, 12.0, 12.0], [2.0, 2.0, 2.0]),
+        row(Input("small", (8, 2), hybridized=True), [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]),
+    ]
+    return Result(
+        "multibn bench", 2, 3, {"torch": rows}, {"mxnet": "gone"}, date="2026-01-02T03:04:05+00:00", processor="A processor"
+    )
+
+
+def test_the_speedup_is_the_median_of_the_ratios_and_not_the_ratio_of_the_medians() -> None:
+    busy = row(Input("stages", (2, 2)), [10.0, 100.0, 14.0], [40.0, 300.0, 28.0], [5.0, 100.0, 2.0])
+    assert busy.speedup == 3.0  # of 4, 3, 2; the medians are 14 and 40
+    assert busy.to_copy == 2.0  # of 2, 1, 7
+    assert busy.ms("ours") == 14.0
+    assert busy.ms("own") == 40.0
+
+
+def test_without_a_copy_there_is_no_ratio_to_it() -> None:
+    small = row(Input("small", (2, 2)), [1.0], [2.0])
+    assert small.to_copy is None
+    assert small.ms("copy") is None
+
+
+def test_samples_of_different_length_are_refused() -> None:
+    with pytest.raises(ValueError):
+        bench_result.median_of_ratios([1.0, 2.0], [1.0])
+
+
+def test_the_geometric_mean_of_two_and_eight_is_four() -> None:
+    assert round(bench_result.geometric_mean([2.0, 8.0]), 12) == 4.0
+
+
+def test_geometric_means_are_those_of_the_stages(made_up: Result) -> None:
+    means = made_up.geometric_means("torch")
+    assert list(means) == ["stages"]
+    assert round(means["stages"], 12) == 6.0  # of 3 and 12
+
+
+def test_the_processor_is_named(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: A processor\nflags\t: x\nprocessor\t: 1\nmodel name\t: A processor\n")
+    assert bench_result.processor(info) == "A processor, 2 processors"
+    nameless = bench_result.processor(tmp_path / "missing")
+    assert nameless == (platform.processor() or platform.machine())
+
+
+def test_the_table(made_up: Result) -> None:
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(bench_result.table(made_up, "torch"))
+    assert [line.rstrip() for line in capture.get().splitlines() if line.strip()] == [
+        "torch of-torch; own: torch.nn.BatchNorm2d",
+        "  input                ours ms   own ms   copy ms   own/ours   ours/copy",
+        " ────────────────────────────────────────────────────────────────────────",
+        "  ResNet-50's stages",
+        "   (32, 64, 4, 4)        12.00    40.00     10.00       3.00        1.50",
+        "   (32, 128, 2, 2)        1.00    12.00      2.00      12.00       0.500",
+        "   geometric mean                                       6.00",
+        "  small",
+        "   (8, 2), hybrid        0.500    0.250                0.500",
+    ]
+
+
+def test_the_caption_says_how_the_run_was_made(made_up: Result) -> None:
+    assert bench_result.caption(made_up).splitlines() == [
+        "Medians of 3 turns; forward + backward in training, or forward in inference.",
+        "copy: copying the same bytes, two copies into memory allocated like y and three into memory allocated like dx; "
+        "in inference one.",
+        "multibn 0.0, python 3.11.0, numpy of-numpy, numba of-numba, torch of-torch",
+        "A processor, 2 threads, 2026-01-02T03:04:05+00:00",
+        "multibn bench",
+    ]
+
+
+def test_the_json(made_up: Result) -> None:
+    found = json.loads(json.dumps(made_up.to_dict()))
+    rows = found["frameworks"]["torch"].pop("rows")
+    means = found["frameworks"]["torch"].pop("geometric_means")
+    assert means == made_up.geometric_means("torch")
+    assert found == {
+        "format": "multibn bench 1",
+        "command": "multibn bench",
+        "date": "2026-01-02T03:04:05+00:00",
+        "processor": "A processor",
+        "threads": 2,
+        "rounds": 3,
+        "versions": {"multibn": "0.0", "python": "3.11.0", "numpy": "of-numpy", "numba": "of-numba", "torch": "of-torch"},
+        "absent": {"mxnet": "gone"},
+        "frameworks": {"torch": {}},
+    }
+    assert rows[0] == {
+        "group": "stages",
+        "shape": [32, 64, 4, 4],
+        "training": True,
+        "channels_last": False,
+        "hybridized": False,
+        "own": "torch.nn.BatchNorm2d",
+        "ours_ms": 12.0,
+        "own_ms": 40.0,
+        "copy_ms": 10.0,
+        "speedup": 3.0,
+        "to_copy": 1.5,
+        "samples_ms": {"ours": [10.0, 12.0, 30.0], "own": [40.0, 12.0, 90.0], "copy": [10.0, 8.0, 10.0]},
+    }
+    assert rows[2]["copy_ms"] is rows[2]["to_copy"] is None
+    assert list(rows[2]["samples_ms"]) == ["ours", "own"]
+
+
+def test_the_picture_has_a_bar_for_each_and_the_ratio_above(made_up: Result) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.text import Annotation
+
+    axes = Figure().subplots()
+    bench_result._bars(axes, made_up.rows["torch"][:2])
+    assert [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)] == [12.0, 40.0, 1.0, 12.0]
+    assert [text.get_text() for text in axes.texts] == ["3.0\N{MULTIPLICATION SIGN}", "12.0\N{MULTIPLICATION SIGN}"]
+    assert [text.xy for text in axes.texts if isinstance(text, Annotation)] == [(0, 40.0), (1, 12.0)]
+    assert [line.get_segments()[0][0][1] for line in axes.collections if isinstance(line, LineCollection)] == [10.0, 2.0]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["copying the same bytes", "multibn", "torch.nn.BatchNorm2d"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+        "64\n4\N{MULTIPLICATION SIGN}4",
+        "128\n2\N{MULTIPLICATION SIGN}2",
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
+def test_the_picture_is_written(made_up: Result, tmp_path: Path, suffix: str, begins: bytes) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / f"bench{suffix}"
+    bench_result.draw(made_up, file)
+    assert file.read_bytes().startswith(begins)
+
+
+def test_turns_alternate_and_the_first_runs_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def clock(run: Callable[[], str], clear: object, repeats: int) -> float:
+        calls.append((run(), repeats))
+        return 2.0
+
+    monkeypatch.setattr(bench, "clock", clock)
+    samples = bench.take_turns({"ours": lambda: "ours", "own": lambda: "own"}, lambda: None, 3)
+    assert samples == {"ours": [2.0] * 3, "own": [2.0] * 3}
+    assert calls[-6:] == [(who, 3) for who in ("ours", "own", "own", "ours", "ours", "own")]  # 3 of 2 ms last 5 ms
+    assert len(calls) == 2 + 6 + 6
+
+
+def test_the_clock_divides_by_the_repeats_and_clears_before_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([10.0, 10.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    calls: list[str] = []
+    assert bench.clock(lambda: calls.append("run"), lambda: calls.append("clear"), 2) == 250.0
+    assert calls == ["clear", "clear", "run", "clear", "run"]
+
+
+TINY = {
+    "torch": [
+        Input("stages", (4, 3, 5, 5)),
+        Input("channels last", (4, 3, 5, 5), channels_last=True),
+        Input("inference", (4, 3), training=False),
+        Input("small", (4, 3)),
+    ],
+    "mxnet": [
+        Input("stages", (4, 3, 5, 5)),
+        Input("inference", (4, 3), training=False),
+        Input("small", (4, 3), hybridized=True),
+    ],
+}
+
+
+@pytest.mark.parametrize("framework", bench.MODULES)
+def test_a_framework_is_measured_in_its_own_process(
+    framework: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(framework)
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("COLUMNS", "100")
+    file, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
+    assert bench.run([framework], {"other": "not installed"}, 1, True, file, picture, "multibn bench", TINY)
+    found = json.loads(file.read_text())
+    rows = found["frameworks"][framework]["rows"]
+    assert [tuple(each["shape"]) for each in rows] == [each.shape for each in TINY[framework]]
+    own = {"torch": ["torch.nn.BatchNorm2d"] * 2 + ["torch.nn.BatchNorm1d"] * 2, "mxnet": ["gluon.nn.BatchNorm"] * 3}
+    assert [each["own"] for each in rows] == own[framework]
+    for each in rows:
+        assert list(each["samples_ms"]) == (["ours", "own"] if each["group"] == "small" else ["ours", "own", "copy"])
+        assert all(len(times) == 3 and min(times) > 0 for times in each["samples_ms"].values())
+    assert found["versions"][framework] == version(framework)
+    assert picture.stat().st_size > 0
+    out = capfd.readouterr().out
+    assert out.startswith(f"{framework} {version(framework)}; own: {' and '.join(dict.fromkeys(own[framework]))}")
+    assert "\nother was not measured: not installed\n" in out
+    assert out.endswith("\nmultibn bench\n")
+
+
+def test_a_process_that_fails_is_reported_and_the_others_are_measured(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(bench.MODULES, "torch", "multibn.no_such_module")
+    file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    assert not bench.run(["torch"], {}, 1, True, file, picture, "multibn bench", TINY)
+    reason = "its process ended with code 1; what it said stands above."
+    assert json.loads(file.read_text())["absent"] == {"torch": reason}
+    assert not picture.exists()
+    out, err = capfd.readouterr()
+    assert f"torch was not measured: {reason}" in out.splitlines()
+    assert "No module named multibn.no_such_module\n" in err
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Say which frameworks are installed."""
+
+    def only(*names: str) -> None:
+        def found(name: str) -> str:
+            if name not in names:
+                raise PackageNotFoundError(name)
+            return "1"
+
+        monkeypatch.setattr(bench, "version", found)
+
+    only("torch", "mxnet")
+    return only
+
+
+def test_all_that_is_installed_is_measured_unless_chosen(installed: Callable[..., None]) -> None:
+    assert bench.check([], None, None, None) == (["torch", "mxnet"], {}, min(2, PROCESSORS))
+    assert bench.check(["mxnet", "mxnet"], 1, Path("a.json"), None) == (["mxnet"], {}, 1)
+    installed("torch")
+    absent = {"mxnet": "not installed: pip install 'multibn[mxnet]'"}
+    assert bench.check([], 1, None, None) == (["torch"], absent, 1)
+    assert bench.check(["torch"], 1, None, None) == (["torch"], {}, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--framework", "jax"], "--framework must be torch or mxnet, got jax."),
+        (["--threads", "0"], f"--threads must be from 1 to {PROCESSORS}, the processors that this process may use, got 0."),
+        (["--threads", "9999"], f"--threads must be from 1 to {PROCESSORS}, the processors that this process may use, got 9999."),
+        (["--picture", "bench.gif"], "--picture must end in .svg or .png, got bench.gif."),
+        (["--json", "/none/a.json"], "/none/a.json cannot be written, there is no folder /none: make it first."),
+        (["--picture", "/none/a.svg"], "/none/a.svg cannot be written, there is no folder /none: make it first."),
+    ],
+)
+def test_a_wrong_call_ends_with_2(installed: Callable[..., None], arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(cli.app, ["bench", *arguments])
+    assert (done.exit_code, done.stdout, done.stderr) == (2, "", f"multibn: {message}\n")
+
+
+def test_a_framework_asked_for_must_be_installed(installed: Callable[..., None]) -> None:
+    installed("torch")
+    with pytest.raises(ValueError) as raised:
+        bench.check(["mxnet"], None, None, None)
+    assert str(raised.value) == "mxnet is not installed: pip install 'multibn[mxnet]'."
+
+
+def test_with_nothing_installed_there_is_nothing_to_measure(installed: Callable[..., None]) -> None:
+    installed()
+    with pytest.raises(ValueError) as raised:
+        bench.check([], None, None, None)
+    assert str(raised.value) == (
+        "nothing to measure: torch is not installed: pip install 'multibn[torch]'; "
+        "mxnet is not installed: pip install 'multibn[mxnet]'."
+    )
+
+
+def test_a_picture_needs_matplotlib(installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError) as raised:
+        bench.check([], None, None, Path("a.svg"))
+    assert str(raised.value) == "--picture needs matplotlib, which is not installed: pip install 'multibn[conformance]'."
+
+
+@pytest.mark.parametrize(("done", "code"), [(True, 0), (False, 1)])
+def test_the_command_passes_on_what_was_asked(
+    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, done: bool, code: int
+) -> None:
+    pytest.importorskip("matplotlib")
+    asked = []
+
+    def run(*plan: object) -> bool:
+        asked.append(plan)
+        return done
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(sys, "argv", ["/bin/multibn", "bench", "--json", "a b.json"])
+    arguments = ["bench", "--quick", "--framework", "mxnet", "--threads", "1", "--json", "a b.json", "--picture", "c.svg"]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == code
+    assert asked == [(["mxnet"], {}, 1, True, Path("a b.json"), Path("c.svg"), "multibn bench --json 'a b.json'")]
