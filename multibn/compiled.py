@@ -5,6 +5,9 @@ int16 holds float16, uint16 holds bfloat16, which Numba does not have.
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
+from pkgutil import get_data
 from typing import Any
 
 import numpy as np
@@ -22,11 +25,21 @@ def inner(function: Any) -> Any:
     return _compile(function, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
 
 
-def _compile(function: Any, options: dict[str, bool]) -> Any:
+def _compile(function: Any, options: dict[str, Any]) -> Any:
     try:
-        return njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+        dispatcher = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
     except RuntimeError:  # Numba found no directory that it may write
         return njit(nogil=True, error_model="numpy", **options)(function)
+    with suppress(AttributeError):  # no cache where NUMBA_DISABLE_JIT is set, or perhaps another one in a later Numba
+        cache = dispatcher._cache._cache_file
+        cache._source_stamp = (cache._source_stamp, _SOURCES)
+    return dispatcher
+
+
+_SOURCES = hashlib.sha256(
+    b"".join(get_data(__package__, f"{name}.py") or b"" for name in ("compiled", "loops", "spec"))
+).hexdigest()
+"""Numba compiles anew when a function's own file has changed. Its code also holds what it calls, and the constants, of these."""
 
 
 def load(value: Any) -> Any:

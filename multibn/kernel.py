@@ -96,7 +96,7 @@ def run_backward(
     _share(backward_stage, 3, tasks, rest, threads)
 
 
-_PIECES = 4
+_PIECES = 2
 """Pieces of work for each thread, so that one that starts late does less."""
 
 
@@ -117,9 +117,7 @@ def prepare(dtype: Any) -> None:
     with _preparing:
         if dtype.char in _ready:
             return
-        notice = threading.Timer(
-            1.0, lambda: print(f"multibn: compiling the CPU kernel for {dtype.name}; later runs find it on disk", file=sys.stderr)
-        )
+        notice = threading.Timer(1.0, _say_compiling, [dtype.name])
         notice.start()
         try:
             x, saved = np.zeros((2, 1, 1), dtype), np.empty((2, 1))
@@ -129,6 +127,12 @@ def prepare(dtype: Any) -> None:
         finally:
             notice.cancel()
         _ready.add(dtype.char)
+
+
+def _say_compiling(kind: str) -> None:
+    kind = {"int16": "float16", "uint16": "bfloat16"}.get(kind, kind)
+    kept = "; later runs find it on disk" if forward_serial.stats.cache_path else ""
+    print(f"multibn: compiling the CPU kernel for {kind}{kept}", file=sys.stderr)
 
 
 class Saved(NamedTuple):

@@ -19,8 +19,8 @@ from numba.extending import intrinsic
 from .compiled import compiled, inner, load, store
 from .spec import BLOCK, LANES
 
-# One scratch array per call holds six vectors of LANES values, at constant distances: the compiler sees that they do not overlap.
-_A, _B, _MEAN, _INVSTD, _GAMMA, _BETA = (i * LANES for i in range(6))
+# One scratch array per call holds five vectors of LANES values at constant distances: the compiler sees that they do not overlap.
+_A, _B, _MEAN, _SCALE, _BETA = (i * LANES for i in range(5))
 
 
 class Plan(NamedTuple):
@@ -53,6 +53,12 @@ def plan_of(shape: tuple[int, int, int]) -> Plan:
 
 
 @inner
+def _channels(plan: Plan, group: int) -> tuple[int, int]:
+    """The channels of a group."""
+    return group * plan.together, min((group + 1) * plan.together, plan.channels)
+
+
+@inner
 def _chunk(plan: Plan, group: int, chunk: int) -> tuple[int, int]:
     """Where a chunk of a group begins in the flat array, and how many values it has."""
     channel = group * plan.together
@@ -65,10 +71,15 @@ def _chunk(plan: Plan, group: int, chunk: int) -> tuple[int, int]:
 @inner
 def _spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
     """One value per channel of the group, repeated for each of its lanes."""
-    for k in range(min(plan.together, plan.channels - group * plan.together)):
-        value = values[group * plan.together + k]
-        for j in range(k * plan.width, (k + 1) * plan.width):
-            lanes[j] = value
+    first, last = _channels(plan, group)
+    if plan.width == 1:  # a plain copy is vectorised
+        for j in range(last - first):
+            lanes[j] = values[first + j]
+    else:
+        for k in range(last - first):
+            value = values[first + k]
+            for j in range(k * plan.width, (k + 1) * plan.width):
+                lanes[j] = value
 
 
 @inner
@@ -85,8 +96,13 @@ def _fold(lanes: Any, start: int, width: int) -> float:
 @inner
 def _fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> None:
     """The sum of each channel of the group over its lanes, which begin at ``start``."""
-    for k in range(min(plan.together, plan.channels - group * plan.together)):
-        sums[group * plan.together + k] = _fold(lanes, start + k * plan.width, plan.width)
+    first, last = _channels(plan, group)
+    if plan.width == 1:
+        for j in range(last - first):
+            sums[first + j] = lanes[start + j]
+    else:
+        for k in range(last - first):
+            sums[first + k] = _fold(lanes, start + k * plan.width, plan.width)
 
 
 @inner
@@ -132,8 +148,7 @@ def _deviate4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
 @inner
 def _normalise(a: Any, y: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
-        xhat = (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _INVSTD]
-        store(y, j, xhat * lanes[j + _GAMMA] + lanes[j + _BETA])
+        store(y, j, (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _SCALE] + lanes[j + _BETA])
 
 
 @inner
@@ -141,31 +156,32 @@ def _correlate(a: Any, da: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
         p, dp = load(a[j]), load(da[j])
         lanes[j + _A] += dp
-        lanes[j + _B] += dp * ((p - lanes[j + _MEAN]) * lanes[j + _INVSTD])
+        lanes[j + _B] += dp * (p - lanes[j + _MEAN])
 
 
 @inner
-def _correlate2(a: Any, b: Any, da: Any, db: Any, lanes: Any) -> None:
+def _correlate4(a: Any, b: Any, c: Any, d: Any, da: Any, db: Any, dc: Any, dd: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
-        mean, invstd = lanes[j + _MEAN], lanes[j + _INVSTD]
-        dp, dq = load(da[j]), load(db[j])
-        lanes[j + _A] = (lanes[j + _A] + dp) + dq
-        lanes[j + _B] = (lanes[j + _B] + dp * ((load(a[j]) - mean) * invstd)) + dq * ((load(b[j]) - mean) * invstd)
+        mean = lanes[j + _MEAN]
+        dp, dq, dr, ds = load(da[j]), load(db[j]), load(dc[j]), load(dd[j])
+        p, q, r, s = load(a[j]) - mean, load(b[j]) - mean, load(c[j]) - mean, load(d[j]) - mean
+        lanes[j + _A] = (((lanes[j + _A] + dp) + dq) + dr) + ds
+        lanes[j + _B] = (((lanes[j + _B] + dp * p) + dq * q) + dr * r) + ds * s
 
 
 @inner
 def _propagate(a: Any, da: Any, dx: Any, lanes: Any) -> None:
-    """dx from dy: lanes _A and _B hold the means of dy and dy*xhat, _GAMMA gamma*invstd."""
+    """dx from dy: lanes _A hold the mean of dy, _B what goes with x-mean."""
     for j in range(a.shape[0]):
-        xhat = (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _INVSTD]
-        store(dx, j, ((load(da[j]) - lanes[j + _A]) - xhat * lanes[j + _B]) * lanes[j + _GAMMA])
+        along = (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _B]
+        store(dx, j, ((load(da[j]) - lanes[j + _A]) - along) * lanes[j + _SCALE])
 
 
 @inner
 def _scale(da: Any, dx: Any, lanes: Any) -> None:
     """dx from dy where the statistics are constants."""
     for j in range(da.shape[0]):
-        store(dx, j, load(da[j]) * lanes[j + _GAMMA])
+        store(dx, j, load(da[j]) * lanes[j + _SCALE])
 
 
 # Passes over the tasks first..last, a task being one block of one group.
@@ -204,7 +220,7 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
 
         _spread(sums[0, block], plan, group, lanes[_MEAN:])
         count = _count(plan, block)
-        for lane in range(LANES):
+        for lane in range(LANES):  # of all lanes: those that are not used do no harm
             lanes[_MEAN + lane] /= count
         lanes[_A : _A + LANES] = 0.0
         lanes[_B : _B + LANES] = 0.0
@@ -228,8 +244,10 @@ def _normalise_blocks(
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
         _spread(saved[0], plan, group, lanes[_MEAN:])
-        _spread(saved[1], plan, group, lanes[_INVSTD:])
-        _spread(gamma, plan, group, lanes[_GAMMA:])
+        _spread(gamma, plan, group, lanes[_SCALE:])
+        _spread(saved[1], plan, group, lanes[_A:])
+        for lane in range(LANES):
+            lanes[_SCALE + lane] *= lanes[_A + lane]
         _spread(beta, plan, group, lanes[_BETA:])
         for chunk in range(block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)):
             i, width = _chunk(plan, group, chunk)
@@ -238,24 +256,24 @@ def _normalise_blocks(
 
 @inner
 def _correlate_blocks(plan: Plan, flat: Any, dy: Any, saved: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
-    """sums[0], sums[1]: of dy, and of dy*xhat."""
+    """sums[0], sums[1]: of dy, and of dy*(x-mean)."""
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
         _spread(saved[0], plan, group, lanes[_MEAN:])
-        _spread(saved[1], plan, group, lanes[_INVSTD:])
         lanes[_A : _A + LANES] = 0.0
         lanes[_B : _B + LANES] = 0.0
         chunk, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
         while chunk < end:
-            i, width = _chunk(plan, group, chunk)
-            if chunk + 1 < end:
-                j, width_j = _chunk(plan, group, chunk + 1)
-                if width == width_j:
-                    _correlate2(flat[i : i + width], flat[j : j + width], dy[i : i + width], dy[j : j + width], lanes)
-                    chunk += 2
-                    continue
-            _correlate(flat[i : i + width], dy[i : i + width], lanes)
-            chunk += 1
+            i, w = _chunk(plan, group, chunk)
+            four, j, k, m = _four(plan, group, chunk, end)
+            if four:
+                _correlate4(
+                    flat[i : i + w], flat[j : j + w], flat[k : k + w], flat[m : m + w],
+                    dy[i : i + w], dy[j : j + w], dy[k : k + w], dy[m : m + w], lanes,
+                )  # fmt: skip
+            else:
+                _correlate(flat[i : i + w], dy[i : i + w], lanes)
+            chunk += 4 if four else 1
         _fold_lanes(lanes, _A, plan, group, sums[0, block])
         _fold_lanes(lanes, _B, plan, group, sums[1, block])
 
@@ -264,14 +282,13 @@ def _correlate_blocks(plan: Plan, flat: Any, dy: Any, saved: Any, sums: Any, fir
 def _propagate_blocks(
     plan: Plan, flat: Any, dy: Any, dx: Any, saved: Any, means: Any, through: bool, first: int, last: int, lanes: Any
 ) -> None:
-    """means: of dy, of dy*xhat, and gamma*invstd, for each channel."""
+    """means: what is taken from dy for each channel, what goes with x-mean, and gamma*invstd."""
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
         _spread(saved[0], plan, group, lanes[_MEAN:])
-        _spread(saved[1], plan, group, lanes[_INVSTD:])
         _spread(means[0], plan, group, lanes[_A:])
         _spread(means[1], plan, group, lanes[_B:])
-        _spread(means[2], plan, group, lanes[_GAMMA:])
+        _spread(means[2], plan, group, lanes[_SCALE:])
         for chunk in range(block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)):
             i, width = _chunk(plan, group, chunk)
             if through:
@@ -284,22 +301,42 @@ def _propagate_blocks(
 
 
 @inner
-def _batch_statistics(plan: Plan, m: int, sums: Any, channel: int, scratch: Any) -> tuple[float, float]:
-    """Mean and variance of a channel from the sums of its blocks; the text is in ``reference.statistics``."""
-    blocks = plan.blocks
-    for b in range(blocks):
-        scratch[b] = sums[0, b, channel]
-    first = _fold(scratch, 0, blocks) / m
-    for b in range(blocks):
-        count, missed = _count(plan, b), sums[1, b, channel]
-        shift = sums[0, b, channel] / count - first
-        scratch[b] = missed + count * shift
-        sums[2, b, channel] = sums[2, b, channel] + 2 * shift * missed + count * shift * shift
-    mean_missed = _fold(scratch, 0, blocks) / m
-    for b in range(blocks):
-        scratch[b] = sums[2, b, channel]
-    mean_square = _fold(scratch, 0, blocks) / m
-    return first + mean_missed, max(mean_square - mean_missed * mean_missed, 0.0)
+def _fold_blocks(sums: Any, first: int, last: int) -> None:
+    """The sums of channels first..last over the blocks, into those of the first block; folded like lanes."""
+    width = sums.shape[0]
+    while width > 1:
+        half = (width + 1) // 2
+        for b in range(width - half):
+            _add(sums[half + b, first:last], sums[b, first:last])
+        width = half
+
+
+@inner
+def _move_block(count: int, means: Any, total: Any, missed: Any, squares: Any) -> None:
+    """From deviations from the block's mean to deviations from ``means``; the formulas stand in ``reference.statistics``."""
+    for c in range(means.shape[0]):
+        shift = total[c] / count - means[c]
+        squares[c] = squares[c] + 2 * shift * missed[c] + count * shift * shift
+        missed[c] = missed[c] + count * shift
+
+
+@inner
+def _batch_statistics(plan: Plan, m: int, sums: Any, saved: Any, first: int, last: int) -> None:
+    """saved: mean and variance of channels first..last, from the sums of their blocks."""
+    totals = sums[0, :, first:last].copy()
+    _fold_blocks(totals, 0, last - first)
+    for c in range(last - first):
+        saved[0, first + c] = totals[0, c] / m
+    for b in range(plan.blocks):
+        _move_block(
+            _count(plan, b), saved[0, first:last], sums[0, b, first:last], sums[1, b, first:last], sums[2, b, first:last]
+        )  # fmt: skip
+    _fold_blocks(sums[1], first, last)
+    _fold_blocks(sums[2], first, last)
+    for c in range(first, last):
+        mean_missed = sums[1, 0, c] / m
+        saved[0, c] += mean_missed
+        saved[1, c] = max(sums[2, 0, c] / m - mean_missed * mean_missed, 0.0)
 
 
 @inner
@@ -308,38 +345,31 @@ def _statistics(
     unbiased: bool, use_batch: bool, update: bool, first: int, last: int,
 ) -> None:  # fmt: skip
     """saved: the mean and 1/sqrt(var+eps) that normalise; the moving statistics are updated in place (BN-05, BN-06, BN-11)."""
-    scratch = np.empty(plan.blocks)
+    if use_batch or update:
+        _batch_statistics(plan, m, sums, saved, first, last)
     for c in range(first, last):
         mean, var = np.float64(moving_mean[c]), np.float64(moving_var[c])
-        if use_batch or update:
-            batch_mean, batch_var = _batch_statistics(plan, m, sums, c, scratch)
-            if update:
-                kept = (moving_mean[c], moving_var[c])
-                estimate = batch_var * (m / (m - 1)) if unbiased else batch_var
-                moving_mean[c] = batch_mean if old == 0 else old * mean + (1 - old) * batch_mean
-                moving_var[c] = estimate if old == 0 else old * var + (1 - old) * estimate
-                if not (np.isfinite(moving_mean[c]) and np.isfinite(moving_var[c])):
-                    moving_mean[c], moving_var[c] = kept
-            if use_batch:
-                mean, var = batch_mean, batch_var
+        if update:
+            kept = (moving_mean[c], moving_var[c])
+            estimate = saved[1, c] * (m / (m - 1)) if unbiased else saved[1, c]
+            moving_mean[c] = saved[0, c] if old == 0 else old * mean + (1 - old) * saved[0, c]
+            moving_var[c] = estimate if old == 0 else old * var + (1 - old) * estimate
+            if not (np.isfinite(moving_mean[c]) and np.isfinite(moving_var[c])):
+                moving_mean[c], moving_var[c] = kept
+        if use_batch:
+            mean, var = saved[0, c], saved[1, c]
         saved[0, c] = mean
         saved[1, c] = 1.0 / np.sqrt(var + eps) if np.isfinite(var) else np.nan
 
 
 @inner
-def _gradients(x: Any, sums: Any, saved: Any, gamma: Any, dgamma: Any, dbeta: Any, means: Any, first: int, last: int) -> None:
-    m = max(1, x.shape[0] * x.shape[2])
-    blocks = sums.shape[1]
-    scratch = np.empty(blocks)
+def _gradients(m: int, sums: Any, saved: Any, gamma: Any, dgamma: Any, dbeta: Any, means: Any, first: int, last: int) -> None:
+    _fold_blocks(sums[0], first, last)
+    _fold_blocks(sums[1], first, last)
     for c in range(first, last):
-        for b in range(blocks):
-            scratch[b] = sums[0, b, c]
-        sum_dy = _fold(scratch, 0, blocks)
-        for b in range(blocks):
-            scratch[b] = sums[1, b, c]
-        sum_dy_xhat = _fold(scratch, 0, blocks)
+        sum_dy, sum_dy_xhat = sums[0, 0, c], sums[1, 0, c] * saved[1, c]
         dbeta[c], dgamma[c] = sum_dy, sum_dy_xhat
-        means[0, c], means[1, c], means[2, c] = sum_dy / m, sum_dy_xhat / m, gamma[c] * saved[1, c]
+        means[0, c], means[1, c], means[2, c] = sum_dy / m, saved[1, c] * (sum_dy_xhat / m), gamma[c] * saved[1, c]
 
 
 # Whole forwards and backwards. ``stage`` 0 takes groups first..last through all passes, one after the other, while their values
@@ -354,7 +384,7 @@ def forward_stage(
     """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last."""
     plan = plan_of(x.shape)
     flat, out = x.reshape(x.size), y.reshape(x.size)
-    lanes = np.empty(6 * LANES)
+    lanes = np.empty(5 * LANES)
     if stage == 1:
         _describe_blocks(plan, flat, sums, first, last, lanes)
     elif stage == 2:
@@ -366,7 +396,7 @@ def forward_stage(
     else:
         for group in range(first, last):
             begin, end = group * plan.blocks, (group + 1) * plan.blocks
-            c, c_end = group * plan.together, min((group + 1) * plan.together, plan.channels)
+            c, c_end = _channels(plan, group)
             if use_batch or update:
                 _describe_blocks(plan, flat, sums, begin, end, lanes)
             _statistics(
@@ -383,19 +413,19 @@ def backward_stage(
     """One stage of a backward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last."""
     plan = plan_of(x.shape)
     flat, flat_dy, flat_dx = x.reshape(x.size), dy.reshape(x.size), dx.reshape(x.size)
-    lanes = np.empty(6 * LANES)
+    lanes = np.empty(5 * LANES)
     if stage == 1:
         _correlate_blocks(plan, flat, flat_dy, saved, sums, first, last, lanes)
     elif stage == 2:
-        _gradients(x, sums, saved, gamma, dgamma, dbeta, means, first, last)
+        _gradients(x.size // x.shape[1], sums, saved, gamma, dgamma, dbeta, means, first, last)
     elif stage == 3:
         _propagate_blocks(plan, flat, flat_dy, flat_dx, saved, means, through, first, last, lanes)
     else:
         for group in range(first, last):
             begin, end = group * plan.blocks, (group + 1) * plan.blocks
-            c, c_end = group * plan.together, min((group + 1) * plan.together, plan.channels)
+            c, c_end = _channels(plan, group)
             _correlate_blocks(plan, flat, flat_dy, saved, sums, begin, end, lanes)
-            _gradients(x, sums, saved, gamma, dgamma, dbeta, means, c, c_end)
+            _gradients(x.size // x.shape[1], sums, saved, gamma, dgamma, dbeta, means, c, c_end)
             _propagate_blocks(plan, flat, flat_dy, flat_dx, saved, means, through, begin, end, lanes)
 
 

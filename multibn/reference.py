@@ -99,8 +99,7 @@ def forward(
     g = _float64(gamma) if gamma is not None and spec.scale else np.ones(len(mean))
     b = _float64(beta) if beta is not None and spec.center else np.zeros(len(mean))
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        xhat = (values - mean[:, None]) * invstd[:, None]
-        y = (xhat * g[:, None] + b[:, None]).astype(x.dtype)
+        y = ((values - mean[:, None]) * (g * invstd)[:, None] + b[:, None]).astype(x.dtype)
     through_statistics = training and spec.normalize_with == "batch"
     saved = Saved(x.copy(), g, mean, invstd, spec, channel_axis, through_statistics)
     return Forward(y.reshape(x.shape), new_mean, new_var, saved)
@@ -125,11 +124,11 @@ def backward(dy: Array, saved: Saved) -> Backward:
     values, dys = _by_channel(x, channel_axis), _by_channel(dy, channel_axis)
     m = values.shape[0] * values.shape[2]
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        xhat = (values - mean[:, None]) * invstd[:, None]
+        deviations = values - mean[:, None]  # xhat = deviations * invstd
         dbeta = ordered_sum(dys)
-        dgamma = ordered_sum(dys * xhat)
+        dgamma = ordered_sum(dys * deviations) * invstd
         if through_statistics and m > 0:
-            dys = dys - (dbeta / m)[:, None] - xhat * (dgamma / m)[:, None]
+            dys = dys - (dbeta / m)[:, None] - deviations * (invstd * (dgamma / m))[:, None]
         dx = (dys * (gamma * invstd)[:, None]).astype(x.dtype).reshape(x.shape)
     kind = np.float64 if x.dtype == np.float64 else np.float32
     return Backward(

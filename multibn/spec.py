@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
-LANES: Final = 512
+LANES: Final = 1024
 """BN-15: a row (the values of one sample and channel) is cut into the fewest equal chunks of at most this many values."""
 
-BLOCK: Final = 128
+BLOCK: Final = 64
 """BN-15: this many chunks are added, position by position and in order, before the positions are folded in halves."""
 
 CLAUSES: Final[Mapping[str, str]] = {

@@ -1,27 +1,27 @@
-"""Threads and memory for the kernel: a pool that survives fork and serves several callers, and huge pages for fresh outputs.
+"""Threads for the kernel. Compiled code releases the GIL, so that any threads run it in parallel.
 
-The pool is Python's, not Numba's: compiled code releases the GIL, so plain threads run it in parallel; Numba's own layers die in
-a forked child (OpenMP) or are not safe for two callers (workqueue).
+Where a framework has loaded GNU OpenMP, its threads are used: they are awake, and threads of our own would fight with them for
+the processors while they wait for the framework's next operator. Otherwise, and in a forked child, whose OpenMP is dead, it is a
+pool of Python threads. Numba's own layers do neither: they bring an OpenMP of their own and die in a forked child, or are not
+safe for two callers at once.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-HUGE = 32 << 20
-"""Fresh outputs from this many bytes on are worth huge pages: below, the allocator hands out memory that was touched before."""
-
 _Task = Callable[[], None]
 _queue: SimpleQueue[_Task] = SimpleQueue()
 _workers: list[threading.Thread] = []
 _growing = threading.Lock()
+_parallel: Any = None
+_forked = False
 
 
 def limit() -> int:
@@ -39,7 +39,7 @@ def run(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]], threads
     waiting = iter(pieces)  # next() on it is atomic under the GIL
     done: SimpleQueue[BaseException | None] = SimpleQueue()
 
-    def help_out() -> None:
+    def help_out(_: object = None) -> None:
         for piece in waiting:
             try:
                 function(*piece)
@@ -48,11 +48,13 @@ def run(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]], threads
             else:
                 done.put(None)
 
-    helpers = min(threads, len(pieces)) - 1
-    if helpers > 0:
-        _grow(helpers)
-    for _ in range(helpers):
-        _queue.put(help_out)
+    threads = min(threads, len(pieces))
+    if threads > 1 and (parallel := _openmp()) is not None:
+        parallel(_OPENMP_BODY(help_out), None, threads, 0)
+    elif threads > 1:
+        _grow(threads - 1)
+        for _ in range(threads - 1):
+            _queue.put(help_out)
     help_out()  # a helper that comes too late finds nothing left, and nobody waits for it
     errors = [error for _ in pieces if (error := done.get()) is not None]
     if errors:
@@ -66,11 +68,20 @@ def split(count: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def advise(address: int, nbytes: int) -> None:
-    """Ask for huge pages for a large fresh output before it is first written; faults then cost a fifth. On Linux only."""
-    if nbytes >= HUGE and _madvise is not None:
-        start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-        _madvise(start, (address + nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+_OPENMP_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _openmp() -> Any:
+    """``GOMP_parallel`` of the OpenMP library that a framework has loaded, or None."""
+    global _parallel
+    if _parallel is None and not _forked and hasattr(os, "RTLD_NOLOAD"):
+        try:
+            _parallel = ctypes.CDLL("libgomp.so.1", os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+        except (OSError, AttributeError):
+            return None
+        _parallel.argtypes = [_OPENMP_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        _parallel.restype = None
+    return _parallel
 
 
 def _grow(count: int) -> None:
@@ -88,20 +99,11 @@ def _work(queue: SimpleQueue[_Task]) -> None:
 
 
 def _forget() -> None:
-    """In a forked child the threads are gone and the locks may be held by them: begin anew."""
-    global _queue, _growing
-    _queue, _growing = SimpleQueue(), threading.Lock()
+    """In a forked child the threads are gone, OpenMP's too, and locks may be held by them: begin anew, with our own."""
+    global _queue, _growing, _parallel, _forked
+    _queue, _growing, _parallel, _forked = SimpleQueue(), threading.Lock(), None, True
     _workers.clear()
 
 
-def _find_madvise() -> Any:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
-
-
-_madvise = _find_madvise()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)

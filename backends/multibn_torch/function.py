@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multibn.layer import PARAMETER_TYPE, Array
-from multibn.threads import advise
+from multibn.memory import LENT, take
 
 PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PARAMETER_TYPE.items()}
 """Type of the input -> type of gamma, beta and the moving statistics (BN-10)."""
@@ -105,7 +105,7 @@ class _Kernel(torch.autograd.Function):
         ctx.how = how
         ctx.statistics = statistics = torch.empty((2, x.shape[1]), dtype=torch.float64)
         x = _dense(x)
-        y = torch.empty_like(x)
+        y = output_like(x)
         size = x.numel()
         if 0 < size < kernel.SERIAL:
             like, parameter, one, zero = _kind(x.dtype, x.shape[1])
@@ -116,7 +116,6 @@ class _Kernel(torch.autograd.Function):
                 none if mean is None else mean.data_ptr(), none if var is None else var.data_ptr(), statistics.data_ptr(), *how,
             )  # fmt: skip
         else:
-            advise(y.data_ptr(), y.nbytes)
             parameters = _arrays(x, gamma, beta, mean, var)
             kernel.run_forward(_rows(x), _rows(y), *parameters, statistics.numpy(), *how, torch.get_num_threads())
         return y
@@ -128,7 +127,7 @@ class _Kernel(torch.autograd.Function):
             return (*_differentiable(x, gamma, beta, ctx.statistics, ctx.how, dy), None, None)
         kernel = _kernel()
         x = _dense(x)
-        dx = torch.empty_like(x)
+        dx = output_like(x)
         if dy.stride() != x.stride():
             dy = torch.empty_like(x).copy_(dy)
         size, channels, through = x.numel(), x.shape[1], ctx.how.use_batch
@@ -142,7 +141,6 @@ class _Kernel(torch.autograd.Function):
                 dgamma.data_ptr(), dbeta.data_ptr(), through,
             )  # fmt: skip
         else:
-            advise(dx.data_ptr(), dx.nbytes)
             scale, sum_dy_xhat, sum_dy = _arrays(x, gamma, dgamma, dbeta)
             rows = _rows(x), _rows(dy), _rows(dx)
             kernel.run_backward(*rows, scale, ctx.statistics.numpy(), sum_dy_xhat, sum_dy, through, torch.get_num_threads())
@@ -178,6 +176,14 @@ def _kind(dtype: torch.dtype, channels: int) -> tuple[Array, Array, Tensor, Tens
 def _dense(x: Tensor) -> Tensor:
     """x itself where its memory is NC... or channels-last, else a copy in NC... order."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def output_like(x: Tensor) -> Tensor:
+    """An output of x's shape, type and layout; a large one in memory that was used before."""
+    if x.nbytes < LENT:
+        return torch.empty_like(x)
+    storage = torch.from_numpy(take(x.nbytes)).untyped_storage()
+    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:

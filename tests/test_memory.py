@@ -1,0 +1,92 @@
+"""Memory for large outputs: it is lent once at a time, comes back by itself, and no more of it is kept than promised."""
+
+import gc
+import mmap
+
+import numpy as np
+import pytest
+
+from multibn import memory
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept(monkeypatch):
+    monkeypatch.setattr(memory, "_kept", type(memory._kept)())
+
+
+def address(a):
+    return a.ctypes.data
+
+
+def test_memory_comes_back_when_nobody_refers_to_it_any_more():
+    first = memory.take(memory.LENT)
+    where, view = address(first), first[8:16].view(np.float32)
+    del first
+    gc.collect()
+    second = memory.take(memory.LENT)
+    assert address(second) != where  # the view still refers to it
+    del view
+    gc.collect()
+    assert address(memory.take(memory.LENT)) == where
+
+
+def test_no_two_have_the_same_memory():
+    lent = [memory.take(memory.LENT) for _ in range(3)]
+    assert len({address(a) for a in lent}) == 3
+    assert address(memory.take(memory.LENT + 1)) not in {address(a) for a in lent}
+
+
+def test_a_block_that_another_thread_took_is_made_anew():
+    memory._kept[memory.LENT] = Emptied([None])
+    assert memory.take(memory.LENT).nbytes == memory.LENT
+
+
+class Emptied(list):
+    """Not empty when it is looked at, but when it is popped."""
+
+    def pop(self, *_):
+        raise IndexError
+
+
+def test_no_more_is_kept_than_promised_and_the_oldest_goes_first(monkeypatch):
+    monkeypatch.setattr(memory, "KEPT", 5000)
+    for size in (2000, 1000, 2000, 1500):
+        memory.take(size)
+    assert {size: len(blocks) for size, blocks in memory._kept.items() if blocks} == {1000: 1, 2000: 1, 1500: 1}
+    memory.take(4000)
+    assert {size: len(blocks) for size, blocks in memory._kept.items()} == {4000: 1}
+    memory.release()
+    assert not memory._kept
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    calls = []
+
+    class Libc:
+        @staticmethod
+        def madvise(start, length, advice):
+            calls.append((start.value, length.value, advice))
+
+    monkeypatch.setattr(memory, "_libc", Libc)
+    return calls
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for")
+def test_large_memory_is_advised_in_whole_pages(asked):
+    page = mmap.PAGESIZE
+    memory.advise(page, memory.HUGE - 1)
+    assert asked == []
+    memory.advise(page + 16, memory.HUGE)
+    assert asked == [(2 * page, memory.HUGE - page, mmap.MADV_HUGEPAGE)]
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="this system cannot be told that memory is free")
+def test_large_memory_that_came_back_is_free_for_the_system(asked):
+    memory.take(memory.HUGE)
+    assert [advice for _, _, advice in asked] == [mmap.MADV_HUGEPAGE, mmap.MADV_FREE]
+
+
+def test_without_a_system_to_ask_nothing_is_asked(monkeypatch):
+    monkeypatch.setattr(memory, "_libc", None)
+    memory.advise(mmap.PAGESIZE, memory.HUGE)
