@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 from functools import lru_cache
@@ -46,7 +47,7 @@ def run_forward(
     if x.size < SERIAL:
         forward_serial(x, y, gamma, beta, moving_mean, moving_var, saved, eps, old, unbiased, use_batch, update)
         return
-    threads = pool.limit() if threads is None else threads
+    threads = pool.limit() if threads is None else pool.within(threads)
     plan = plan_of(x.shape)
     channels, groups, tasks = plan.channels, plan.groups, plan.groups * plan.blocks
     rest = (
@@ -82,7 +83,7 @@ def run_backward(
     if x.size < SERIAL:
         backward_serial(x, dy, dx, gamma, saved, dgamma, dbeta, through)
         return
-    threads = pool.limit() if threads is None else threads
+    threads = pool.limit() if threads is None else pool.within(threads)
     plan = plan_of(x.shape)
     channels, groups, tasks = plan.channels, plan.groups, plan.groups * plan.blocks
     rest = (
@@ -109,6 +110,16 @@ def _share(function: Any, stage: int, count: int, rest: tuple[Any, ...], threads
 
 _ready: set[str] = set()
 _preparing = threading.Lock()
+
+
+def _forget() -> None:
+    """In a forked child the lock may be held by a thread that is not there."""
+    global _preparing
+    _preparing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def prepare(dtype: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 import weakref
 from collections import OrderedDict
 from typing import Any
@@ -27,6 +28,7 @@ KEPT = 1 << 30
 """So many bytes are kept at most."""
 
 _kept: OrderedDict[int, list[Array]] = OrderedDict()
+_keeping = threading.RLock()  # a block may come back, by garbage collection, while another is being kept
 
 
 def advise(address: int, nbytes: int) -> None:
@@ -37,11 +39,10 @@ def advise(address: int, nbytes: int) -> None:
 
 def take(nbytes: int) -> Array:
     """Memory of so many bytes, uint8; it comes back by itself when nobody refers to the array any more (views do)."""
-    blocks = _kept.get(nbytes)
-    try:
-        block = blocks.pop() if blocks else _fresh(nbytes)
-    except IndexError:  # another thread was quicker
-        block = _fresh(nbytes)
+    with _keeping:
+        blocks = _kept.get(nbytes)
+        block = blocks.pop() if blocks else None
+    block = _fresh(nbytes) if block is None else block
     lent = np.frombuffer(block.data, np.uint8)
     weakref.finalize(lent, _keep, block).atexit = False
     return lent
@@ -49,7 +50,8 @@ def take(nbytes: int) -> Array:
 
 def release() -> None:
     """Give everything that is kept back to the system."""
-    _kept.clear()
+    with _keeping:
+        _kept.clear()
 
 
 def _fresh(nbytes: int) -> Array:
@@ -61,13 +63,14 @@ def _fresh(nbytes: int) -> Array:
 def _keep(block: Array) -> None:
     if block.nbytes >= HUGE:  # for less, asking costs more than it may give back
         _madvise(block.ctypes.data, block.nbytes, "MADV_FREE")
-    _kept.setdefault(block.nbytes, []).append(block)
-    _kept.move_to_end(block.nbytes)
-    while sum(size * len(blocks) for size, blocks in _kept.items()) > KEPT:
-        size = next(iter(_kept))  # the one that was lent least lately
-        _kept[size] = _kept[size][1:]
-        if not _kept[size]:
-            del _kept[size]
+    with _keeping:
+        _kept.setdefault(block.nbytes, []).append(block)
+        _kept.move_to_end(block.nbytes)
+        while sum(size * len(blocks) for size, blocks in _kept.items()) > KEPT:
+            size = next(iter(_kept))  # the one that was lent least lately
+            _kept[size] = _kept[size][1:]
+            if not _kept[size]:
+                del _kept[size]
 
 
 def _madvise(address: int, nbytes: int, advice: str) -> None:
@@ -76,5 +79,14 @@ def _madvise(address: int, nbytes: int, advice: str) -> None:
         length = (address + nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(length, 0)), getattr(mmap, advice))
 
+
+def _forget() -> None:
+    """In a forked child the lock may be held by a thread that is not there."""
+    global _keeping
+    _keeping = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 _libc: Any = ctypes.CDLL(None) if os.name == "posix" else None

@@ -64,7 +64,8 @@ CLAUSES: Final[Mapping[str, str]] = {
         "Accurate: |result - exact value of these formulas for the given inputs| <= 0.51 ulp of the output's type (1 ulp for "
         "float64) + 1e-14 * kappa * scale, with kappa = sqrt(1 + mean^2/var) and scale = |gamma| (+ |beta| for float64) for y, "
         "|gamma|*max|dy|/sqrt(var+eps) for dx, the sum of the absolute terms for dgamma and dbeta; for mean/std up to 1e6 and m "
-        "up to 1e8. Moving statistics: 0.51 ulp per update."
+        "up to 1e8. For float64, |gamma| counts max(1, |xhat|) times: a far outlier has float64's own roundings. Moving "
+        "statistics: 0.51 ulp per update, and what float64 itself rounds in it."
     ),
 }
 """The specification, clause by clause."""

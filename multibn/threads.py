@@ -26,12 +26,18 @@ _forked = False
 
 def limit() -> int:
     """Threads that a call may use: the least of this process's processors, OMP_NUM_THREADS and NUMBA_NUM_THREADS."""
-    least = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        value = os.environ.get(name, "").split(",")[0]
-        if value.isdigit() and int(value) > 0:
-            least = min(least, int(value))
-    return least
+    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _at_most("OMP_NUM_THREADS", within(present))
+
+
+def within(asked: int) -> int:
+    """As many as asked for, but no more than NUMBA_NUM_THREADS."""
+    return _at_most("NUMBA_NUM_THREADS", asked)
+
+
+def _at_most(variable: str, count: int) -> int:
+    value = os.environ.get(variable, "").split(",")[0]
+    return min(count, int(value)) if value.isdigit() and int(value) > 0 else count
 
 
 def run(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]], threads: int) -> None:

@@ -36,18 +36,6 @@ def test_no_two_have_the_same_memory():
     assert address(memory.take(memory.LENT + 1)) not in {address(a) for a in lent}
 
 
-def test_a_block_that_another_thread_took_is_made_anew():
-    memory._kept[memory.LENT] = Emptied([None])
-    assert memory.take(memory.LENT).nbytes == memory.LENT
-
-
-class Emptied(list):
-    """Not empty when it is looked at, but when it is popped."""
-
-    def pop(self, *_):
-        raise IndexError
-
-
 def test_no_more_is_kept_than_promised_and_the_oldest_goes_first(monkeypatch):
     monkeypatch.setattr(memory, "KEPT", 5000)
     for size in (2000, 1000, 2000, 1500):

@@ -1,0 +1,84 @@
+"""The kernel as plain Python, with NUMBA_DISABLE_JIT=1: the golden bits, and each way of reading and writing a value.
+
+Run by test_kernel_machines.py.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from golden_bits import FILE, NAMES, SHAPES, SPEC, golden
+from numba import config, types
+
+from multibn import compiled, kernel, reference, threads
+from multibn.array import KernelSubject
+from multibn.layer import Array
+
+assert getattr(config, "DISABLE_JIT")  # noqa: B009 - numba sets it at run time
+np.seterr(all="ignore")
+KEPT = json.loads(FILE.read_text())
+
+
+def check(dtype: str, *names: str) -> None:
+    """The kernel gives the golden bits for these shapes."""
+    found = golden(KernelSubject, [dtype], {name: SHAPES[name] for name in names})[dtype]
+    assert found == {name: KEPT[dtype][name] for name in names}, found
+
+
+check("float32", "one chunk for many channels", "fully connected", "last group smaller", "a row in uneven chunks")
+check("float64", "one chunk for many channels")
+check("float16", "one chunk for many channels")
+kernel.SERIAL = 0  # the ways of large input, on small input
+for count in (1, 2):
+    threads.limit = [lambda: 1, lambda: 2][count - 1]
+    check("float32", "one chunk for many channels", "last group smaller")
+
+# Inference, and a channel that is not finite, against the reference; and a backward as the first call for its type.
+for training, poison in ((True, np.nan), (False, 0.0)):
+    x, dy = (a.copy() for a in np.random.default_rng(0).normal(2, 1, (2, 3, 2, 4)).astype(np.float32))
+    x[0, 1, 1] = poison
+    one, zero = np.ones(2, np.float32), np.zeros(2, np.float32)
+    mean, var = zero.copy(), one.copy()
+    done = reference.forward(x, one, zero, mean, var, SPEC, training)
+    expected: list[Array | None] = [done.y, *reference.backward(dy, done.saved), done.moving_mean, done.moving_var]
+    y, saved = kernel.forward(x, one, zero, mean, var, SPEC, training)
+    kernel._ready.clear()
+    for name, a, b in zip(NAMES, expected, [y, *kernel.backward(dy, saved), mean, var], strict=True):
+        assert a is not None, name
+        np.testing.assert_array_equal(b, a, name)
+
+
+VALUES = [0.0, -0.0, 1.0, -1.5, 1 / 3, 65504.0, 65519.9, 65520.0, 6e-8, -1e-6, 2.0**-25, 2.0**-14, 1e-45, 3e38, 1e39]
+VALUES += [1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8]  # ties
+VALUES += [np.inf, -np.inf, np.nan, -np.nan]
+
+
+def encoded(values: Array, kind: str) -> Array:
+    """float64 values in a type, by NumPy; bfloat16 by way of float32, where none of VALUES becomes a tie."""
+    if kind == "int16":
+        return values.astype(np.float16).view(np.int16)
+    if kind != "uint16":
+        return values.astype(kind)
+    codes = values.astype(np.float32).view(np.uint32)
+    rounded = (codes + 0x7FFF + (codes >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), codes >> 31 << 15 | 0x7FC0, rounded).astype(np.uint16)
+
+
+def decoded(codes: Array, kind: str) -> Array:
+    """The values of a type as float64, by NumPy."""
+    if kind == "uint16":
+        codes = (codes.astype(np.uint32) << 16).view(np.float32)
+    return (codes.view(np.float16) if kind == "int16" else codes).astype(np.float64)
+
+
+for kind in ("int16", "uint16", "float32", "float64"):
+    values, numba_type = np.array(VALUES), getattr(types, kind)
+    want = encoded(values, kind)
+    for store in (compiled.store, compiled._store_for(types.Array(numba_type, 1, "C"), 0, 0.0)):
+        out = np.zeros_like(want)
+        for j, value in enumerate(values):
+            store(out, j, value)
+        assert out.tobytes() == want.tobytes(), (kind, out, want)
+    for load in (compiled.load, compiled._load_for(numba_type)):
+        assert np.array_equal([load(code) for code in want], decoded(want, kind), equal_nan=True), kind

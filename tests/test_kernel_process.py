@@ -1,0 +1,222 @@
+"""The kernel leaves its process as it was, survives fork, serves several callers, keeps to limits, says when it compiles."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from multibn import BatchNormSpec, compiled, kernel, threads
+
+LARGE = (70, 3, 19, 37)
+"""Enough for threads."""
+
+
+def step(seed: int, dtype: Any = np.float32) -> list[bytes]:
+    """The bits of a forward and a backward."""
+    rng = np.random.default_rng(seed)
+    x, dy = (rng.normal(3, 2, LARGE).astype(dtype) for _ in range(2))
+    gamma, beta, mean, var = (rng.uniform(1, 2, LARGE[1]).astype(dtype) for _ in range(4))
+    y, saved = kernel.forward(x, gamma, beta, mean, var, BatchNormSpec(), True)
+    return [a.tobytes() for a in (y, *kernel.backward(dy, saved), mean, var)]
+
+
+def test_calls_from_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "limit", lambda: 1)
+    alone = [step(seed) for seed in range(6)]
+    monkeypatch.setattr(threads, "limit", lambda: 3)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert list(pool.map(step, range(6))) == alone
+
+
+FORK = """
+import hashlib, os, threading, warnings
+import numpy as np
+from multibn import BatchNormSpec, threads
+from multibn.array import KernelSubject
+from {module} import BACKEND
+{more}
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 advises against fork in a process with threads
+threads.limit = lambda: 2
+
+def step(subject):
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(3, 2, (70, 3, 19, 37)).astype(np.float32) for _ in range(2))
+    found = [subject.forward(x, True), *subject.backward(dy), *subject.moving()]
+    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in found)).hexdigest()
+
+def layer():
+    return BACKEND.make(3, BatchNormSpec(), "cpu", "kernel")
+
+def busy():
+    while not stop.is_set():
+        step(KernelSubject(3))
+
+expected, stop = step(layer()), threading.Event()
+other = threading.Thread(target=busy)
+other.start()  # the forks happen while the pool works
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        same = step(layer()) == step(layer()) == expected
+        os._exit(0 if same and any(worker.is_alive() for worker in threads._workers) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+stop.set()
+other.join()
+assert step(layer()) == expected
+print("ok")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize(
+    ("module", "more"),
+    [("multibn.array", ""), ("multibn_torch", "import torch; torch.set_num_threads(2)"), ("multibn_mxnet", "")],
+)
+def test_a_forked_child_works_and_gives_the_same_bits(module: str, more: str) -> None:
+    if module != "multibn.array":
+        framework = module.removeprefix("multibn_")
+        pytest.importorskip(framework, reason=f"{framework} is not installed")
+    code = FORK.format(module=module, more=more)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+def record(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of threads that the pool is asked for from now on."""
+    asked: list[int] = []
+    run = threads.run
+
+    def recorded(function: Any, pieces: Any, count: int) -> None:
+        asked.append(count)
+        run(function, pieces, count)
+
+    monkeypatch.setattr(threads, "run", recorded)
+    return asked
+
+
+def test_numpy_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = record(monkeypatch)
+    for count in (1, 2, 3):
+        monkeypatch.setattr(threads, "limit", lambda count=count: count)
+        asked.clear()
+        step(0)
+        assert set(asked) == ({count} if count > 1 else set())
+
+
+def test_torch_keeps_to_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from multibn_torch import BatchNorm
+
+    asked = record(monkeypatch)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            asked.clear()
+            BatchNorm(3, 4)(torch.ones(LARGE, requires_grad=True)).sum().backward()
+            assert set(asked) == ({count} if count > 1 else set())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_denormals_and_rounding_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the caller's thread and on those of the pool."""
+
+    def arithmetic() -> list[float]:
+        """Flushing denormals to zero, on either side, and every other rounding mode would change one of these."""
+        tiny, third = np.array([2.0**-1074, 2.0**-1060]), np.array([1.0, -1.0]) / 3
+        return [
+            *(tiny * 3),
+            *(tiny / 2),
+            *third,
+            *(np.array([1.0, -1.0]) + 2.0**-53),
+            *(np.float32(2) ** -140 * np.ones(2, np.float32)),
+        ]
+
+    found: list[list[float]] = []
+    exact = [3 * 2.0**-1074, 3 * 2.0**-1060, 0.0, 2.0**-1061, 1 / 3, -1 / 3, 1.0, -1.0 + 2.0**-53, 2.0**-140, 2.0**-140]
+    assert arithmetic() == exact
+    monkeypatch.setattr(threads, "limit", lambda: 2)
+    step(0)
+    step(0, np.float64)
+    threads.run(lambda: found.append(arithmetic()), [()] * 8, 2)
+    assert found == [exact] * 8
+    assert arithmetic() == exact
+
+
+def test_denormal_input_and_output_are_not_flushed() -> None:
+    x = np.array([1, 3, 5, 7], np.float32).reshape(4, 1) * np.float32(2.0**-147)  # mean 4, deviations -3, -1, 1, 3
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    spec = BatchNormSpec(normalize_with="moving", eps=2.0**-60)
+    var = np.array([1 - 2.0**-24], np.float32)
+    mean = np.array([4 * 2.0**-147], np.float32)
+    y, _ = kernel.forward(x, one, zero, mean, var, spec, False)
+    assert (y.ravel() * 2.0**147).tolist() == [-3.0, -1.0, 1.0, 3.0]
+
+
+def slow(seconds: float) -> Any:
+    return lambda *arguments: time.sleep(seconds)
+
+
+@pytest.fixture
+def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_ready", set())
+    monkeypatch.setattr(kernel, "backward_serial", slow(0))
+
+
+class Compiler:
+    """Stands in for a compiled function whose first call takes long."""
+
+    def __init__(self, seconds: float, cache_path: str | None) -> None:
+        self.seconds, self.stats = seconds, type("Stats", (), {"cache_path": cache_path})
+
+    def __call__(self, *arguments: Any) -> None:
+        time.sleep(self.seconds)
+
+
+@pytest.mark.usefixtures("unprepared")
+@pytest.mark.parametrize(("kind", "name"), [("int16", "float16"), ("uint16", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize(("folder", "ending"), [("/somewhere", "; later runs find it on disk"), (None, "")])
+def test_one_line_when_compiling_takes_over_a_second(
+    kind: str, name: str, folder: str | None, ending: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernel, "forward_serial", Compiler(1.2, folder))
+    kernel.prepare(kind)
+    kernel.prepare(kind)  # at once: it is ready
+    assert capsys.readouterr() == ("", f"multibn: compiling the CPU kernel for {name}{ending}\n")
+
+
+@pytest.mark.usefixtures("unprepared")
+def test_no_line_when_it_is_quick_or_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*arguments: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(kernel, "forward_serial", fail)
+    with pytest.raises(MemoryError):
+        kernel.prepare("float32")
+    monkeypatch.setattr(kernel, "forward_serial", Compiler(0, None))
+    kernel.prepare("float32")
+    time.sleep(1.2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_compiled_without_a_place_for_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def njit(**options: bool) -> Any:
+        asked.append(options)
+        if "cache" in options:
+            raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
+        return lambda function: function
+
+    monkeypatch.setattr(compiled, "njit", njit)
+    assert compiled.compiled(len) is len
+    assert asked == [{"nogil": True, "error_model": "numpy", "cache": True}, {"nogil": True, "error_model": "numpy"}]
