@@ -1,0 +1,237 @@
+"""BatchNorm as Gluon blocks: the article's, and blocks that stand in for Gluon's own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import lru_cache
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd, gluon
+from mxnet.base import MXNetError
+from mxnet.gluon.parameter import DeferredInitializationError
+
+from multibn.layer import spec_text
+from multibn.spec import BatchNormSpec
+
+from .description import Layer
+from .operator import NAME
+
+IMPLEMENTATIONS = ("auto", "kernel", "framework")
+
+
+class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
+    """What the blocks share. A subclass says what its layer is, and has the parameters that the operator takes, by its names."""
+
+    fuse_relu = False
+
+    @abstractmethod
+    def _describe(self) -> Layer:
+        """The layer, from the block's parameters."""
+
+    @property
+    def layer(self) -> Layer:
+        """The layer as the operator knows it; found at the first need."""
+        if "_layer" not in self.__dict__:
+            self._layer = self._describe()
+            self._attribute = self._layer.attribute()
+            self._names = (*self._layer.parameters, *self._layer.states)
+        return self._layer
+
+    @property
+    def spec(self) -> BatchNormSpec:
+        """What the block computes."""
+        return self.layer.spec
+
+    @property
+    def moving_mean(self) -> Any:
+        """The Parameter of the moving mean, ``running_mean`` to Gluon."""
+        return self.running_mean
+
+    @property
+    def moving_var(self) -> Any:
+        """The Parameter of the moving variance, ``running_var`` to Gluon."""
+        return self.running_var
+
+    def forward(self, x: Any) -> Any:
+        """Normalise x; in training, as ``autograd.is_training()`` tells, update the moving statistics too (BN-01 to BN-09).
+
+        Args:
+            x: (N, C, ...), or with the channels on the block's axis; float16, float32 or float64.
+
+        Returns:
+            y, of x's shape and type.
+
+        Raises:
+            MXNetError: wrong rank, number of channels, types, or number of values (BN-01, BN-10, BN-12). Inside a hybridized
+                parent only the operator is called: MXNet raises with its own words, and ours go to stderr.
+        """
+        layer = self.layer
+        if not isinstance(x, mx.nd.NDArray):
+            return super().forward(x)
+        parameters = [self._reg_params[name] for name in self._names]
+        kinds = tuple([parameter.dtype for parameter in parameters])
+        problem = _objection(layer, x.shape, x.dtype, autograd.is_training(), self.running_mean.shape[0], kinds)
+        if problem is not None:
+            raise MXNetError(problem)
+        if self._active:
+            return super().forward(x)
+        context = x.context
+        try:
+            arrays = [parameter.data(context) for parameter in parameters]
+        except DeferredInitializationError:
+            self.infer_shape(x)
+            for parameter in parameters:
+                parameter._finish_deferred_init()
+            arrays = [parameter.data(context) for parameter in parameters]
+        return self._normalize(mx.nd, x, arrays)
+
+    def hybrid_forward(self, F: Any, x: Any, **parameters: Any) -> Any:
+        """The same as a part of a graph."""
+        _ = self.layer
+        return self._normalize(F, x, [parameters[name] for name in self._names])
+
+    def _normalize(self, F: Any, x: Any, arrays: list[Any]) -> Any:
+        is_np = mx.util.is_np_array()
+        if is_np:  # there is no npx.Custom
+            x, arrays = x.as_nd_ndarray(), [array.as_nd_ndarray() for array in arrays]
+        y = F.Custom(x, *arrays, op_type=NAME, layer=self._attribute, name="fwd")[0]
+        y = F.relu(y) if self.fuse_relu else y
+        return y.as_np_ndarray() if is_np else y
+
+    def infer_shape(self, x: Any) -> None:
+        """Give the parameters of a block without ``in_channels`` their shape."""
+        channels = x.shape[self.layer.axis]
+        for name in self._names:
+            self._reg_params[name].shape = (1 if name == "num_batches_tracked" else channels,)
+
+    def cast(self, dtype: Any) -> None:
+        """Cast parameters and statistics; they stay float32 when the net becomes float16 (BN-10)."""
+        self._clear_cached_op()
+        for name, parameter in self._reg_params.items():
+            if name != "num_batches_tracked":
+                parameter.cast("float32" if np.dtype(dtype).name == "float16" else dtype)
+
+
+@lru_cache(maxsize=4096)
+def _objection(
+    layer: Layer, shape: tuple[int, ...], dtype: Any, training: bool, channels: int, kinds: tuple[Any, ...]
+) -> str | None:
+    if channels <= 0:  # not known before the first input
+        channels = shape[layer.axis] if -len(shape) <= layer.axis < len(shape) else 1
+    its = zip(layer.parameters + layer.states[:2], kinds, strict=False)
+    names = np.dtype(dtype).names  # MXNet writes bfloat16 as a structure
+    return layer.objection(
+        shape, names[0] if names else np.dtype(dtype).name, training, channels,
+        {name: ((channels,), np.dtype(kind).name) for name, kind in its},
+    )  # fmt: skip
+
+
+class BatchNorm(_Normalization):
+    """The article's block, in Gluon.
+
+    Args:
+        num_features: C, the size of the channel axis.
+        num_dims: rank of the input: 2 for fully connected layers (N, C), 4 for convolutions (N, C, H, W); 3 and 5 too.
+        spec: what it computes; ``BatchNormSpec.article()`` is the article's own.
+        implementation: "kernel" (the CPU kernel), "framework" (MXNet's own operators, any device), or "auto": the kernel on CPU,
+            the operators elsewhere.
+        prefix, params: Gluon's.
+
+    Parameters, under Gluon's names: gamma (ones), beta (zeros), running_mean (zeros), running_var (ones), and num_batches_tracked
+    (0) where momentum is None. ``moving_mean`` and ``moving_var`` are the article's names for the same Parameters.
+
+    Raises:
+        ValueError: num_features < 1, num_dims not 2 to 5, or an unknown implementation.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_dims: int,
+        spec: BatchNormSpec | None = None,
+        *,
+        implementation: str = "auto",
+        prefix: str | None = None,
+        params: Any = None,
+    ) -> None:
+        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+            raise ValueError(f"num_features must be an integer >= 1, the size of the channel axis, got {num_features!r} (BN-01).")
+        if num_dims not in (2, 3, 4, 5):
+            raise ValueError(f"num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got {num_dims!r} (BN-01).")
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation must be {', '.join(map(repr, IMPLEMENTATIONS))}, got {implementation!r}.")
+        super().__init__(prefix=prefix, params=params)
+        self.num_features, self.num_dims, self.implementation = num_features, num_dims, implementation
+        self._spec = spec or BatchNormSpec()
+        learn = "write" if self._spec.learn_affine else "null"
+        for name, here, init, request in (
+            ("gamma", self._spec.scale, "ones", learn),
+            ("beta", self._spec.center, "zeros", learn),
+            ("running_mean", True, "zeros", "null"),
+            ("running_var", True, "ones", "null"),
+        ):
+            if here:
+                differentiable = name in ("gamma", "beta")
+                shape = (num_features,)
+                setattr(
+                    self, name, self.params.get(name, grad_req=request, shape=shape, init=init, differentiable=differentiable)
+                )
+        if self._spec.momentum is None:
+            self.num_batches_tracked = self.params.get(
+                "num_batches_tracked", grad_req="null", shape=(1,), init="zeros", dtype="int64", differentiable=False
+            )
+
+    def set_rank(self, num_dims: int) -> None:
+        """Take input of another rank from now on; the state does not depend on it."""
+        self.num_dims = num_dims
+        self.__dict__.pop("_layer", None)
+        self._clear_cached_op()
+
+    def _describe(self) -> Layer:
+        names = tuple(name for name, here in (("gamma", self._spec.scale), ("beta", self._spec.center)) if here)
+        return Layer(self._spec, self.implementation, 1, self.num_dims, names)
+
+    def __repr__(self) -> str:
+        return f"BatchNorm({self.num_features}, {self.num_dims}, {spec_text(self.spec)})"
+
+
+class _GluonNormalization(_Normalization):
+    """What the blocks with Gluon's own signature share."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        _ = self.layer  # so that a parameter that is not allowed raises here
+
+    def _describe(self) -> Layer:
+        its = self._kwargs
+        spec = BatchNormSpec(
+            eps=its["eps"],
+            momentum=its["momentum"],
+            scale=not its["fix_gamma"],
+            center=self.beta._differentiable,
+            normalize_with="moving" if its["use_global_stats"] else "batch",
+            update_statistics=not its["use_global_stats"],
+        )
+        return Layer(spec, "auto", its["axis"], None, ("gamma", "beta"))
+
+
+class GluonBatchNorm(_GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[misc]
+    """Takes the place of ``mxnet.gluon.nn.BatchNorm``: its arguments, its checkpoints, any rank >= 2 and any channel axis.
+
+    Other than Gluon's, it updates the moving statistics in forward, once (BN-05); with scale=False it counts gamma as 1 and does
+    not overwrite it, with center=False it adds no beta (BN-04). use_global_stats=True normalises with the moving statistics, and
+    leaves them as they are (BN-09).
+
+    Raises:
+        ValueError, TypeError: a parameter that ``BatchNormSpec`` does not allow, such as epsilon=0, which Gluon lets pass.
+    """
+
+
+class GluonBatchNormReLU(_GluonNormalization, gluon.nn.BatchNormReLU):  # type: ignore[misc]
+    """Takes the place of ``mxnet.gluon.nn.BatchNormReLU``; under ``npx.set_np()`` too, where Gluon's forgets the ReLU.
+
+    Raises:
+        ValueError, TypeError: as ``GluonBatchNorm``.
+    """

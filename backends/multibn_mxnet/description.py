@@ -1,0 +1,70 @@
+"""A layer as the operator knows it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from multibn.layer import objection
+from multibn.spec import BatchNormSpec
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the operator knows of its layer; graphs and exported files carry it as the text of ``attribute``.
+
+    Args:
+        spec: what the layer computes.
+        implementation: "auto", "kernel" or "framework".
+        axis: of the channels; may be negative.
+        rank: of the input; None for any >= 2.
+        parameters: which of gamma and beta the layer has; the spec says whether they count (BN-04).
+    """
+
+    spec: BatchNormSpec
+    implementation: str
+    axis: int
+    rank: int | None
+    parameters: tuple[str, ...]
+
+    def attribute(self) -> str:
+        """The layer as JSON."""
+        return json.dumps({**self.__dict__, "spec": self.spec.to_dict()})
+
+    @classmethod
+    def parse(cls, text: str) -> Layer:
+        """The layer that ``attribute`` described."""
+        values = json.loads(text)
+        values["spec"] = BatchNormSpec.from_dict(values["spec"])
+        values["parameters"] = tuple(values["parameters"])
+        return cls(**values)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the states, in the operator's order."""
+        return ("running_mean", "running_var", "num_batches_tracked")[: 3 if self.spec.momentum is None else 2]
+
+    def objection(
+        self, shape: tuple[int, ...], dtype: str, training: bool, channels: int, parameters: dict[str, Any] | None = None
+    ) -> str | None:
+        """What is wrong with an input of the layer, or None; see ``multibn.layer.objection``."""
+        problem = objection(
+            shape, dtype, num_features=channels, ranks=None if self.rank is None else (self.rank,), channel_axis=self.axis,
+            needs_batch=self.spec.uses_batch(training), parameters=parameters,
+        )  # fmt: skip
+        return None if problem is None else problem.message
+
+    def by_channel(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """The shape as (N, C, S): the axes before the channel axis, the channels, the axes after it."""
+        axis = self.axis % len(shape)
+        return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+
+
+def type_name(array: Any) -> str:
+    """The type of an NDArray by NumPy's name; MXNet writes bfloat16 as a structure."""
+    dtype = np.dtype(array.dtype)
+    return dtype.names[0] if dtype.names else dtype.name
