@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import mpmath
 import numpy as np
 import pytest
 
 from multibn import kernel
 from multibn.layer import PARAMETER_TYPE, Array
+
+mpmath = pytest.importorskip("mpmath", reason="needs mpmath: pip install 'multibn[conformance]'")
 
 pytestmark = pytest.mark.skipif(
     np.finfo(np.longdouble).nmant < 63, reason="this machine has no extended precision to compare with"

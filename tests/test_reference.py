@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import mpmath
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from multibn import BLOCK, LANES, BatchNormSpec, reference
 from multibn.layer import Array
 from multibn.reference import Forward, backward, forward, ordered_sum, statistics
+
+mpmath = pytest.importorskip("mpmath", reason="needs mpmath: pip install 'multibn[conformance]'")
+pytest.importorskip("hypothesis", reason="needs Hypothesis: pip install 'multibn[conformance]'")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 mpmath.mp.dps = 60
 STEP = mpmath.mpf(10) ** -20  # the symmetric quotient is then right to about 40 of the 60 digits

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from multibn import CLAUSES, BatchNormSpec
+
+pytest.importorskip("hypothesis", reason="needs Hypothesis: pip install 'multibn[conformance]'")
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 SPECS = st.builds(
     BatchNormSpec,

@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-import multibn_torch as ours  # noqa: E402
-from multibn import BatchNormSpec, reference  # noqa: E402
+import multibn_torch as ours
+from multibn import BatchNormSpec, reference
 
 PAIRS = [
     (ours.BatchNorm1d, torch.nn.BatchNorm1d, (6, 3)),
