@@ -52,7 +52,7 @@ def load(value: Any) -> Any:
 def store(out: Any, j: int, value: Any) -> None:
     """``out[j] = value``, rounded once to the type of out."""
     if out.dtype == np.int16:
-        out[j] = _encode(value, 10, 15).astype(np.int16)
+        out[j] = np.int16(_encode(value, 10, 15))
     elif out.dtype == np.uint16:
         out[j] = _encode(value, 7, 127)
     else:
@@ -71,7 +71,7 @@ def _store_for(out: Any, j: int, value: Any) -> Any:
     if out.dtype == types.int16:
 
         def store(out: Any, j: int, value: Any) -> None:
-            out[j] = _encode(value, 10, 15)
+            out[j] = np.int16(_encode(value, 10, 15))
     elif out.dtype == types.uint16:
 
         def store(out: Any, j: int, value: Any) -> None:
