@@ -8,6 +8,11 @@ conform: .venv/ready
 test: .venv/ready lint
 	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered
 
+docs/report.png: .venv/ready  # the picture in the README; needs chromium
+	mkdir -p build
+	.venv/bin/multibn conform --html build/report.html
+	$(PY) docs/screenshot.py build/report.html
+
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
