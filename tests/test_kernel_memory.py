@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from multibn_torch import BatchNorm2d  # noqa: E402
+from multibn_torch import BatchNorm2d
 
 SHAPE = (32, 64, 112, 112)  # 103 MB of float32
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

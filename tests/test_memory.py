@@ -1,7 +1,10 @@
 """Memory for large outputs: it is lent once at a time, comes back by itself, and no more of it is kept than promised."""
 
+from __future__ import annotations
+
 import gc
 import mmap
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,15 +13,15 @@ from multibn import memory
 
 
 @pytest.fixture(autouse=True)
-def _nothing_kept(monkeypatch):
+def _nothing_kept(monkeypatch: Any) -> None:
     monkeypatch.setattr(memory, "_kept", type(memory._kept)())
 
 
-def address(a):
+def address(a: Any) -> Any:
     return a.ctypes.data
 
 
-def test_memory_comes_back_when_nobody_refers_to_it_any_more():
+def test_memory_comes_back_when_nobody_refers_to_it_any_more() -> None:
     first = memory.take(memory.LENT)
     where, view = address(first), first[8:16].view(np.float32)
     del first
@@ -30,13 +33,13 @@ def test_memory_comes_back_when_nobody_refers_to_it_any_more():
     assert address(memory.take(memory.LENT)) == where
 
 
-def test_no_two_have_the_same_memory():
+def test_no_two_have_the_same_memory() -> None:
     lent = [memory.take(memory.LENT) for _ in range(3)]
     assert len({address(a) for a in lent}) == 3
     assert address(memory.take(memory.LENT + 1)) not in {address(a) for a in lent}
 
 
-def test_no_more_is_kept_than_promised_and_the_oldest_goes_first(monkeypatch):
+def test_no_more_is_kept_than_promised_and_the_oldest_goes_first(monkeypatch: Any) -> None:
     monkeypatch.setattr(memory, "KEPT", 5000)
     for size in (2000, 1000, 2000, 1500):
         memory.take(size)
@@ -48,12 +51,12 @@ def test_no_more_is_kept_than_promised_and_the_oldest_goes_first(monkeypatch):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def asked(monkeypatch: Any) -> Any:
     calls = []
 
     class Libc:
         @staticmethod
-        def madvise(start, length, advice):
+        def madvise(start: Any, length: Any, advice: Any) -> Any:
             calls.append((start.value, length.value, advice))
 
     monkeypatch.setattr(memory, "_libc", Libc)
@@ -61,7 +64,7 @@ def asked(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for")
-def test_large_memory_is_advised_in_whole_pages(asked):
+def test_large_memory_is_advised_in_whole_pages(asked: Any) -> None:
     page = mmap.PAGESIZE
     memory.advise(page, memory.HUGE - 1)
     assert asked == []
@@ -70,11 +73,11 @@ def test_large_memory_is_advised_in_whole_pages(asked):
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="this system cannot be told that memory is free")
-def test_large_memory_that_came_back_is_free_for_the_system(asked):
+def test_large_memory_that_came_back_is_free_for_the_system(asked: Any) -> None:
     memory.take(memory.HUGE)
     assert [advice for _, _, advice in asked] == [mmap.MADV_HUGEPAGE, mmap.MADV_FREE]
 
 
-def test_without_a_system_to_ask_nothing_is_asked(monkeypatch):
+def test_without_a_system_to_ask_nothing_is_asked(monkeypatch: Any) -> None:
     monkeypatch.setattr(memory, "_libc", None)
     memory.advise(mmap.PAGESIZE, memory.HUGE)

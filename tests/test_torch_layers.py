@@ -1,8 +1,11 @@
 """The PyTorch layers: what a program does with torch.nn's works with ours, and means what the specification says."""
 
+from __future__ import annotations
+
 import copy
 import io
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,15 +21,15 @@ PAIRS = [
     (ours.BatchNorm2d, torch.nn.BatchNorm2d, (6, 3, 5, 4)),
     (ours.BatchNorm3d, torch.nn.BatchNorm3d, (6, 3, 2, 3, 2)),
 ]
-IMPLEMENTATIONS = ["kernel", "framework"]
+IMPLEMENTATIONS: list[Any] = ["kernel", "framework"]
 
 
-def close(a, b, scale=1.0):
+def close(a: Any, b: Any, scale: Any = 1.0) -> None:
     """Equal within the rounding of a short float32 sum: 64 steps of 2^-24 each, of values of this scale."""
     np.testing.assert_allclose(a.detach().numpy(), b.detach().numpy(), rtol=0, atol=64 * 2**-24 * scale)
 
 
-def step(layer, x, dy):
+def step(layer: Any, x: Any, dy: Any) -> Any:
     x = x.detach().clone().requires_grad_()
     y = layer(x)
     y.backward(dy)
@@ -35,7 +38,7 @@ def step(layer, x, dy):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("cls", "theirs", "shape"), PAIRS)
-def test_computes_what_pytorchs_own_does(cls, theirs, shape, implementation):
+def test_computes_what_pytorchs_own_does(cls: Any, theirs: Any, shape: Any, implementation: Any) -> None:
     torch.manual_seed(0)
     mine, own = cls(3, implementation=implementation), theirs(3)
     assert isinstance(mine, theirs)
@@ -59,7 +62,7 @@ def test_computes_what_pytorchs_own_does(cls, theirs, shape, implementation):
     [("momentum", v) for v in (None, 0.3, 0.0, 1.0)]
     + [("eps", 1e-12), ("affine", False), ("bias", False), ("track_running_stats", False)],
 )
-def test_pytorchs_options_mean_the_same(option, value, implementation):
+def test_pytorchs_options_mean_the_same(option: Any, value: Any, implementation: Any) -> None:
     options = {option: value}
     torch.manual_seed(1)
     mine, own = ours.BatchNorm2d(3, implementation=implementation, **options), torch.nn.BatchNorm2d(3, **options)
@@ -73,9 +76,9 @@ def test_pytorchs_options_mean_the_same(option, value, implementation):
         close(mine.state_dict()[name].float(), value.float(), 4)
 
 
-def test_kernel_gives_the_references_bits_in_training_and_inference():
+def test_kernel_gives_the_references_bits_in_training_and_inference() -> None:
     torch.manual_seed(2)
-    layer = ours.BatchNorm(3, 4, BatchNormSpec.article())
+    layer: Any = ours.BatchNorm(3, 4, BatchNormSpec.article())
     mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
     gamma, beta = layer.gamma.detach().numpy(), layer.beta.detach().numpy()
     for training in (True, True, False):
@@ -83,8 +86,8 @@ def test_kernel_gives_the_references_bits_in_training_and_inference():
         layer.train(training)
         layer.zero_grad()
         y, dx = step(layer, x, dy)
-        expected = reference.forward(x.numpy(), gamma, beta, mean, var, layer.spec, training)
-        gradients = reference.backward(dy.numpy(), expected.saved)
+        expected: Any = reference.forward(x.numpy(), gamma, beta, mean, var, layer.spec, training)
+        gradients: Any = reference.backward(dy.numpy(), expected.saved)
         mean, var = expected.moving_mean, expected.moving_var
         for got, wanted in [(y, expected.y), (dx, gradients.dx), (layer.weight.grad, gradients.dgamma)]:
             np.testing.assert_array_equal(got.detach().numpy(), wanted)
@@ -95,9 +98,9 @@ def test_kernel_gives_the_references_bits_in_training_and_inference():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("learn", [(), ("x",), ("weight",), ("bias",), ("x", "bias"), ("x", "weight", "bias")])
-def test_any_subset_of_gradients(learn, implementation):
+def test_any_subset_of_gradients(learn: Any, implementation: Any) -> None:
     torch.manual_seed(3)
-    layer = ours.BatchNorm2d(3, implementation=implementation)
+    layer: Any = ours.BatchNorm2d(3, implementation=implementation)
     layer.weight.requires_grad_("weight" in learn)
     layer.bias.requires_grad_("bias" in learn)
     x = torch.randn(4, 3, 2, 2, requires_grad="x" in learn)
@@ -110,7 +113,7 @@ def test_any_subset_of_gradients(learn, implementation):
 
 
 @pytest.mark.parametrize("layer", [ours.BatchNorm2d(3, momentum=None, bias=False), ours.BatchNorm(3, 4, BatchNormSpec.article())])
-def test_copies_pickles_and_state_dicts_are_the_same_layer(layer):
+def test_copies_pickles_and_state_dicts_are_the_same_layer(layer: Any) -> None:
     torch.manual_seed(4)
     layer(torch.randn(4, 3, 2, 2))
     layer.normalize_with = "moving"
@@ -128,7 +131,7 @@ def test_copies_pickles_and_state_dicts_are_the_same_layer(layer):
         assert torch.equal(other(x), copy.deepcopy(layer)(x))
 
 
-def test_checkpoints_go_both_ways():
+def test_checkpoints_go_both_ways() -> None:
     torch.manual_seed(5)
     own, mine = torch.nn.BatchNorm2d(3), ours.BatchNorm2d(3)
     own(torch.randn(4, 3, 2, 2))
@@ -142,9 +145,9 @@ def test_checkpoints_go_both_ways():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_half_input_keeps_single_state(half, implementation):
+def test_half_input_keeps_single_state(half: Any, implementation: Any) -> None:
     torch.manual_seed(6)
-    layer = ours.BatchNorm2d(3, implementation=implementation).to(half)
+    layer: Any = ours.BatchNorm2d(3, implementation=implementation).to(half)
     assert {t.dtype for t in [*layer.parameters(), layer.running_mean, layer.running_var]} == {torch.float32}
     assert ours.BatchNorm2d(3, dtype=half).weight.dtype == torch.float32
     x, dy = torch.randn(4, 3, 5, 5).to(half), torch.randn(4, 3, 5, 5).to(half)
@@ -162,15 +165,15 @@ def test_half_input_keeps_single_state(half, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_double_input_takes_a_double_layer(implementation):
-    layer = ours.BatchNorm1d(3, implementation=implementation).double()
+def test_double_input_takes_a_double_layer(implementation: Any) -> None:
+    layer: Any = ours.BatchNorm1d(3, implementation=implementation).double()
     y = layer(torch.randn(5, 3, dtype=torch.float64))
     assert y.dtype == layer.running_mean.dtype == torch.float64
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded", "channels_last gradient"])
-def test_memory_layout_does_not_change_the_meaning(layout, implementation):
+def test_memory_layout_does_not_change_the_meaning(layout: Any, implementation: Any) -> None:
     torch.manual_seed(7)
     x, dy = torch.randn(4, 3, 6, 6), torch.randn(4, 3, 6, 6)
     given = {
@@ -194,9 +197,9 @@ def test_memory_layout_does_not_change_the_meaning(layout, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("normalize_with", ["batch", "moving"])
 @pytest.mark.parametrize("update", [True, False])
-def test_switches_are_independent(normalize_with, update, implementation):
+def test_switches_are_independent(normalize_with: Any, update: Any, implementation: Any) -> None:
     spec = BatchNormSpec(normalize_with=normalize_with, update_statistics=update, learn_affine=False)
-    layer = ours.BatchNorm(3, 4, spec, implementation=implementation)
+    layer: Any = ours.BatchNorm(3, 4, spec, implementation=implementation)
     assert layer.spec == spec
     x = torch.randn(4, 3, 5, 5) + 3
     y = layer(x)
@@ -206,9 +209,9 @@ def test_switches_are_independent(normalize_with, update, implementation):
     assert not y.requires_grad
 
 
-def test_an_infinite_channel_keeps_to_itself():
+def test_an_infinite_channel_keeps_to_itself() -> None:
     for implementation in IMPLEMENTATIONS:
-        layer = ours.BatchNorm1d(2, implementation=implementation)
+        layer: Any = ours.BatchNorm1d(2, implementation=implementation)
         y = layer(torch.tensor([[1.0, float("inf")], [2.0, 1.0], [4.0, 1.0]]))
         assert y[:, 0].isfinite().all()
         assert y[:, 1].isnan().any()
@@ -218,8 +221,8 @@ def test_an_infinite_channel_keeps_to_itself():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_an_empty_batch_changes_nothing(implementation):
-    layer = ours.BatchNorm2d(3, implementation=implementation)
+def test_an_empty_batch_changes_nothing(implementation: Any) -> None:
+    layer: Any = ours.BatchNorm2d(3, implementation=implementation)
     before = copy.deepcopy(layer.state_dict())
     x = torch.empty(0, 3, 4, 4, requires_grad=True)
     y = layer(x)
@@ -260,8 +263,8 @@ BAD = [
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("x", "error", "message"), BAD)
-def test_bad_input_is_refused_and_changes_nothing(x, error, message, implementation):
-    layer = ours.BatchNorm2d(3, implementation=implementation)
+def test_bad_input_is_refused_and_changes_nothing(x: Any, error: Any, message: Any, implementation: Any) -> None:
+    layer: Any = ours.BatchNorm2d(3, implementation=implementation)
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(error) as caught:
         layer(x)
@@ -275,20 +278,20 @@ def test_bad_input_is_refused_and_changes_nothing(x, error, message, implementat
         (lambda: ours.BatchNorm(3, 6), "num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got 6 (BN-01)."),
         (lambda: ours.BatchNorm(0, 4), "num_features must be a whole number >= 1, the size of the channel axis, got 0 (BN-01)."),
         (
-            lambda: ours.BatchNorm2d(3, implementation="cuda"),
+            lambda: ours.BatchNorm2d(3, implementation="cuda"),  # type: ignore[arg-type]
             "implementation must be 'auto' or 'kernel' or 'framework', got 'cuda'.",
         ),
         (lambda: ours.BatchNorm2d(3, eps=0.0), EPS),
         (lambda: ours.swap(torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3, eps=0.0))), "1: " + EPS),
     ],
 )
-def test_bad_parameters_are_refused(make, message):
+def test_bad_parameters_are_refused(make: Any, message: Any) -> None:
     with pytest.raises(ValueError) as caught:
         make()
     assert str(caught.value) == message
 
 
-def test_swap_keeps_objects_state_and_mode():
+def test_swap_keeps_objects_state_and_mode() -> None:
     torch.manual_seed(8)
     nn = torch.nn
     shared = nn.BatchNorm2d(4)
@@ -310,8 +313,8 @@ def test_swap_keeps_objects_state_and_mode():
     close(model[1](x), own[1](x), 4)
 
 
-def test_text_says_what_the_layer_is():
-    layer = ours.BatchNorm2d(3, implementation="framework")
+def test_text_says_what_the_layer_is() -> None:
+    layer: Any = ours.BatchNorm2d(3, implementation="framework")
     layer.normalize_with, layer.update_statistics = "moving", False
     assert repr(layer) == (
         "BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, normalize_with='moving', "
@@ -321,22 +324,22 @@ def test_text_says_what_the_layer_is():
     assert repr(ours.BatchNorm(3, 2, BatchNormSpec(scale=False))) == "BatchNorm(3, 2, eps=1e-05, momentum=0.9, scale=False)"
 
 
-def test_momentum_may_be_changed_later():
-    layer = ours.BatchNorm(3, 4, BatchNormSpec(momentum=0.1))
+def test_momentum_may_be_changed_later() -> None:
+    layer: Any = ours.BatchNorm(3, 4, BatchNormSpec(momentum=0.1))
     assert layer.spec.momentum == 0.1
     layer.momentum = 0.25  # PyTorch's convention: weight of the new value
     assert layer.spec.momentum == 0.75
 
 
-def test_second_derivatives_are_right():
+def test_second_derivatives_are_right() -> None:
     torch.manual_seed(9)
     for training in (True, False):
-        layer = ours.BatchNorm1d(3, implementation="kernel").double().train(training)
+        layer: Any = ours.BatchNorm1d(3, implementation="kernel").double().train(training)
         layer.update_statistics = False
         x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(layer, x)
         assert torch.autograd.gradgradcheck(layer, x)
-    bare = ours.BatchNorm1d(3, affine=False).half()
+    bare: Any = ours.BatchNorm1d(3, affine=False).half()
     x = torch.randn(5, 3, requires_grad=True, dtype=torch.float16)
     (dx,) = torch.autograd.grad((bare(x) ** 2).sum(), x, create_graph=True)
     assert dx.requires_grad
@@ -345,9 +348,10 @@ def test_second_derivatives_are_right():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: PyTorch's operators are tested on CPU")
-def test_follows_its_input_to_an_accelerator():
+def test_follows_its_input_to_an_accelerator() -> None:
     torch.manual_seed(10)
-    mine, own = ours.BatchNorm2d(3).cuda(), torch.nn.BatchNorm2d(3).cuda()
+    mine: Any = ours.BatchNorm2d(3).cuda()
+    own: Any = torch.nn.BatchNorm2d(3).cuda()
     x = torch.randn(4, 3, 5, 5, device="cuda")
     close(mine(x).cpu(), own(x).cpu(), 4)
     close(mine.running_var.cpu(), own.running_var.cpu(), 4)
