@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from multibn import memory
+from multibn import kernel, memory
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +81,12 @@ def test_large_memory_that_came_back_is_free_for_the_system(asked: Any) -> None:
 def test_without_a_system_to_ask_nothing_is_asked(monkeypatch: Any) -> None:
     monkeypatch.setattr(memory, "_libc", None)
     memory.advise(mmap.PAGESIZE, memory.HUGE)
+
+
+def test_a_forked_child_begins_with_new_locks(monkeypatch: Any) -> None:
+    """What os.fork calls in the child, called here: a lock may be held there by a thread that is not."""
+    for module, name in ((memory, "_keeping"), (kernel, "_preparing")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # to be as it was afterwards
+        before = getattr(module, name)
+        module._forget()
+        assert getattr(module, name) is not before
