@@ -15,11 +15,11 @@ import pytest
 
 mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
 
-import multibn_mxnet  # noqa: E402
-from multibn import BatchNormSpec, reference  # noqa: E402
-from multibn.kernel import run_backward, run_forward  # noqa: E402
-from multibn.layer import Array  # noqa: E402
-from multibn_mxnet import by_kernel  # noqa: E402
+import multibn_mxnet
+from multibn import BatchNormSpec, reference
+from multibn.kernel import run_backward, run_forward
+from multibn.layer import Array
+from multibn_mxnet import by_kernel
 
 WAYS: dict[str, dict[str, bool] | None] = {
     "imperative": None,
@@ -60,12 +60,12 @@ def random(*shape: int, seed: int = 0, dtype: str = "float32") -> Array:
 
 def train(block: Any, x: Array, dy: Array) -> tuple[Array, Array]:
     """y and dx of one step."""
-    x, dy = array(x), array(dy)
-    x.attach_grad()
+    given: Any = array(x)
+    given.attach_grad()
     with mx.autograd.record():
-        y = block(x)
-    y.backward(dy)
-    return y.asnumpy(), x.grad.asnumpy()
+        y = block(given)
+    y.backward(array(dy))
+    return y.asnumpy(), given.grad.asnumpy()
 
 
 def expect(
@@ -102,8 +102,8 @@ def test_every_way_gives_the_bits_of_the_reference(
 ) -> None:
     block = multibn_mxnet.BatchNorm(shape[1], 4, spec)
     block.initialize()
-    if WAYS[way] is not None:
-        block.hybridize(**WAYS[way])
+    if (options := WAYS[way]) is not None:
+        block.hybridize(**options)
     for step in range(3):
         y, dx = train(block, random(*shape, seed=step), random(*shape, seed=100 + step))
     done, gradients = expect(spec, 3, shape)
@@ -155,8 +155,8 @@ def test_inside_a_parent_it_defers_and_trains(way: str, numpy_mode: bool) -> Non
         mx.gluon.nn.HybridLambda(lambda F, x: x * 1), multibn_mxnet.GluonBatchNorm(), mx.gluon.nn.HybridLambda(lambda F, x: x * 1)
     )
     net.initialize()
-    if WAYS[way] is not None:
-        net.hybridize(**WAYS[way])
+    if (options := WAYS[way]) is not None:
+        net.hybridize(**options)
     for step in range(2):
         y, dx = train(net, random(*SMALL, seed=step), random(*SMALL, seed=100 + step))
     done, gradients = expect(BatchNormSpec(), 2, SMALL)
@@ -225,7 +225,7 @@ def test_two_forwards_before_one_backward_and_a_shared_block() -> None:
 
 
 def test_a_block_used_twice_in_one_graph_updates_twice() -> None:
-    class Twice(mx.gluon.HybridBlock):  # type: ignore[misc]
+    class Twice(mx.gluon.HybridBlock):  # type: ignore[misc,name-defined]
         def __init__(self, block: Any) -> None:
             super().__init__()
             self.block = block

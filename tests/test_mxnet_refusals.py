@@ -10,9 +10,9 @@ import pytest
 
 mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
 
-import multibn_mxnet  # noqa: E402
-from multibn import BatchNormSpec  # noqa: E402
-from multibn_mxnet import by_framework, callbacks  # noqa: E402
+import multibn_mxnet
+from multibn import BatchNormSpec
+from multibn_mxnet import by_framework, callbacks
 
 RANK = (
     "expected input of rank 4, got rank 3, shape (2, 3, 4) (BN-01). The axes are batch, channel, then space; "

@@ -12,14 +12,14 @@ import pytest
 
 mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
 
-import multibn_mxnet  # noqa: E402
-from multibn import BatchNormSpec, reference  # noqa: E402
-from multibn_mxnet import swap  # noqa: E402
+import multibn_mxnet
+from multibn import BatchNormSpec, reference
+from multibn_mxnet import swap
 
 nn = mx.gluon.nn
 
 
-class Net(mx.gluon.HybridBlock):  # type: ignore[misc]
+class Net(mx.gluon.HybridBlock):  # type: ignore[misc,name-defined]
     """A block in an attribute that a container shares, one in the container, and one with a ReLU."""
 
     def __init__(self, **named: Any) -> None:

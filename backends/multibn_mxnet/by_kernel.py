@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from mxnet.base import _LIB, check_call
 
-from multibn import kernel, memory, threads
+from multibn import kernel, memory
 from multibn.layer import PARAMETER_TYPE, Array
 
 from .description import Layer, type_name
