@@ -1,9 +1,12 @@
 PY := .venv/bin/python
 
-.PHONY: conform test lint
+.PHONY: conform test lint atlas
 
 conform: .venv/ready
 	.venv/bin/multibn conform
+
+atlas: .venv/ready
+	$(PY) -m multibn_conformance.atlas
 
 test: .venv/ready lint
 	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered

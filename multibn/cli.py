@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -31,29 +32,71 @@ def conform(
     device: Annotated[list[str] | None, typer.Option(help="Judge on this device; it must be there.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="Run this case, or the cases that match this pattern.")] = None,
     clause: Annotated[list[str] | None, typer.Option(help="Run the cases of this clause, such as BN-05.")] = None,
+    subject: Annotated[str | None, typer.Option(metavar="MODULE:MAKE", help="Judge this one: docs/judge-your-own.md.")] = None,
+    spec: Annotated[str | None, typer.Option(help="The --subject's fixed parameters: a dialect's name or JSON.")] = None,
+    python: Annotated[str | None, typer.Option(help="The interpreter that runs the --subject.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that a call of the --subject may take; 20.")] = None,
+    precision: Annotated[str | None, typer.Option(help="What the --subject promises: working (its type's) or exact.")] = None,
+    own: Annotated[
+        bool, typer.Option("--own", help="Judge the frameworks' own (--backend: these), by their dialect too.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the report as JUnit XML to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Run the few cases that catch every known defect.")] = False,
+    random: Annotated[int | None, typer.Option(metavar="N", help="Run the cases of N seeds, not the fixed ones.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first of these seeds.")] = 0,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Judge the suite itself, by wrong BatchNorms.")] = False,
 ) -> None:
     """Judge every BatchNorm that is installed, on every device present, by every clause.
 
     Exits with 0 if all conform, 1 if one does not, 2 if the call is wrong.
     """
     try:
-        from multibn_conformance import report
-        from multibn_conformance.choice import WrongCall, chosen_cases
+        from multibn_conformance import anyone, publish, report
+        from multibn_conformance.choice import WrongCall, check_tier, chosen_cases
         from multibn_conformance.fixed import CASES
         from multibn_conformance.subjects import candidates
+
+        if self_test or random is not None:
+            from multibn_conformance import random_tier
+            from multibn_conformance import self_test as own_test
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         _wrong_call(f"multibn conform needs {package}, which is not installed: pip install 'multibn[conformance]'")
+    files = {"--html": html, "--json": json, "--junit": junit}
     try:
-        cases = chosen_cases(CASES, case or (), clause or ())
-        judged, absent = candidates(backend or (), device or ())
+        publish.check(files)
+        others = [name for name, given in (("--case", case), ("--clause", clause), ("--quick", quick)) if given]
+        check_tier(random, others, self_test, subject is not None)
+        cases = chosen_cases(CASES, case or (), clause or (), quick)
+        if own:
+            from multibn_conformance import own_run
+
+            no_meaning = {"--subject": subject, "--spec": spec, "--precision": precision, "--timeout": timeout}
+            own_run.alone({**no_meaning, **files, "--self-test": self_test or None})
+            chosen = cases if random is None else range(seed, seed + random)
+            raise typer.Exit(own_run.run(chosen, backend or (), python, device or (), Console()))
+        theirs = anyone.judged(subject, cases, spec, python, timeout, precision, backend or (), device or ())
+        if theirs is not None:
+            judged, absent, cases = [theirs.candidate], theirs.absent, theirs.cases
+        else:
+            judged, absent = candidates(backend or (), device or ())
         if not judged:
             raise WrongCall(f"nobody to judge: {'; '.join(f'{each.name}: {each.reason}' for each in absent) or 'no backend'}.")
     except WrongCall as error:
         _wrong_call(str(error))
     console = Console()
-    judgements = report.run(judged, cases, console)
+    if self_test:
+        raise typer.Exit(not own_test.run(judged, random or own_test.SEEDS, seed, console))
+    if random is not None:
+        judgements, cases = random_tier.run(judged, random, seed, console, spec, theirs and theirs.command)
+    else:
+        judgements = report.run(judged, cases, console)
+        if theirs is not None:
+            judgements = theirs.reproducible(judgements)
     report.show(judgements, judged, absent, console)
+    publish.publish(files, judgements, judged, absent, cases, shlex.join(["multibn", *sys.argv[1:]]), spec)
     raise typer.Exit(any(each.status == "fail" for each in judgements))
 
 
@@ -80,6 +123,75 @@ def bench(
 
 
 @app.command()
+def identify(
+    subject: Annotated[str, typer.Argument(metavar="MODULE:MAKE", help="A BatchNorm, as docs/judge-your-own.md describes it.")],
+    python: Annotated[str | None, typer.Option(help="The interpreter that runs it.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that a call of it may take; 20.")] = None,
+    device: Annotated[str, typer.Option(help="Handed to its make function.")] = "cpu",
+) -> None:
+    """Find out from the outside which dialect a BatchNorm speaks, and print its BatchNormSpec.
+
+    Exits with 0 if all of the spec was found, 1 if not, 2 if the call is wrong.
+    """
+    try:
+        from multibn_conformance import identify as black_box
+        from multibn_conformance.choice import WrongCall
+        from multibn_conformance.outside import started
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        _wrong_call(f"multibn identify needs {package}, which is not installed: pip install 'multibn[conformance]'")
+    try:
+        with started(subject, python, timeout, device) as outside:
+            found = black_box.identify(lambda num_features: outside.make(num_features, None))
+    except WrongCall as error:
+        _wrong_call(str(error))
+    Console().print(found.table(subject))
+    Console().print(found.text(), soft_wrap=True, highlight=False)
+    raise typer.Exit(bool(found.unknown))
+
+
+vectors = typer.Typer(help="The fixed cases as files, for code that Python cannot call.", no_args_is_help=True)
+app.add_typer(vectors, name="vectors")
+_Vectors = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the vectors.")]
+
+
+@vectors.command("write")
+def write_vectors(
+    folder: _Vectors,
+    case: Annotated[list[str] | None, typer.Option(help="Write this case, or the cases that match this pattern.")] = None,
+    clause: Annotated[list[str] | None, typer.Option(help="Write the cases of this clause.")] = None,
+) -> None:
+    """Write the fixed cases with their exact values to a new folder; its README.md says how to answer.
+
+    Exits with 0, 2 if the call is wrong.
+    """
+    try:
+        from multibn_conformance import vector_run
+    except ModuleNotFoundError as error:
+        _needs("vectors", error)
+    _or_wrong_call(lambda: vector_run.write(folder, case or (), clause or (), Console()))
+
+
+@vectors.command("check")
+def check_vectors(
+    folder: _Vectors,
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="The folder of the answers.")],
+    case: Annotated[list[str] | None, typer.Option(help="Judge this case, or the cases that match this pattern.")] = None,
+    precision: Annotated[str, typer.Option(help="What the answers promise: working (their type's) or exact.")] = "working",
+) -> None:
+    """Judge the answers to vectors.
+
+    Exits with 0 if all conform, 1 if one does not, 2 if the call is wrong.
+    """
+    try:
+        from multibn_conformance import vector_run
+    except ModuleNotFoundError as error:
+        _needs("vectors", error)
+    conforms = _or_wrong_call(lambda: vector_run.check(folder, answers, case or (), precision, Console()))
+    raise typer.Exit(not conforms)
+
+
+@app.command()
 def dialects() -> None:
     """What each framework's own BatchNorm does, with its source."""
     from .dialects import table
@@ -92,6 +204,20 @@ def clauses() -> None:
     """The specification, clause by clause."""
     for number, text in CLAUSES.items():
         typer.echo(f"{number}  {text}")
+
+
+def _needs(command: str, error: ModuleNotFoundError) -> NoReturn:
+    package = (error.name or "").partition(".")[0]
+    _wrong_call(f"multibn {command} needs {package}, which is not installed: pip install 'multibn[conformance]'")
+
+
+def _or_wrong_call(function: Callable[[], Any]) -> Any:
+    from multibn_conformance.choice import WrongCall
+
+    try:
+        return function()
+    except WrongCall as error:
+        _wrong_call(str(error))
 
 
 def _wrong_call(message: str) -> NoReturn:

@@ -94,6 +94,8 @@ _ALL = (
             "grad_req='null' does not stop the updates; only use_global_stats=True does.",
             "record(train_mode=False) with a plain backward() gives the training gradient at the moving statistics.",
             "The stored variance is recovered as 1/invstd^2 - eps, so a small one is inexact and may be just below 0.",
+            "The number of channels is not checked: input with more of them reads past the end of the parameters.",
+            "momentum is kept as float32, for float64 input too.",
         ),
     ),
     Dialect(
@@ -175,6 +177,7 @@ _ALL = (
             "Integers are converted to float32.",
             "The policies float16 and bfloat16 keep the moving statistics in half precision.",
             "The PyTorch backend computes the variance as E[x^2] - E[x]^2.",
+            "On JAX and PyTorch float64 input is computed in float32.",
         ),
     ),
     Dialect(
@@ -221,7 +224,9 @@ _ALL = (
         notes=(
             "training_mode is 0 by default; in opset 9 the number of outputs says that it trains.",
             "eps 0 is accepted.",
+            "eps and momentum are kept as float32, for float64 input too.",
             "m=1 trains silently; an empty batch turns the moving statistics NaN.",
+            "The reference evaluator sums half input in half precision.",
             "It has no gradient.",
         ),
     ),
@@ -237,7 +242,8 @@ _ALL = (
         notes=(
             "m=1 in training copies the input to the output, without gamma and beta, and updates nothing.",
             "use_global_stats=False normalises with the batch and updates in eval() too.",
-            "eps 0 is accepted.",
+            "eps 0 is accepted; eps and momentum are kept as float32, for float64 input too.",
+            "gamma without beta gets no gradient, nor does beta without gamma.",
         ),
     ),
     Dialect(

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
-def reproduce(subject: str, case: str) -> str:
+if TYPE_CHECKING:
+    from .case import Case
+
+
+def reproduce(subject: str, case: str | Case) -> str:
     """Run one case again: ``reproduce("torch/kernel/cpu", "BN-05-momentum-0.1")``. Returns "pass", or what is wrong.
+
+    Args:
+        subject: its name.
+        case: its id, or a case of your own.
 
     Raises:
         WrongCall: an unknown subject or case.
@@ -15,7 +24,11 @@ def reproduce(subject: str, case: str) -> str:
     from .subjects import candidates
 
     known = {candidate.name: candidate for candidate in candidates()[0]}
-    if len(found := chosen("subject", [subject], list(known))) != 1 or len(cases := chosen("case", [case], list(CASES))) != 1:
+    found, cases = (
+        chosen("subject", [subject], list(known)),
+        chosen("case", [case], list(CASES)) if isinstance(case, str) else [""],
+    )
+    if len(found) != 1 or len(cases) != 1:
         raise WrongCall("reproduce runs one case on one subject; these are patterns of several.")
-    judgement = judge(known[found[0]], CASES[cases[0]])
+    judgement = judge(known[found[0]], CASES[cases[0]] if isinstance(case, str) else case)
     return judgement.message or judgement.status

@@ -91,15 +91,18 @@ class Update:
 
 
 def scale(name: str, f: Facts, updates: tuple[Update, ...] = ()) -> Array:
-    """How large a result is as a whole (BN-16): (C, 1) for y and dx, (C,) for others. Single values may be 0 by cancellation."""
+    """How large a result is as a whole (BN-16): (C, m) or (C, 1) for y and dx, (C,) for others. Single values may be 0 by
+    cancellation. For y, |gamma| stands for |gamma*xhat|, which in inference can be far larger.
+    """
     if name == "y":
-        return np.abs(f.gamma) + (np.abs(f.beta) if f.dtype == "float64" else 0)
+        return np.abs(f.gamma) * np.fmax(1, np.abs(f.xhat)) + (np.abs(f.beta) if f.dtype == "float64" else 0)
     if name in ("moving_mean", "moving_var"):
         sizes = [np.abs(a) for update in updates for a in (update.kept, update.batch, update.new)] or [np.zeros(len(f.gamma))]
         return np.max(np.where(np.isfinite(sizes), sizes, 0), axis=0)
     assert f.dy is not None
     if name == "dx":
-        return np.abs(f.gamma) * f.invstd * np.max(np.abs(f.dy), axis=1, keepdims=True, initial=0)
+        finite = np.where(np.isfinite(f.dy), np.abs(f.dy), 0)  # one that is not stays alone where the statistics are constants
+        return np.abs(f.gamma) * f.invstd * np.max(finite, axis=1, keepdims=True, initial=0)
     return np.abs(f.dy * f.xhat if name == "dgamma" else f.dy).sum(axis=1)
 
 
@@ -148,17 +151,25 @@ def for_dx(f: Facts, exact: Array, precision: Precision) -> Array:
         off = off + np.mean(np.abs(f.dy) * _xhat_error(f), axis=1, keepdims=True)
         error = _gamma(m, f.arithmetic) * np.mean(terms, axis=1, keepdims=True) + np.abs(f.xhat) * off + _xhat_error(f) * average
         terms = terms + np.abs(np.mean(f.dy, axis=1, keepdims=True)) + np.abs(f.xhat) * average
-    return slope * (error + (_invstd_error(f) + FEW * u) * terms) + _flushed(f) + ulp(exact, f.dtype)
+    few = FEW * roundoff(f.dtype)  # in the type of dx: PyTorch keeps the unfinished sum in dx itself where the channels lie last
+    bound = slope * (error + (_invstd_error(f) + few) * terms) + _flushed(f) + ulp(exact, f.dtype)
+    return np.where(FEW * slope * terms > float(np.finfo(f.dtype).max), np.inf, bound)  # terms that the type may not hold
 
 
 def for_dgamma(f: Facts, exact: Array, precision: Precision) -> Array:
-    """Bound of dgamma, (C,)."""
+    """Bound of dgamma, (C,).
+
+    The mean is a float64 too: what it is rounded by shifts every xhat of a channel alike. Where all xhat are next to 0 (var far
+    below eps) that is more than BN-16's part of the terms.
+    """
     assert f.dy is not None
     dtype, terms = PARAMETER_TYPE[f.dtype], scale("dgamma", f)
     if precision == "exact":
-        return _rounded(exact, dtype) + SUM * f.kappa[:, 0] * terms
+        shifted = (np.abs(f.mean) * f.invstd)[:, 0] * scale("dbeta", f)
+        return _rounded(exact, dtype) + SUM * np.fmax(f.kappa[:, 0] * terms, shifted)
     through_xhat = (np.abs(f.dy) * _xhat_error(f)).sum(axis=1)
-    return (_gamma(f.x.shape[1], dtype) + FEW * roundoff(dtype)) * terms + through_xhat + _flushed(f)[:, 0] + ulp(exact, dtype)
+    flushed = _flushed(f)[:, 0] * (1 + np.abs(f.dy).sum(axis=1))  # each x may have been one of them
+    return (_gamma(f.x.shape[1], dtype) + FEW * roundoff(dtype)) * terms + through_xhat + flushed + ulp(exact, dtype)
 
 
 def for_dbeta(f: Facts, exact: Array, precision: Precision) -> Array:
@@ -177,7 +188,7 @@ def for_moving(updates: tuple[Update, ...], which: str, precision: Precision) ->
     - the float64 roundings before that: two products and a sum, 1.5 ulp of float64 at the largest of the terms, which may cancel;
       with equal weights also the weight n/(n+1) and its complement, one ulp more;
     - the part of the batch that comes in, times what its float64 sum may miss. That is a part of the absolute terms, not of the
-      result: a mean near 0 by cancellation cannot be right in ulp.
+      result: a mean near 0 by cancellation cannot be right in ulp. The variance takes the mean's error squared.
     A working implementation does all of it in its own arithmetic, and rounds momentum too.
     """
     bound: Array = np.zeros(())
@@ -193,8 +204,8 @@ def for_moving(updates: tuple[Update, ...], which: str, precision: Precision) ->
         if precision == "exact":
             final = (0.0 if statistic == "float64" else 0.51) * ulp(update.new, statistic)
             work = (2.5 if update.equal_weight else 1.5) * ulp(largest, "float64")
-            size = np.sqrt(f.batch_mean**2 + f.batch_var) if which == "moving_mean" else f.batch_var
-            batch = SUM * size[:, 0]
+            of_mean = SUM * np.sqrt(f.batch_mean**2 + f.batch_var)
+            batch = (of_mean if which == "moving_mean" else SUM * f.batch_var + of_mean**2)[:, 0]
         else:
             final, work = np.zeros_like(largest), FEW * ulp(largest, statistic)
             mean_error, var_error = _statistics_error(f, f.batch_mean, f.batch_var)

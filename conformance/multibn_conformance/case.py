@@ -20,6 +20,7 @@ Action = Literal[
     "backward",  # of the last forward
     "load",  # another state, of the type for values.dtype, into the same subject
     "reload",  # the moving statistics as they are read, into a new subject
+    "another",  # a second subject with a state of its own, and its forward in training; the first one stays as it was
     "refuse",  # forward in training must raise
 ]
 Verdict = Literal["must", "must raise", "may differ"]
@@ -80,6 +81,11 @@ MOVING: tuple[Observed, ...] = ("moving_mean", "moving_var")
 def train(values: Values, *observe: Observed) -> Step:
     """A forward in training."""
     return Step("train", values, observe)
+
+
+def another(values: Values, *observe: Observed) -> Step:
+    """A forward in training of a second subject; what is observed is the first one's."""
+    return Step("another", values, observe)
 
 
 def infer(values: Values, *observe: Observed) -> Step:

@@ -11,13 +11,18 @@ if find_spec("mpmath") is None:
 
 from multibn_conformance.case import Case
 from multibn_conformance.judge import judge
-from multibn_conformance.plugin import chosen_by
+from multibn_conformance.plugin import chosen_by, seeds_by
 from multibn_conformance.subjects import Absent, Candidate
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Subjects and cases, as the options choose them."""
     present, absent, cases = chosen_by(metafunc.config)
+    if "number" in metafunc.fixturenames:
+        seeds = [(each, number) for number in seeds_by(metafunc.config) for each in present]
+        ids = [f"{each.name}-random-{number}".replace("/", "-") for each, number in seeds]
+        metafunc.parametrize(("candidate", "number"), seeds, ids=ids)
+        return
     checks = [pytest.param(each, case, id=f"{each.name}-{case.id}".replace("/", "-")) for each in present for case in cases]
     missing = [pytest.param(each, None, id=f"{each.name}-absent".replace("/", "-")) for each in absent]
     metafunc.parametrize(("candidate", "case"), checks + missing)
@@ -29,5 +34,16 @@ def test_conforms(candidate: Candidate | Absent, case: Case) -> None:
         pytest.skip(f"{candidate.name}: {candidate.reason}")
     judgement = judge(candidate, case)
     if judgement.status in ("skip", "differs"):
+        pytest.skip(judgement.message)
+    assert judgement.status == "pass", f"{judgement.message}\n{judgement.snippet}"
+
+
+def test_conforms_at_random(candidate: Candidate, number: int) -> None:
+    """The same for the case of a seed."""
+    pytest.importorskip("hypothesis", reason="random cases need hypothesis: pip install 'multibn[conformance]'")
+    from multibn_conformance.random_tier import judge_seed
+
+    _, judgement = judge_seed(candidate, number)
+    if judgement.status == "skip":
         pytest.skip(judgement.message)
     assert judgement.status == "pass", f"{judgement.message}\n{judgement.snippet}"

@@ -34,6 +34,7 @@ class Values:
         mean, std: of the normal values.
         kind: what is done to them.
         layout: how they lie in memory; the values are the same in every layout.
+        planted: flat indices, modulo the size, and the values that are put there.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class Values:
     std: float = 2.0
     kind: Kind = "normal"
     layout: Layout = "contiguous"
+    planted: tuple[tuple[int, float], ...] = ()
 
     def array(self) -> Array:
         """The array, a new one each time."""
@@ -52,7 +54,10 @@ class Values:
             made = seen(layer=int(self.mean), step=self.seed, which=self.kind[-1])
         else:
             made = self._drawn()
-        return _laid_out(made.astype(self.dtype), self.layout)
+        made = np.array(made, self.dtype)
+        for index, value in self.planted:
+            made.reshape(-1)[index % made.size] = value
+        return _laid_out(made, self.layout)
 
     def _drawn(self) -> Array:
         noise = np.random.default_rng([20150211, self.seed]).standard_normal(self.shape)
@@ -84,13 +89,21 @@ def _laid_out(a: Array, layout: Layout) -> Array:
     return np.ascontiguousarray(a)
 
 
+ZERO_GAMMA = 1000
+"""The seed of a state whose last gamma is 0, as the last layer of a residual block begins."""
+
+
 def state(features: int, dtype: str, seed: int, spec: BatchNormSpec) -> tuple[Array | None, Array | None, Array, Array]:
     """gamma, beta, moving mean and moving variance to load, (features,) each, of the type for input of ``dtype`` (BN-10).
 
-    gamma and beta are None where the spec has none (BN-04). No value is special: not 0, not 1, no two alike.
+    gamma and beta are None where the spec has none (BN-04). No value is special: not 0, not 1, no two alike; every other gamma
+    is negative.
     """
     draw = np.random.default_rng([1502, 3167, seed])
     kind = PARAMETER_TYPE[dtype]
     gamma, beta, mean = (draw.normal(centre, 0.5, features).astype(kind) for centre in (1.5, 0.3, 0.2))
     var = draw.uniform(0.5, 2.0, features).astype(kind)
+    gamma[1::2] *= -1
+    if seed == ZERO_GAMMA:
+        gamma[-1] = 0
     return gamma if spec.scale else None, beta if spec.center else None, mean, var

@@ -17,11 +17,27 @@ Make = Callable[[int, BatchNormSpec], Subject]
 
 
 class Wrong(Exception):
-    """A subject's answer is wrong; the message says how, ulp and ratio (to the bound) by how much."""
+    """A subject's answer is wrong; the message says how, ulp and ratio (to the bound) by how much.
 
-    def __init__(self, message: str, ulp: float = np.inf, ratio: float = np.inf) -> None:
+    Where it is wrong in its values, ``where`` names the step and the result, ``got`` is what came and ``off`` how far it is off,
+    float64 both.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        ulp: float = np.inf,
+        ratio: float = np.inf,
+        where: str = "",
+        got: Array | None = None,
+        off: Array | None = None,
+    ) -> None:
         super().__init__(message)
-        self.ulp, self.ratio = ulp, ratio
+        self.ulp, self.ratio, self.where, self.got, self.off = ulp, ratio, where, got, off
+
+
+class Broken(Exception):
+    """A call of a subject did not come back: its process was ended, or had to be."""
 
 
 class Answer(NamedTuple):
@@ -45,6 +61,7 @@ def perform(case: Case, make: Make) -> Iterator[Answer]:
     refusable = case.verdict == "must raise"
     _call("load", subject.load, *_copies(arrays))
     moving, kind = arrays[2:], case.dtype
+    others = []
     for number, step in enumerate(case.steps, 1):
         where = f"step {number} of {len(case.steps)} ({step.do})"
         given = None if step.values is None else step.values.array()
@@ -59,6 +76,11 @@ def perform(case: Case, make: Make) -> Iterator[Answer]:
         elif step.do == "reload":
             subject = _call(where, make, case.features, case.spec)
             _call(where, subject.load, *_copies((*arrays[:2], *moving)))
+        elif step.do == "another":
+            assert step.values is not None
+            others.append(_call(where, make, case.features, case.spec))
+            _call(where, others[-1].load, *_copies(state(case.features, kind, step.values.seed, case.spec)))
+            _call(where, others[-1].forward, given, True)
         elif step.do == "refuse":
             _refused(where, subject, given)
         elif step.do == "backward":
@@ -71,6 +93,8 @@ def perform(case: Case, make: Make) -> Iterator[Answer]:
         if before is not None and given is not None and before.tobytes() != given.tobytes():
             raise Wrong(f"{where}: the subject changed the array that it was given. It must leave its inputs as they are.")
         now = _call(f"{where}, reading the moving statistics", subject.moving)
+        if not isinstance(now, tuple) or len(now) != 2:
+            raise Wrong(f"{where}: moving returned {type(now).__name__}, should be a tuple (moving_mean, moving_var).")
         read = _array(f"{where}, moving_mean", now[0]), _array(f"{where}, moving_var", now[1])
         answers.update(zip(_NAMES, read, strict=True))
         if "unchanged" in step.observe:
@@ -90,6 +114,8 @@ _NAMES = ("moving_mean", "moving_var")
 def _call(where: str, function: Callable[..., Any], *arguments: object) -> Any:
     try:
         return function(*arguments)
+    except Broken as error:
+        raise Wrong(f"{where}: {error}") from error
     except (Exception, SystemExit) as error:
         raise Wrong(f"{where} raised {type(error).__name__}: {error}") from error
 
@@ -98,6 +124,9 @@ def _refused(where: str, subject: Subject, x: Array | None) -> None:
     assert x is not None
     try:
         y = subject.forward(x, True)
+    except (Broken, SystemExit) as error:
+        how = str(error) if isinstance(error, Broken) else f"SystemExit: {error}, should be an error."
+        raise Wrong(f"{where}: {how}") from error
     except Exception as error:
         if not str(error).strip():
             raise Wrong(f"{where}: {type(error).__name__} without a message, should be an error that says why.") from error
@@ -121,7 +150,9 @@ def _same_bits(what: str, got: Array | None, old: Array) -> None:
         raise Wrong(f"{what}: got {got.dtype} of shape {got.shape}, was {old.dtype} of shape {old.shape}.")
     if got.tobytes() != old.tobytes():
         index = int(np.flatnonzero(bits_differ(got, old))[0])
-        raise Wrong(f"{what}: index [{index}] is {got[index].item()!r}, was {old[index].item()!r}.")
+        came = got.astype(np.float64)
+        message = f"{what}: index [{index}] is {got[index].item()!r}, was {old[index].item()!r}."
+        raise Wrong(message, where=what, got=came, off=came - old)
 
 
 def bits_differ(a: Array, b: Array) -> Array:

@@ -12,9 +12,14 @@ if TYPE_CHECKING:
 
 OPTIONS = ("--backend", "--device", "--case", "--clause")
 
+SEEDS = 10
+"""Random cases for each subject, unless ``--random`` says otherwise; none where fixed cases are chosen."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--backend``, ``--device``, ``--case`` and ``--clause``, as ``multibn conform`` has them."""
+    """``--backend``, ``--device``, ``--case``, ``--clause``, ``--quick``, ``--random`` and ``--seed``, as ``multibn conform`` has
+    them; random cases run besides the fixed ones.
+    """
     group = parser.getgroup("multibn conformance")
     for name, what in (
         ("backend", "judge this backend; it must load"),
@@ -23,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("clause", "run the cases of this clause"),
     ):
         group.addoption(f"--{name}", action="append", default=[], metavar="NAME", help=f"{what} (may be repeated)")
+    group.addoption("--quick", action="store_true", help="run the few fixed cases that catch every known defect")
+    group.addoption("--random", type=int, default=None, metavar="N", help=f"run the cases of N seeds too ({SEEDS})")
+    group.addoption("--seed", type=int, default=0, metavar="N", help="the first of these seeds (0)")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -47,4 +55,12 @@ def chosen_by(config: pytest.Config) -> tuple[list[Candidate], list[Absent], lis
     from .subjects import candidates
 
     backends, devices, cases, clauses = (config.getoption(name) for name in OPTIONS)
-    return *candidates(backends, devices), chosen_cases(CASES, cases, clauses)
+    return *candidates(backends, devices), chosen_cases(CASES, cases, clauses, config.getoption("--quick"))
+
+
+def seeds_by(config: pytest.Config) -> range:
+    """The seeds of the random cases."""
+    count, first = config.getoption("--random"), config.getoption("--seed")
+    if count is None:
+        count = 0 if any(config.getoption(name) for name in ("--case", "--clause", "--quick")) else SEEDS
+    return range(first, first + count)

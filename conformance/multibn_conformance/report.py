@@ -46,7 +46,8 @@ def show(judgements: Sequence[Judgement], candidates: Sequence[Candidate], absen
     console.print(_table(judgements, candidates))
     versions = {f"{name} {version}" for candidate in candidates for name, version in candidate.backend.versions.items()}
     console.print(
-        "Worst error in ulp of the output's type, at the scale of the result; for float64 it includes what float64 sums lose. "
+        "Worst error in ulp of the output's type, at the scale of the result; d: in float64, which has nothing wider to work in, "
+        "so that it loses kappa (the mean over the deviation, up to 1e6 here) where the values lie far from 0. "
         f"Judged with {', '.join(sorted(versions))}.",
         soft_wrap=True,
     )
@@ -81,7 +82,8 @@ def _table(judgements: Sequence[Judgement], candidates: Sequence[Candidate]) -> 
 
 def _cell(judgements: Sequence[Judgement]) -> str:
     counted = [each for each in judgements if each.status in ("pass", "fail")]
-    worst = _short(max((each.ulp for each in counted), default=0.0))
+    narrow, double = ([each.ulp for each in counted if (each.dtype == "float64") == wide] for wide in (False, True))
+    worst = ", ".join(f"{_short(max(ulps))}{kind}" for ulps, kind in ((narrow, ""), (double, "d")) if ulps)
     if any(each.status == "fail" for each in counted):
         return f"[red]FAIL[/red] {worst}"
     return f"[green]ok[/green] {worst}" if counted else "skipped"

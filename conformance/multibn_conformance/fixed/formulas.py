@@ -60,6 +60,17 @@ def formulas() -> list[Case]:
     cases.append(
         case(
             "BN-03",
+            "eps-1e-8-float16",
+            "eps 1e-08 for float16 values with a spread of 1e-4.",
+            "rounds eps to the input's half precision, where it is 0",
+            train(usual(dtype="float16", std=1e-4, mean=0.0), "y"),
+            spec=BatchNormSpec(eps=1e-8),
+            dtype="float16",
+        )
+    )
+    cases.append(
+        case(
+            "BN-03",
             "eps-in-inference",
             "A large eps with the moving variance.",
             "takes another eps in inference, or puts it outside the root",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from multibn.spec import BatchNormSpec
-from multibn_conformance.case import ALL_GRADIENTS, HALF, MOVING, SHAPES, Case, back, case, infer, train, usual
-from multibn_conformance.inputs import Values
+from multibn_conformance.case import ALL_GRADIENTS, HALF, MOVING, SHAPES, Case, Step, back, case, infer, train, usual
+from multibn_conformance.inputs import ZERO_GAMMA, Values
 
 
 def modes() -> list[Case]:
@@ -56,6 +56,15 @@ def modes() -> list[Case]:
         ),
         case(
             "BN-07",
+            "after-frozen-training",
+            "Inference after a training step that updated nothing normalises with the statistics that were loaded.",
+            "normalises with what training left behind",
+            train(usual()),
+            infer(usual(seed=1), "y", "unchanged"),
+            spec=BatchNormSpec(update_statistics=False),
+        ),
+        case(
+            "BN-07",
             "one-value",
             "One value per channel is enough in inference.",
             "refuses it, or normalises with the batch",
@@ -76,6 +85,26 @@ def modes() -> list[Case]:
             "lets no gradient through the variance",
             train(usual()),
             back(usual(), "dx"),
+        ),
+        case(
+            "BN-08",
+            "twice",
+            "Two training steps: the gradients of the second are its own.",
+            "adds them to the first's",
+            train(usual()),
+            back(usual(seed=1), *ALL_GRADIENTS),
+            train(usual(seed=2)),
+            back(usual(seed=3), *ALL_GRADIENTS),
+        ),
+        case(
+            "BN-08",
+            "gamma-0",
+            "A gamma of 0 has a gradient, and its channel's dx is 0.",
+            "finds xhat by dividing by gamma",
+            Step("load", Values((3,), ZERO_GAMMA)),
+            train(usual()),
+            back(usual(seed=1), *ALL_GRADIENTS),
+            source="inplace_abn; residual blocks that begin with a gamma of 0",
         ),
         case(
             "BN-08",
@@ -103,6 +132,13 @@ def modes() -> list[Case]:
             )
         )
     cases += [
+        case(
+            "BN-09",
+            "batch-updated",
+            "Every training step normalises with its own batch, the later ones too.",
+            "normalises with the moving statistics once there are some",
+            *(train(usual(seed=seed), "y") for seed in range(3)),
+        ),
         case(
             "BN-09",
             "batch-frozen",

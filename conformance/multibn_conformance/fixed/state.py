@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from multibn.spec import BatchNormSpec
-from multibn_conformance.case import ALL_GRADIENTS, HALF, MOVING, SHAPES, Case, Observed, Step, back, case, infer, train, usual
+from multibn_conformance.case import (
+    ALL_GRADIENTS,
+    HALF,
+    MOVING,
+    SHAPES,
+    Case,
+    Observed,
+    Step,
+    another,
+    back,
+    case,
+    infer,
+    train,
+    usual,
+)
 from multibn_conformance.inputs import Values
 
 
@@ -41,13 +55,25 @@ def state() -> list[Case]:
         case(
             "BN-13",
             "another-type",
-            "A float64 state into a subject that held float32, and back.",
+            "A float32 state into a subject that held float64, and back.",
             "stays with the type that it began with",
-            train(usual()),
-            Step("load", Values((3,), 1, "float64")),
-            infer(usual(dtype="float64"), "y", "unchanged"),
-            Step("load", Values((3,), 2)),
+            train(usual(dtype="float64")),
+            Step("load", Values((3,), 1)),
             infer(usual(), "y", "unchanged"),
+            Step("load", Values((3,), 2, "float64")),
+            infer(usual(dtype="float64"), "y", "unchanged"),
+            dtype="float64",
+        ),
+        case(
+            "BN-13",
+            "two-layers",
+            "A second layer trains between the first one's forward and backward, and before its inference.",
+            "shares between layers what belongs to one",
+            train(usual()),
+            another(usual(seed=1), "unchanged"),
+            back(usual(seed=2), *ALL_GRADIENTS, "unchanged"),
+            another(usual(seed=3), "unchanged"),
+            infer(usual(seed=4), "unchanged"),
         ),
         case(
             "BN-13",

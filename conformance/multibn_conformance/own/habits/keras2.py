@@ -1,0 +1,72 @@
+"""The habits of Keras 2 (tf_keras)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tf_keras
+from tf_keras import layers
+
+X = np.random.default_rng(0).normal(3, 2, (6, 4, 5, 3)).astype(np.float32)
+
+
+def _estimator(x: Any, **options: Any) -> str:
+    layer = layers.BatchNormalization(momentum=0.0, **options)
+    layer(x, training=True)
+    flat = x.reshape(-1, 3).astype(np.float64)
+    got = layer.moving_variance.numpy()
+    off = [np.abs(got / flat.var(0, ddof=ddof) - 1).max() for ddof in (0, 1)]
+    return "biased" if off[0] < off[1] else "unbiased"
+
+
+def defaults() -> object:
+    """Defaults, in its own words."""
+    layer = layers.BatchNormalization()
+    return f"epsilon {layer.epsilon:g}, momentum {layer.momentum:g}, axis {layer.axis}"
+
+
+def estimator_rank_2() -> object:
+    """Moving variance, rank 2."""
+    return _estimator(X[:, 0, 0])
+
+
+def estimator_rank_3() -> object:
+    """Moving variance, rank 3."""
+    return _estimator(X[:, 0])
+
+
+def estimator_rank_4() -> object:
+    """Moving variance, rank 4."""
+    return _estimator(X)
+
+
+def estimator_rank_4_not_fused() -> object:
+    """Moving variance, rank 4, fused=False."""
+    return _estimator(X, fused=False)
+
+
+def frozen() -> object:
+    """trainable=False and training=True: whether it updates."""
+    layer = layers.BatchNormalization(trainable=False)
+    layer(X, training=True)
+    return bool(np.abs(layer.moving_mean.numpy()).max() > 0)
+
+
+def policy_mixed() -> object:
+    """Policy mixed_float16: type of the moving statistics."""
+    layer = layers.BatchNormalization(dtype=tf_keras.mixed_precision.Policy("mixed_float16"))
+    layer.build(X.shape)
+    return layer.moving_variance.dtype.name
+
+
+def integers() -> object:
+    """int32 input: type of the output."""
+    return layers.BatchNormalization()(X.astype(np.int32)).dtype.name
+
+
+def names() -> object:
+    """Names of the weights."""
+    layer = layers.BatchNormalization()
+    layer.build(X.shape)
+    return ", ".join(weight.name.split("/")[-1] for weight in layer.weights)

@@ -1,0 +1,34 @@
+"""The habits of MXNet's operator."""
+
+from __future__ import annotations
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd, nd
+
+X = nd.array(np.random.default_rng(0).normal(3, 2, (6, 3, 4, 5)))
+
+
+def defaults() -> object:
+    """Defaults, in its own words."""
+    text = mx.nd.BatchNorm.__doc__
+    told = {
+        name: text.split(name + " : ")[1].split("default=")[1].split("\n")[0] for name in ("eps", "momentum", "fix_gamma", "axis")
+    }
+    return ", ".join(
+        f"{name} {float(np.float32(value)):g}" if "." in value else f"{name} {value}" for name, value in told.items()
+    )
+
+
+def gamma_overwritten() -> object:
+    """fix_gamma as it is by default, gamma 2 passed in: gamma after it."""
+    gamma = nd.full(3, 2)
+    nd.BatchNorm(X, gamma, nd.zeros(3), nd.zeros(3), nd.ones(3)).asnumpy()
+    return float(gamma.asnumpy()[0])
+
+
+def third_output() -> object:
+    """output_mean_var=True: the third output times sqrt(var + eps)."""
+    with autograd.train_mode():
+        out = nd.BatchNorm(X, nd.ones(3), nd.zeros(3), nd.zeros(3), nd.ones(3), output_mean_var=True, eps=1e-3)
+    return float((out[2].asnumpy() * np.sqrt(X.asnumpy().astype(np.float64).var((0, 2, 3)) + 1e-3)).mean())

@@ -1,0 +1,328 @@
+"""The frameworks' own BatchNorms: what is said of them, how a dialect changes a case, and the ones that are installed here."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from multibn.array import ReferenceSubject
+from multibn.cli import app
+from multibn.dialects import DIALECTS
+from multibn.spec import BatchNormSpec
+from multibn_conformance import own_run
+from multibn_conformance.case import Case
+from multibn_conformance.choice import WrongCall
+from multibn_conformance.fixed import CASES
+from multibn_conformance.own import FOLDER, Own, Stated, on_the_path
+from multibn_conformance.own.registry import ALL
+from multibn_conformance.own_run import Judged, differences, judged, show
+from multibn_conformance.spoken import Compared, compare, compared, in_dialect
+
+EVERY = pytest.mark.parametrize("own", ALL, ids=[own.name for own in ALL])
+BY_NAME = {own.name: own for own in ALL}
+FRAMEWORKS = {
+    "torch_nn": {"torch"},
+    "gluon_nn": {"mxnet"},
+    "mxnet_op": {"mxnet"},
+    "keras3": {"keras", "jax", "tensorflow", "torch"},
+    "keras2": {"tensorflow", "tf_keras"},
+    "tf_fused": {"tensorflow"},
+    "flax_nnx": {"jax", "flax"},
+    "haiku_nn": {"jax", "haiku"},
+    "equinox_nn": {"jax", "equinox"},
+    "onnx_op": {"onnx", "onnxruntime"},
+    "paddle_nn": {"paddle"},
+}
+FILES = sorted(each for folder in (FOLDER, FOLDER / "habits") for each in folder.glob("*.py") if each.stem in FRAMEWORKS)
+RIGHT = Own("right", "right:make", "torch", ("numpy",), None)
+
+
+def right(num_features: int, spec: BatchNormSpec) -> ReferenceSubject:
+    return ReferenceSubject(num_features, spec)
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(FOLDER)) for file in FILES])
+def test_a_file_needs_numpy_and_its_framework_only(file: Path) -> None:
+    imports = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            imports |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imports.add(str(node.module).partition(".")[0])
+    assert imports - set(sys.stdlib_module_names) <= FRAMEWORKS[file.stem] | {"numpy"}
+
+
+@EVERY
+def test_what_is_said_of_it(own: Own) -> None:
+    file, _, function = own.subject.partition(":")
+    assert f"def {function}(num_features: int, spec: Any = None, device: str = " in (FOLDER / f"{file}.py").read_text()
+    pinned = {
+        line.partition("==")[0].lower() for line in (FOLDER / "environments" / f"{own.environment}.txt").read_text().split()
+    }
+    assert {name.lower().replace("-", "_") for name in own.packages} <= {name.replace("-", "_") for name in pinned}
+    assert own.dialect is None or own.dialect in DIALECTS
+    assert own.dialect is None or all(getattr(DIALECTS[own.dialect].spec, name) == value for name, value in own.fixed.items())
+    for stated in own.stated:
+        assert stated.reason.endswith(".")
+        assert all(any(fnmatchcase(case, pattern) for case in CASES) for pattern in stated.cases)
+    assert all(any(fnmatchcase(case, pattern) for case in CASES) for pattern in own.takes)
+
+
+def test_every_file_is_looked_at() -> None:
+    assert {file.stem for file in FILES} == set(FRAMEWORKS) == {own.subject.partition(":")[0] for own in ALL}
+
+
+def test_names_are_different() -> None:
+    assert len(BY_NAME) == len(ALL) == 15
+
+
+CHOSEN = (
+    "BN-01-refuses-rank-1",  # other shapes make MXNet read memory that is not its own: not in this process
+    "BN-04-*",
+    "BN-05-not-*",
+    "BN-05-without-*",
+    "BN-06-*-m-2",
+    "BN-09-*",
+    "BN-10-*",
+    "BN-11-*",
+    "BN-12-*",
+)
+
+
+@pytest.mark.parametrize("name", ["torch.nn", "gluon.nn", "mx.nd.BatchNorm"])
+def test_it_keeps_its_dialect(name: str) -> None:
+    from multibn_conformance.own import gluon_nn, mxnet_op, torch_nn
+
+    makers: dict[str, Callable[..., Any]] = {
+        "torch.nn": torch_nn.make,
+        "gluon.nn": gluon_nn.make,
+        "mx.nd.BatchNorm": mxnet_op.make,
+    }
+    cases = [case for case in CASES.values() if any(fnmatchcase(case.id, pattern) for pattern in CHOSEN)]
+    done = compared(BY_NAME[name], cases, makers[name])
+    assert [each.message for each in done if each.keeping == "breaks"] == []
+    assert [each.case for each in done if each.here == "differs" and not each.because] == []
+    assert {each.case for each in done if each.keeping == "as stated"} == {
+        case.id
+        for case in cases
+        if any(fnmatchcase(case.id, pattern) for stated in BY_NAME[name].stated for pattern in stated.cases)
+    }
+
+
+def test_what_a_framework_cannot_do_is_told() -> None:
+    from multibn_conformance.own import torch_nn
+
+    told = compare(BY_NAME["torch.nn"], CASES["BN-04-no-scale-center"], torch_nn.make)
+    assert told == Compared(
+        "BN-04-no-scale-center", "BN-04", "cannot", "cannot", ("torch.nn.BatchNorm has no beta without a gamma.",), ""
+    )
+
+
+def test_a_stated_difference_must_be_seen() -> None:
+    own = replace(RIGHT, stated=(Stated(("BN-12-*",), "got", "It takes all."),))
+    told = compare(own, CASES["BN-12-empty-0x3"], right)
+    assert (told.here, told.keeping) == ("same", "breaks")
+    assert told.message == "BN-12-empty-0x3: it does not differ, though this is stated: It takes all."
+
+
+def test_another_difference_is_not_the_stated_one() -> None:
+    class Raises(ReferenceSubject):
+        def forward(self, x: Any, training: bool) -> Any:
+            raise ValueError("no")
+
+    own = replace(RIGHT, stated=(Stated(("BN-12-*",), "nan", "NaN."),))
+    told = compare(own, CASES["BN-12-empty-0x3"], Raises)
+    assert told.keeping == "breaks"
+    assert told.message.splitlines()[-1] == "Another difference is stated: NaN."
+
+
+def test_a_difference_that_is_not_stated_breaks_the_dialect() -> None:
+    class Double(ReferenceSubject):
+        def forward(self, x: Any, training: bool) -> Any:
+            return super().forward(x, training) * x.dtype.type(2)
+
+    told = compare(RIGHT, CASES["BN-01-rank-2-float32"], Double)
+    assert (told.here, told.keeping, told.because) == ("differs", "breaks", ())
+    assert told.message.startswith("BN-01-rank-2-float32: step 1 of 1 (train), y[")
+
+
+def test_fixed_parameters_replace_the_cases_own() -> None:
+    own = replace(RIGHT, fixed={"moving_variance": "unbiased"})
+    case = CASES["BN-06-biased-m-2"]
+    assert in_dialect(case, own) == replace(case, spec=replace(case.spec, moving_variance="unbiased"))
+    told = compare(own, case, lambda n, spec: ReferenceSubject(n, replace(spec, moving_variance="unbiased")))
+    assert (told.here, told.keeping, told.because) == ("differs", "keeps", ("The moving variance is unbiased.",))
+
+
+def test_numbers_kept_as_float32() -> None:
+    case = replace(CASES["BN-05-momentum-0.1"], spec=BatchNormSpec(eps=1e-5, momentum=0.1))
+    assert in_dialect(case, replace(RIGHT, single=("eps", "momentum"))).spec == BatchNormSpec(
+        eps=float(np.float32(1e-5)), momentum=float(np.float32(0.1))
+    )
+    assert in_dialect(case, replace(RIGHT, single=("1-momentum",))).spec.momentum == 1 - float(np.float32(0.9))
+    tiny = replace(case, spec=BatchNormSpec(eps=1e-300, momentum=None))
+    assert in_dialect(tiny, replace(RIGHT, single=("eps", "momentum", "1-momentum"))).spec == tiny.spec
+
+
+def test_one_value_that_is_taken_is_computed() -> None:
+    case = in_dialect(CASES["BN-12-refuses-one-value-unbiased"], replace(RIGHT, takes=("BN-12-refuses-*",)))
+    assert case.verdict == "must"
+    assert [(step.do, step.observe) for step in case.steps] == [("train", ("y", "moving_mean", "moving_var"))]
+    assert case.spec.moving_variance == "biased"
+
+
+def observed(case: Case) -> list[tuple[str, tuple[str, ...]]]:
+    return [(step.do, step.observe) for step in in_dialect(case, BY_NAME["gluon.nn"]).steps]
+
+
+def test_statistics_that_move_in_backward_are_observed_there() -> None:
+    assert observed(CASES["BN-05-without-backward"]) == [
+        ("train", ("unchanged",)),
+        ("backward", ("moving_mean",)),
+        ("train", ("unchanged",)),
+        ("backward", ("moving_mean",)),
+    ]
+    assert observed(CASES["BN-05-not-in-backward"])[:2] == [("train", ("unchanged",)), ("backward", ("moving_mean",))]
+    assert observed(CASES["BN-09-batch-frozen"])[:2] == [
+        ("train", ("y", "unchanged")),
+        ("backward", ("dx", "dgamma", "dbeta", "unchanged")),
+    ]
+    assert observed(CASES["BN-13-two-layers"])[:3] == [
+        ("train", ("unchanged",)),
+        ("another", ("unchanged",)),
+        ("backward", ("dx", "dgamma", "dbeta")),
+    ]
+
+
+def test_without_a_gradient_backward_is_left_out() -> None:
+    own = replace(RIGHT, gradient=False)
+    assert [step.do for step in in_dialect(CASES["BN-08-constant-dy"], own).steps] == ["train"]
+    assert compare(own, CASES["BN-08-constant-dy"], right).because == ("It has no gradient.",)
+    assert compare(own, CASES["BN-02-statistics"], right).keeping == "keeps"
+
+
+def test_reasons_of_a_difference() -> None:
+    class Backward(ReferenceSubject):
+        """Moves in backward, with momentum as float32."""
+
+        def _forward(self, x: Any, training: bool) -> Any:
+            before = self.moving_mean, self.moving_var
+            y = super()._forward(x, training)
+            self.waiting, (self.moving_mean, self.moving_var) = (self.moving_mean, self.moving_var), before
+            return y
+
+        def _backward(self, dy: Any) -> Any:
+            self.moving_mean, self.moving_var = self.waiting
+            return super()._backward(dy)
+
+    def make(n: int, spec: BatchNormSpec) -> Backward:
+        return Backward(n, replace(spec, momentum=None if spec.momentum is None else float(np.float32(spec.momentum))))
+
+    own = replace(BY_NAME["gluon.nn"], stated=())
+    told = compare(own, CASES["BN-05-ten-steps-rank-2-float64"], make)
+    assert told.because == ("The moving statistics move in backward.", "It keeps momentum as float32.")
+    assert told.keeping == "keeps"
+
+
+def test_an_average_that_no_spec_has_is_told() -> None:
+    own = replace(RIGHT, fixed={"momentum": 0.0}, average="It forgets.")
+    told = compare(own, CASES["BN-05-momentum-0.1"], lambda n, spec: ReferenceSubject(n, replace(spec, momentum=0.0)))
+    assert (told.here, told.keeping, told.because) == ("differs", "keeps", ("It forgets.",))
+
+
+def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "before")
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    with on_the_path():
+        assert os.environ["PYTHONPATH"] == str(FOLDER)
+    assert os.environ["PYTHONPATH"] == "before"
+    assert "TF_CPP_MIN_LOG_LEVEL" not in os.environ
+
+
+def test_installed_ones_are_judged_in_their_own_process() -> None:
+    done, absent = judged([CASES["BN-11-nan-in-training"], CASES["BN-07-one-value"]], ["torch.nn", "paddle.nn"])
+    assert [(each.name, [case.keeping for case in each.cases]) for each in done] == [("torch.nn/cpu", ["as stated", "keeps"])]
+    assert done[0].versions["torch"].startswith("2.")
+    assert [(each.name, each.reason) for each in absent] == [("paddle.nn/cpu", "ModuleNotFoundError: No module named 'paddle'")]
+
+
+def test_a_device_that_is_not_there() -> None:
+    done, absent = judged([CASES["BN-07-one-value"]], ["torch.nn"], device="cuda:77")
+    assert done == []
+    assert absent[0].name == "torch.nn/cuda:77"
+    assert "CUDA" in absent[0].reason or "cuda" in absent[0].reason
+
+
+def test_differences_are_counted_by_reason() -> None:
+    cases = [
+        Compared("BN-05-a", "BN-05", "differs", "keeps", ("Moves.", "Twice.")),
+        Compared("BN-02-b", "BN-02", "differs", "keeps", ("Moves.", "Twice.")),
+        Compared("BN-02-c", "BN-02", "differs", "breaks"),
+        Compared("BN-02-d", "BN-02", "same", "keeps"),
+    ]
+    assert differences(Judged(RIGHT, "cpu", {}, cases)) == [
+        ("Moves. Twice.", ["BN-02", "BN-05"], 2),
+        ("Unexplained: BN-02-c.", ["BN-02"], 1),
+    ]
+
+
+def shown(done: list[Judged]) -> list[str]:
+    out = io.StringIO()
+    show(done, [], Console(file=out, width=200))
+    return [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
+
+
+def test_the_table() -> None:
+    cases = [Compared("BN-02-a", "BN-02", "same", "keeps"), Compared("BN-02-b", "BN-02", "differs", "keeps", ("It.",))]
+    lines = shown([Judged(RIGHT, "cpu", {}, cases)])
+    assert [part.strip() for part in lines[2].split("  ") if part.strip()] == ["right/cpu", "keeps", "1 of 2", "1 of BN-02: It."]
+    assert lines[-1] == "keeps its dialect: right/cpu"
+
+
+def test_the_table_of_one_that_breaks_its_dialect() -> None:
+    lines = shown([Judged(RIGHT, "cpu", {}, [Compared("BN-02-a", "BN-02", "differs", "breaks", (), "all wrong")])])
+    assert lines[0] == "right/cpu breaks its dialect: all wrong"
+    assert lines[-1] == "breaks its dialect: right/cpu"
+
+
+def test_run_says_whether_one_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO())
+    for keeping, broken in (("keeps", False), ("breaks", True)):
+        cases = [Compared("BN-02-a", "BN-02", "same", keeping)]  # type: ignore[arg-type]
+        monkeypatch.setattr(own_run, "judged", lambda *_, cases=cases: ([Judged(RIGHT, "cpu", {}, cases)], []))
+        assert own_run.run([], (), None, (), console) is broken
+
+
+def test_nobody_to_judge() -> None:
+    message = "nobody to judge: paddle.nn/cpu: ModuleNotFoundError: No module named 'paddle'."
+    with pytest.raises(WrongCall) as wrong:
+        own_run.run([CASES["BN-07-one-value"]], ["paddle.nn"], None, (), Console(file=io.StringIO()))
+    assert str(wrong.value) == message
+
+
+def test_options_that_have_no_meaning_with_own() -> None:
+    own_run.alone({"--spec": None})
+    with pytest.raises(WrongCall) as wrong:
+        own_run.alone({"--spec": "torch", "--html": None, "--json": "x"})
+    assert str(wrong.value) == "--own judges the frameworks' own BatchNorms, each as it is: leave --spec and --json out."
+
+
+def test_the_command_line() -> None:
+    done = CliRunner().invoke(app, ["conform", "--own", "--backend", "torch.nn", "--case", "BN-11-nan-in-training"])
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-1] == "keeps its dialect: torch.nn/cpu"
+    wrong = CliRunner().invoke(app, ["conform", "--own", "--spec", "torch"])
+    assert wrong.exit_code == 2
+    assert "leave --spec out" in wrong.output
