@@ -21,14 +21,16 @@ from multibn.array import ReferenceSubject
 from multibn.cli import app
 from multibn.dialects import DIALECTS
 from multibn.spec import BatchNormSpec
-from multibn_conformance import own_run
+from multibn_conformance import own_random, own_run
 from multibn_conformance.case import Case
 from multibn_conformance.choice import WrongCall
 from multibn_conformance.fixed import CASES
 from multibn_conformance.own import FOLDER, Own, Stated, on_the_path
 from multibn_conformance.own.registry import ALL
 from multibn_conformance.own_run import Judged, differences, judged, show
+from multibn_conformance.random_tier import judge_seed
 from multibn_conformance.spoken import Compared, compare, compared, in_dialect
+from multibn_conformance.subjects import candidates
 
 EVERY = pytest.mark.parametrize("own", ALL, ids=[own.name for own in ALL])
 BY_NAME = {own.name: own for own in ALL}
@@ -174,6 +176,21 @@ def test_numbers_kept_as_float32() -> None:
     assert in_dialect(case, replace(RIGHT, single=("1-momentum",))).spec.momentum == 1 - float(np.float32(0.9))
     tiny = replace(case, spec=BatchNormSpec(eps=1e-300, momentum=None))
     assert in_dialect(tiny, replace(RIGHT, single=("eps", "momentum", "1-momentum"))).spec == tiny.spec
+
+
+def test_a_number_kept_in_its_type() -> None:
+    own = replace(RIGHT, single=("1-momentum in its type",))
+    for dtype, kept in (("float16", np.float32(0.9)), ("float32", np.float32(0.9)), ("float64", 0.9)):
+        case = replace(CASES["BN-05-momentum-0.1"], dtype=dtype)
+        assert in_dialect(case, own).spec.momentum == pytest.approx(1 - float(kept), rel=1e-15, abs=0)
+
+
+def test_a_variance_that_is_small_beside_eps_is_not_recovered() -> None:
+    own = replace(RIGHT, from_invstd=True)
+    large, small = CASES["BN-06-biased-m-2"], CASES["BN-16-kappa-1-float32"]
+    assert in_dialect(large, own) == large
+    spread = replace(small, spec=replace(small.spec, eps=10.0))
+    assert [step.observe for step in in_dialect(spread, own).steps] == [("y", "moving_mean"), ("dx", "dgamma", "dbeta")]
 
 
 def test_one_value_that_is_taken_is_computed() -> None:
@@ -326,3 +343,39 @@ def test_the_command_line() -> None:
     wrong = CliRunner().invoke(app, ["conform", "--own", "--spec", "torch"])
     assert wrong.exit_code == 2
     assert "leave --spec out" in wrong.output
+
+
+def test_random_cases_are_those_of_the_random_tier() -> None:
+    reference = candidates(["numpy"])[0][0]
+    for number in range(5):
+        assert own_random.drawn(number) == judge_seed(reference, number)[0]
+
+
+def test_random_cases_keep_the_dialect() -> None:
+    from multibn_conformance.own import torch_nn
+
+    done = list(own_random.compared(BY_NAME["torch.nn"], range(40), torch_nn.make))
+    assert len(done) > 15
+    assert [each.message for each in done if each.keeping == "breaks"] == []
+
+
+def test_random_cases_that_a_stated_difference_touches_are_left_out() -> None:
+    half = Own("half", "", "", (), None, stated=(Stated(("*float16",), "", "."), Stated(("BN-16-constant-*",), "", ".")))
+    poison = replace(half, stated=(Stated(("BN-11-*-in-training",), "", "."),))
+    plain = CASES["BN-01-rank-4-float32"]
+
+    def first(**other: Any) -> Case:
+        values = plain.steps[0].values
+        assert values is not None
+        return replace(plain, steps=(replace(plain.steps[0], values=replace(values, **other)),))
+
+    left_out = own_random._left_out
+    assert not left_out(half, plain)
+    assert left_out(half, replace(plain, dtype="float16"))
+    assert left_out(half, first(mean=100.0))
+    assert left_out(half, first(kind="constant"))
+    assert left_out(half, first(planted=((0, 1e18),)))
+    assert not left_out(poison, first(planted=((0, 1e18),)))
+    assert left_out(poison, first(planted=((0, float("nan")),)))
+    assert left_out(poison, first(kind="inf"))
+    assert left_out(poison, first(shape=(0, 3)))

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from multibn_conformance import reproduce
 from multibn_conformance.case import Case, Step
 from multibn_conformance.choice import WrongCall
 from multibn_conformance.defects import DEFECTS
+from multibn_conformance.fixed import CASES
+from multibn_conformance.fixed.quick import QUICK
 from multibn_conformance.inputs import Values
 from multibn_conformance.judge import Judgement
 from multibn_conformance.random_tier import code_of, judge_seed, run
@@ -165,6 +168,50 @@ def test_the_progress_is_for_terminals() -> None:
     console = Console(file=StringIO(), force_terminal=True, width=80)
     run(RIGHT[:1], 1, 0, console)
     assert "judging" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fixed", "seeds"),
+    [
+        (
+            ["--random", "2", "--seed", "7", "--clause", "BN-06"],
+            [case.id for case in CASES.values() if case.clause == "BN-06"],
+            2,
+        ),
+        (["--quick"], QUICK, 0),
+        ([], CASES, 10),
+    ],
+    ids=["random", "quick", "all"],
+)
+def test_pytest_runs_them(arguments: list[str], fixed: Any, seeds: int) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--collect-only",
+        "conformance",
+        "--backend",
+        "numpy",
+    ]
+    root = Path(__file__).parents[1]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, cwd=root)
+    collected = [line.partition("[")[2].rstrip("]") for line in done.stdout.splitlines() if "::" in line]
+    both = "numpy-reference-cpu", "numpy-kernel-cpu"
+    first = 7 if arguments[:1] == ["--random"] else 0
+    random = [f"{name}-random-{number}" for number in range(first, first + seeds) for name in both]
+    assert sorted(collected) == sorted([f"{name}-{case}" for case in fixed for name in both] + (random or ["none"]))
+
+
+def test_pytest_judges_a_seed() -> None:
+    """In pytest's own words, on two processes."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "conformance", "--backend", "numpy"]
+    options = ["--random", "3", "--case", "BN-12-two-values"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.splitlines()[-1].startswith("8 passed in ")
 
 
 def test_planted_values() -> None:

@@ -20,8 +20,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     present, absent, cases = chosen_by(metafunc.config)
     if "number" in metafunc.fixturenames:
         seeds = [(each, number) for number in seeds_by(metafunc.config) for each in present]
-        ids = [f"{each.name}-random-{number}".replace("/", "-") for each, number in seeds]
-        metafunc.parametrize(("candidate", "number"), seeds, ids=ids)
+        checks = [pytest.param(*each, id=f"{each[0].name}-random-{each[1]}".replace("/", "-")) for each in seeds]
+        none = pytest.param(None, None, id="none", marks=pytest.mark.skip(reason="no random cases: --random N runs some"))
+        metafunc.parametrize(("candidate", "number"), checks or [none])
         return
     checks = [pytest.param(each, case, id=f"{each.name}-{case.id}".replace("/", "-")) for each in present for case in cases]
     missing = [pytest.param(each, None, id=f"{each.name}-absent".replace("/", "-")) for each in absent]

@@ -115,12 +115,17 @@ def run(candidates: Sequence[Candidate], seeds: int, first: int, console: Consol
 
 
 def _table(all_caught: Sequence[Caught]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name, width in (("a BatchNorm that", 34), ("stands for", 26), ("is caught by", 26), ("and told", 0)):
-        table.add_column(name, min_width=width or None, overflow="fold")
+    table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0), expand=True)
+    table.add_column("a BatchNorm that", ratio=2)
+    table.add_column("is caught by, and told", ratio=3)
     for each in all_caught:
-        message = each.judgement.message.splitlines()[0].partition(": ")[2] if each.judgement else "not caught"
-        case = each.judgement.case if each.judgement else each.defect.clause
-        others = f"\nseen under {', '.join(each.others)}" if each.others else ""
-        table.add_row(*(escape(text) for text in (each.defect.change, each.defect.bug, case + others, message)))
+        found, more = each.judgement, len(each.failed) - 1
+        told = f"not by {each.defect.clause}" if found is None else f"{found.case}: {_first_line(found)}"
+        others = f" Seen under {', '.join(each.others)} too." if each.others else ""
+        also = f" ({more} more of its clause.{others})" if more > 0 or others else ""
+        table.add_row(escape(f"{each.defect.change} ({each.defect.bug})"), escape(told + also))
     return table
+
+
+def _first_line(judgement: Judgement) -> str:
+    return judgement.message.splitlines()[0].removeprefix(f"{judgement.case}: ")

@@ -25,6 +25,9 @@ from .perform import Make
 CANNOT = "raised NotImplementedError: "
 """Before the reason, in the message of a judgement, where a file of ``own`` has no way to do what a case asks for."""
 
+IN_ITS_TYPE = "1-momentum in its type"
+"""Among the numbers that are kept as float32: one that is, unless the input is float64."""
+
 Here = Literal["same", "differs", "cannot", "not promised"]
 Keeping = Literal["keeps", "as stated", "cannot", "breaks"]
 
@@ -102,7 +105,8 @@ def _because(own: Own, case: Case, spoken: Case) -> tuple[str, ...]:
     if spoken.verdict != case.verdict:
         told = ["One value per channel is taken in training; its variance counts as 0."]
     if case.dtype == "float64" or any(step.values and step.values.dtype == "float64" for step in case.steps):
-        told += [f"It keeps {' and '.join(own.single).replace('1-', '1 - ')} as float32."] if own.single else []
+        kept = [name.replace("-", " - ") for name in own.single if name != IN_ITS_TYPE]
+        told += [f"It keeps {' and '.join(kept)} as float32."] if kept else []
     return tuple(told)
 
 
@@ -119,7 +123,7 @@ def stated_for(own: Own, case: Case) -> Stated | None:
 
 def in_dialect(case: Case, own: Own) -> Case:
     """The case as the dialect means it."""
-    spec = _as_kept(replace(case.spec, **own.fixed), own.single)
+    spec = _as_kept(replace(case.spec, **own.fixed), own.single, case.dtype)
     steps: list[Step] = []
     verdict = case.verdict
     for step in _without_backward(case, own).steps:
@@ -147,14 +151,14 @@ def _without_backward(case: Case, own: Own) -> Case:
     return case if own.gradient else replace(case, steps=tuple(step for step in case.steps if step.do != "backward"))
 
 
-def _as_kept(spec: BatchNormSpec, single: Sequence[str]) -> BatchNormSpec:
+def _as_kept(spec: BatchNormSpec, single: Sequence[str], dtype: str) -> BatchNormSpec:
     """The spec with the numbers that are kept as float32."""
     eps, momentum = spec.eps, spec.momentum
     if "eps" in single:
         eps = float(np.float32(eps)) or eps
     if momentum is not None and "momentum" in single:
         momentum = float(np.float32(momentum))
-    if momentum is not None and "1-momentum" in single:
+    if momentum is not None and ("1-momentum" in single or (IN_ITS_TYPE in single and dtype != "float64")):
         momentum = 1 - float(np.float32(1 - momentum))
     return replace(spec, eps=eps, momentum=momentum)
 

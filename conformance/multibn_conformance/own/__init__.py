@@ -43,7 +43,8 @@ class Own:
         packages: the distributions whose version tells which BatchNorm it is; all must be there.
         dialect: key of ``multibn.dialects.DIALECTS``, None if no spec comes near.
         fixed: parameters of the spec that it does not let choose.
-        single: numbers that it keeps as float32, whatever the input's type: "eps", "momentum" (of the old value), "1-momentum".
+        single: numbers that it keeps as float32, whatever the input's type: "eps", "momentum" (of the old value),
+            "1-momentum", "1-momentum in its type" (as float64 for float64).
         from_invstd: whether it recovers the variance that it stores as 1/invstd^2 - eps, which loses what is small beside eps.
         takes: patterns of "must raise" cases whose input it takes, and computes by the formulas.
         gradient: whether it has one.

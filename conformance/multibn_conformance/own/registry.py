@@ -55,6 +55,7 @@ ALL: tuple[Own, ...] = (
         ("torch",),
         "torch",
         UNBIASED,
+        ("1-momentum in its type",),
         stated=(POISONED, Stated(("BN-12-empty-is-no-batch",), "moving_mean", "momentum=None counts an empty batch.")),
     ),
     Own(
