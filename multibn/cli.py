@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -133,13 +134,10 @@ def identify(
 
     Exits with 0 if all of the spec was found, 1 if not, 2 if the call is wrong.
     """
-    try:
+    with _needed("identify"):
         from multibn_conformance import identify as black_box
         from multibn_conformance.choice import WrongCall
         from multibn_conformance.outside import started
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        _wrong_call(f"multibn identify needs {package}, which is not installed: pip install 'multibn[conformance]'")
     try:
         with started(subject, python, timeout, device) as outside:
             found = black_box.identify(lambda num_features: outside.make(num_features, None))
@@ -165,10 +163,8 @@ def write_vectors(
 
     Exits with 0, 2 if the call is wrong.
     """
-    try:
+    with _needed("vectors"):
         from multibn_conformance import vector_run
-    except ModuleNotFoundError as error:
-        _needs("vectors", error)
     _or_wrong_call(lambda: vector_run.write(folder, case or (), clause or (), Console()))
 
 
@@ -183,10 +179,8 @@ def check_vectors(
 
     Exits with 0 if all conform, 1 if one does not, 2 if the call is wrong.
     """
-    try:
+    with _needed("vectors"):
         from multibn_conformance import vector_run
-    except ModuleNotFoundError as error:
-        _needs("vectors", error)
     conforms = _or_wrong_call(lambda: vector_run.check(folder, answers, case or (), precision, Console()))
     raise typer.Exit(not conforms)
 
@@ -206,9 +200,14 @@ def clauses() -> None:
         typer.echo(f"{number}  {text}")
 
 
-def _needs(command: str, error: ModuleNotFoundError) -> NoReturn:
-    package = (error.name or "").partition(".")[0]
-    _wrong_call(f"multibn {command} needs {package}, which is not installed: pip install 'multibn[conformance]'")
+@contextmanager
+def _needed(command: str) -> Iterator[None]:
+    """What a command imports: a wrong call if it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        _wrong_call(f"multibn {command} needs {package}, which is not installed: pip install 'multibn[conformance]'")
 
 
 def _or_wrong_call(function: Callable[[], Any]) -> Any:

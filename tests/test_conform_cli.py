@@ -292,3 +292,21 @@ def test_a_candidate_is_named_by_backend_implementation_and_device() -> None:
     backend = Backend("a", {}, {"b": "exact"}, lambda: ("c",), lambda *_: None)  # type: ignore[arg-type]
     assert repr(subjects.Candidate(backend, "b", "c")) == "Candidate(implementation='b', device='c')"
     assert subjects.Candidate(backend, "b", "c").name == "a/b/c"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "module"),
+    [
+        ("identify", ["plain:make"], "identify"),
+        ("vectors", ["write", "DIR"], "vector_run"),
+        ("vectors", ["check", "DIR", "A"], "vector_run"),
+    ],
+)
+def test_what_is_not_installed_is_a_wrong_call(
+    command: str, arguments: list[str], module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, f"multibn_conformance.{module}", None)
+    monkeypatch.delattr(f"multibn_conformance.{module}", raising=False)
+    code, _, err = called(command, *arguments)
+    needs = "multibn_conformance, which is not installed: pip install 'multibn[conformance]'"
+    assert (code, err) == (2, f"multibn: multibn {command} needs {needs}\n")
