@@ -379,3 +379,36 @@ def test_random_cases_that_a_stated_difference_touches_are_left_out() -> None:
     assert left_out(poison, first(planted=((0, float("nan")),)))
     assert left_out(poison, first(kind="inf"))
     assert left_out(poison, first(shape=(0, 3)))
+
+
+def test_the_estimator_of_a_fused_kernel_depends_on_rank_and_type() -> None:
+    own = BY_NAME["keras2"]
+    for case, estimator in (
+        ("BN-06-biased-ten-steps", "unbiased"),
+        ("BN-06-biased-rank-2", "biased"),
+        ("BN-10-float64", "biased"),
+    ):
+        assert in_dialect(CASES[case], own).spec.moving_variance == estimator
+    mixed = replace(
+        CASES["BN-06-biased-rank-2"], steps=(CASES["BN-06-biased-ten-steps"].steps[0], *CASES["BN-06-biased-rank-2"].steps)
+    )
+    assert not any("moving_var" in step.observe for step in in_dialect(mixed, own).steps)
+
+
+def test_what_moves_by_difference_is_not_observed_at_random() -> None:
+    own = replace(RIGHT, by_difference=True)
+
+    class Wrong(ReferenceSubject):
+        def moving(self) -> Any:
+            return self.moving_mean + 1, self.moving_var
+
+    done = list(own_random.compared(own, range(60), Wrong))
+    assert {each.keeping for each in done if each.clause == "BN-01"} == {"keeps"}
+
+
+def test_weights_that_do_not_add_up_are_left_out() -> None:
+    own = Own("single", "", "", (), None, single=("momentum", "1-momentum"))
+    case = replace(CASES["BN-05-ten-steps-rank-2-float64"], spec=BatchNormSpec(momentum=0.1))
+    assert own_random._left_out(own, case)
+    assert not own_random._left_out(own, replace(case, spec=BatchNormSpec(momentum=0.9)))
+    assert not own_random._left_out(own, replace(case, dtype="float32"))

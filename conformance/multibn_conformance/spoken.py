@@ -106,7 +106,7 @@ def _because(own: Own, case: Case, spoken: Case) -> tuple[str, ...]:
         told = ["One value per channel is taken in training; its variance counts as 0."]
     if case.dtype == "float64" or any(step.values and step.values.dtype == "float64" for step in case.steps):
         kept = [name.replace("-", " - ") for name in own.single if name != IN_ITS_TYPE]
-        told += [f"It keeps {' and '.join(kept)} as float32."] if kept else []
+        told += [f"It keeps {', '.join(kept)} as float32."] if kept else []
     return tuple(told)
 
 
@@ -124,6 +124,9 @@ def stated_for(own: Own, case: Case) -> Stated | None:
 def in_dialect(case: Case, own: Own) -> Case:
     """The case as the dialect means it."""
     spec = _as_kept(replace(case.spec, **own.fixed), own.single, case.dtype)
+    kernels = _fused(case, own)
+    if kernels == {False}:
+        spec = replace(spec, moving_variance="unbiased" if spec.moving_variance == "biased" else "biased")
     steps: list[Step] = []
     verdict = case.verdict
     for step in _without_backward(case, own).steps:
@@ -131,11 +134,24 @@ def in_dialect(case: Case, own: Own) -> Case:
             step = Step("train", step.values, ("y", *MOVING) if spec.update_statistics else ("y", "unchanged"))
             spec, verdict = replace(spec, moving_variance="biased"), "must"
         steps.append(step)
+    if len(kernels) == 2:
+        steps = without(steps, "moving_var")
     if own.from_invstd and any(_small(step, spec.eps) for step in steps):
-        steps = [replace(step, observe=tuple(name for name in step.observe if name != "moving_var")) for step in steps]
+        steps = without(steps, "moving_var")
     if own.updates_in_backward:
         steps = _moved_in_backward(steps, spec.update_statistics and spec.normalize_with == "batch")
     return replace(case, spec=spec, steps=tuple(steps), verdict=verdict)
+
+
+def _fused(case: Case, own: Own) -> set[bool]:
+    """Whether the training steps of a case take the kernel that has the fixed estimator."""
+    shapes = [step.values.shape for step in case.steps if step.do == "train" and step.values is not None]
+    return {own.fused is None or (case.dtype != "float64" and len(shape) in own.fused) for shape in shapes}
+
+
+def without(steps: Sequence[Step], *what: Observed) -> list[Step]:
+    """The steps, these not being observed."""
+    return [replace(step, observe=tuple(name for name in step.observe if name not in what)) for step in steps]
 
 
 def _small(step: Step, eps: float) -> bool:
@@ -158,7 +174,7 @@ def _as_kept(spec: BatchNormSpec, single: Sequence[str], dtype: str) -> BatchNor
         eps = float(np.float32(eps)) or eps
     if momentum is not None and "momentum" in single:
         momentum = float(np.float32(momentum))
-    if momentum is not None and ("1-momentum" in single or (IN_ITS_TYPE in single and dtype != "float64")):
+    elif momentum is not None and ("1-momentum" in single or (IN_ITS_TYPE in single and dtype != "float64")):
         momentum = 1 - float(np.float32(1 - momentum))
     return replace(spec, eps=eps, momentum=momentum)
 

@@ -46,6 +46,8 @@ class Own:
         single: numbers that it keeps as float32, whatever the input's type: "eps", "momentum" (of the old value),
             "1-momentum", "1-momentum in its type" (as float64 for float64).
         from_invstd: whether it recovers the variance that it stores as 1/invstd^2 - eps, which loses what is small beside eps.
+        fused: ranks whose kernel takes the fixed estimator, for float64 never; others take the other one. None: all take it.
+        by_difference: whether it moves by moving -= (moving - batch) * (1 - momentum), losing what is small beside moving.
         takes: patterns of "must raise" cases whose input it takes, and computes by the formulas.
         gradient: whether it has one.
         stated: what else its dialect is.
@@ -64,6 +66,8 @@ class Own:
     stated: tuple[Stated, ...] = ()
     average: str = ""
     from_invstd: bool = False
+    fused: tuple[int, ...] | None = None
+    by_difference: bool = False
 
     @property
     def updates_in_backward(self) -> bool:

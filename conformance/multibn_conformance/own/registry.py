@@ -121,14 +121,9 @@ ALL: tuple[Own, ...] = (
         UNBIASED,
         ("1-momentum",),
         (ONE_VALUE,),
-        stated=(
-            *KERAS3,
-            Stated(
-                ("BN-02-far-from-zero-float64", "BN-06-*-rank-*", "BN-06-*-m-*", "BN-10-float64", "BN-16-[kao][aul]*-float64"),
-                "moving_var",
-                "The moving variance is biased for ranks 2 and 3, and for float64: they do not take the fused kernel.",
-            ),
-        ),
+        stated=KERAS3,
+        fused=(4, 5),
+        by_difference=True,
     ),
     Own(
         "tf.fused",
@@ -201,7 +196,7 @@ ALL: tuple[Own, ...] = (
         ("onnxruntime", "onnx"),
         "onnx",
         BIASED,
-        ("eps", "momentum"),
+        ("eps", "momentum", "1-momentum"),
         (ONE_VALUE,),
         False,
         (POISONED, EMPTY_NAN),
@@ -213,7 +208,7 @@ ALL: tuple[Own, ...] = (
         ("onnx",),
         "onnx",
         BIASED,
-        ("eps", "momentum"),
+        ("eps", "momentum", "1-momentum"),
         (ONE_VALUE,),
         False,
         (
@@ -230,7 +225,7 @@ ALL: tuple[Own, ...] = (
         ("paddlepaddle",),
         "paddle",
         BIASED,
-        ("eps", "momentum"),
+        ("eps", "momentum", "1-momentum"),
         stated=(
             Stated(HALF, "raised RuntimeError: .NotFound", "Half input has no kernel on CPU."),
             Stated(
