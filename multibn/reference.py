@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .layer import Array, objection
-from .spec import BLOCK, LANES, BatchNormSpec
+from .spec import BLOCK, LANES, PIVOT, BatchNormSpec
 
 
 class Saved(NamedTuple):
@@ -141,22 +141,24 @@ def backward(dy: Array, saved: Saved) -> Backward:
 def statistics(values: Array) -> tuple[Array, Array]:
     """Mean and biased variance of each channel of (N, C, S) float64 values, (C,) each (BN-02).
 
-    Each block of BN-15 takes its deviations from a mean of its own. Their sum is what that mean missed, by rounding; it corrects
-    mean and variance, so that both are right to the last bits however far the values lie from 0. Then the blocks move to the mean
-    of all: with shift = block mean - mean, sum((x-mean)^2) = sum((d+shift)^2) = sum(d^2) + 2*shift*sum(d) + count*shift^2.
+    Each block of BN-15 takes its deviations from a pivot of its own, the mean of its first chunks. Then the blocks move to the
+    mean of all: with shift = pivot - mean, sum((x-mean)^2) = sum((d+shift)^2) = sum(d^2) + 2*shift*sum(d) + count*shift^2. That
+    loses nothing however far the values lie from 0, for a pivot is never far from its block: it is the mean of about 1/16 of it
+    or more, so that (pivot - mean)^2 <= 15 var. The sum of the deviations from the mean, which would be 0 if the mean were not rounded,
+    corrects mean and variance.
     """
     m = values.shape[0] * values.shape[2]
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         x, inside = _blocks(values), _blocks(np.ones_like(values))
-        count, total = _sum_blocks(inside), _sum_blocks(x)
-        deviations = (x - (total / count)[:, None, :, None]) * inside
-        missed, squares = _sum_blocks(deviations), _sum_blocks(deviations * deviations)
+        pivot = _sum_blocks(x[:, :PIVOT]) / _sum_blocks(inside[:, :PIVOT])
+        deviations = (x - pivot[:, None, :, None, None]) * inside
+        count, sums, squares = _sum_blocks(inside), _sum_blocks(deviations), _sum_blocks(deviations * deviations)
 
-        first = _fold(total.T) / m
-        shift = total / count - first
-        mean_missed = _fold((missed + count * shift).T) / m
-        mean_square = _fold((squares + 2 * shift * missed + count * shift * shift).T) / m
-        return first + mean_missed, np.maximum(mean_square - mean_missed * mean_missed, 0.0)
+        mean = _fold((pivot * count + sums).T) / m
+        shift = pivot - mean
+        mean_missed = _fold((sums + count * shift).T) / m
+        mean_square = _fold((squares + 2 * shift * sums + count * shift * shift).T) / m
+        return mean + mean_missed, np.maximum(mean_square - mean_missed * mean_missed, 0.0)
 
 
 def _moved(moving: Array, batch: Array, weight_of_old: float) -> Array:
@@ -176,21 +178,23 @@ def ordered_sum(values: Array) -> Array:
 
 
 def _blocks(values: Array) -> Array:
-    """(N, C, S) as (blocks, chunks of a block, C, width of a chunk), with zeros where the last ones are not full."""
+    """(N, C, S) as (blocks, chunks of a block, C, joined samples, width), with zeros where the last ones are not full."""
     n, channels, s = values.shape
+    joined = min(max(1, LANES // (channels * s)), n)
     pieces = math.ceil(s / LANES)
     width = math.ceil(s / pieces)
-    chunks = _padded(values, 2, width).reshape(n, channels, pieces, width).transpose(0, 2, 1, 3)
-    chunks = chunks.reshape(n * pieces, channels, width)
-    return _padded(chunks, 0, min(BLOCK, n * pieces)).reshape(-1, min(BLOCK, n * pieces), channels, width)
+    rows = _padded(_padded(values, 2, width), 0, joined).reshape(-1, joined, channels, pieces, width)
+    chunks = rows.transpose(0, 3, 2, 1, 4).reshape(-1, channels, joined, width)
+    block = min(BLOCK, len(chunks))
+    return _padded(chunks, 0, block).reshape(-1, block, channels, joined, width)
 
 
 def _sum_blocks(blocks: Array) -> Array:
-    """The sums of the blocks, (blocks, C): the chunks are added position by position, then the positions are folded."""
+    """The sums of the blocks, (blocks, C): chunks are added position by position, then samples are folded, then positions."""
     lanes = np.zeros((blocks.shape[0], *blocks.shape[2:]))
     for chunk in range(blocks.shape[1]):
         lanes += blocks[:, chunk]
-    return _fold(lanes)
+    return _fold(_fold(lanes.swapaxes(-1, -2)))
 
 
 def _fold(a: Array) -> Array:

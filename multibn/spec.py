@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
-LANES: Final = 1024
+LANES: Final = 2048
 """BN-15: a row (the values of one sample and channel) is cut into the fewest equal chunks of at most this many values."""
 
 BLOCK: Final = 64
 """BN-15: this many chunks are added, position by position and in order, before the positions are folded in halves."""
+
+PIVOT: Final = 4
+"""BN-15: the mean of so many chunks, the first of a block, is what the deviations of the block are taken from."""
 
 CLAUSES: Final[Mapping[str, str]] = {
     "BN-01": "Input of rank >= 2 with a channel axis (default 1). All other axes are reduced; m values per channel.",
@@ -54,10 +57,11 @@ CLAUSES: Final[Mapping[str, str]] = {
     ),
     "BN-15": (
         "Reproducible: on CPU the same input gives the same bits in NumPy, PyTorch and MXNet, for every number of threads, in "
-        "every run, and on every IEEE-754 machine. The order of summation is therefore part of the specification: each row of "
-        f"S values in ceil(S/{LANES}) chunks of equal length (the last may be shorter), {BLOCK} chunks at a time added position "
-        "by position, the positions folded in halves, then the sums of these blocks folded in halves. Deviations are taken "
-        "from the mean of their block, and moved to the mean of all when the blocks are put together. float64, no fast-math, "
+        "every run, and on every IEEE-754 machine. The order of summation is therefore part of the specification: samples of "
+        f"C*S <= {LANES // 2} values are joined, {LANES}//(C*S) at a time; each row of S values lies in ceil(S/{LANES}) chunks "
+        f"of equal length (the last may be shorter); {BLOCK} chunks at a time are added position by position, the joined samples "
+        "folded in halves, then the positions, then the sums of these blocks. Deviations are taken from the mean of the first "
+        f"{PIVOT} chunks of their block, and moved to the mean of all when the blocks are put together. float64, no fast-math, "
         "no contraction."
     ),
     "BN-16": (

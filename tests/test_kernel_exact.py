@@ -178,6 +178,7 @@ HARD: dict[str, Callable[[str], Array]] = {
     "near overflow": lambda dtype: normal(20_000, 0.0) * {"float16": 1e4, "float64": 1e150}.get(dtype, 5e37),
     "growing": lambda dtype: np.linspace(0, 6e4, 60_000).reshape(20, 1000, 3).transpose(0, 2, 1),
     "blocks apart": lambda dtype: normal(300_000, 0.0) + np.arange(300)[:, None, None] // 100 * 1e4,
+    "pivot apart": lambda dtype: np.where(np.arange(64)[:, None, None] < 4, 0.1, 0.7) + normal(64_000, 0.0, 1e-9),
     "one outlier": lambda dtype: outlier(1900, 6e4),
     "first outlier": lambda dtype: np.where(np.arange(60_000).reshape(20, 3, 1000) < 3000, 6e4, normal(20_000, 1.0)),
 }
