@@ -513,4 +513,4 @@ def test_a_line_of_the_guide_that_is_wrong_is_caught(tmp_path: Path, monkeypatch
     Path("plain.py").write_text(example().replace(right, wrong))
     code, out, _ = called("conform", "--subject", "plain:make", "--spec", "article", "--clause", "BN-05", "--clause", "BN-06")
     assert code == 1
-    assert out.splitlines()[-1] == "does not conform: plain/make/cpu breaks BN-05"
+    assert out.splitlines()[-1] == "does not conform: plain/make/cpu breaks BN-05, BN-06"
