@@ -83,7 +83,7 @@ def estimator() -> object:
     told = []
     for evaluator, opsets in ((_runtime, (9, 14, 15)), (_reference, (14, 15))):
         for opset in opsets:
-            mode = {"training_mode": 1} if opset > 9 else {}
+            mode: dict[str, Any] = {"training_mode": 1} if opset > 9 else {}
             stored = _run(evaluator, opset, 3 if opset > 9 else 5, **mode)[2]
             entered = (stored - 0.9 * 4) / 0.1
             off = [np.abs(entered / X.astype(np.float64).var((0, 2, 3), ddof=ddof) - 1).max() for ddof in (0, 1)]
