@@ -131,6 +131,28 @@ def test_some_are_run_again_and_the_others_stay(tmp_path: Path, monkeypatch: pyt
     assert set(made["missing"]) == set(atlas.MISSING)
 
 
+def test_what_was_run_is_kept_if_the_rest_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs(own: Any, python: Path) -> Any:
+        if own.name != "torch.nn":
+            raise KeyboardInterrupt
+        return framework(own.name)
+
+    monkeypatch.setattr(atlas, "environment", lambda name, folder: folder / name)
+    monkeypatch.setattr(atlas, "measured", runs)
+    with pytest.raises(KeyboardInterrupt):
+        atlas.make([], Path("e"), tmp_path)
+    assert [each["name"] for each in json.loads((tmp_path / "atlas.json").read_text())["frameworks"]] == ["torch.nn"]
+
+
+def test_the_page_says_when_each_was_run() -> None:
+    days = {"torch.nn": "2026-01-02", "keras2": "2026-03-04"}
+    page = atlas_page.page({**ATLAS, "frameworks": [framework(name, made=day) for name, day in days.items()]})
+    assert "2 BatchNorms, each in an environment of its own, from 2026-01-02 to 2026-03-04 (" in page
+    for name, day in days.items():
+        assert re.search(rf"^### {re.escape(name)}\n\n.*; {day}\.$", page, re.M)
+    assert "of its own, on 2026-01-02 (" in atlas_page.page({**ATLAS, "frameworks": [framework("a", made="2026-01-02")]})
+
+
 def test_what_cannot_be_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(own: Any, python: Path) -> Any:
         raise WrongCall("no module named mxnet")

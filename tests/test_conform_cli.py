@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'mult
 
 from rich.console import Console
 
+from multibn.array import BACKEND
 from multibn.cli import app
 from multibn.layer import Backend
 from multibn.spec import CLAUSES
-from multibn_conformance import reproduce, subjects
+from multibn_conformance import report, reproduce, subjects
 from multibn_conformance.choice import WrongCall
 from multibn_conformance.fixed import CASES
+from multibn_conformance.judge import Judgement
 
 ROOT = Path(__file__).parents[1]
 
@@ -235,17 +238,29 @@ def test_help_loads_no_framework() -> None:
 
 
 def test_the_progress_bar_is_for_terminals() -> None:
-    from io import StringIO
-
-    from multibn.array import BACKEND
-    from multibn_conformance import report
-
     for terminal in (True, False):
         text = StringIO()
         candidates = [subjects.Candidate(BACKEND, "reference", "cpu")]
         judgements = report.run(candidates, [CASES["BN-07-one-value"]], Console(file=text, force_terminal=terminal, width=100))
         assert [each.status for each in judgements] == ["pass"]
         assert ("numpy/reference/cpu" in text.getvalue()) == terminal
+
+
+def test_the_table_of_six_is_whole_in_80_columns() -> None:
+    its = [
+        subjects.Candidate(Backend(name, {}, {"kernel": "exact", "framework": "working"}, tuple, BACKEND.make), which, "cpu")
+        for name in ("mxnet", "numpy", "torch")
+        for which in ("kernel", "framework")
+    ]
+    judged = [
+        Judgement(one.name, "a", "BN-01", "pass", ulp=ulp, dtype=dtype)
+        for one in its
+        for ulp, dtype in ((2.3e5, "float32"), (1.2e4, "float64"))
+    ]
+    text = StringIO()
+    Console(file=text, width=80).print(report._table(judged, its))
+    lines = [line.split() for line in text.getvalue().splitlines()]
+    assert lines[5:7] == [["BN-01", *["ok", "2e5,"] * 6], ["1e4d"] * 6]
 
 
 def checked(*arguments: str, path: Path | None = None, before: str = "") -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from io import StringIO
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from multibn_conformance import self_test
 from multibn_conformance.defects import DEFECTS
 from multibn_conformance.fixed import CASES
 from multibn_conformance.fixed.quick import QUICK
-from multibn_conformance.judge import judge_maker
+from multibn_conformance.judge import OTHER_BITS, judge_maker
 from multibn_conformance.right import Right, WorkingTextbook, across
 from multibn_conformance.self_test import Caught, catch
+from multibn_conformance.wrong import bits
 from multibn_conformance.wrong.defect import Defect
 
 SMALL = [case for case in CASES.values() if "digits" not in case.id and case.id not in ("BN-15-threads", "BN-15-blocks")]
@@ -50,6 +52,16 @@ def test_it_is_caught_by_the_clause_that_it_breaks_and_named(name: str) -> None:
     assert its.judgement.clause == DEFECTS[name].clause
     assert its.named, its.judgement.message
     assert f" {DEFECTS[name].change} ({name}: {DEFECTS[name].bug})" in its.judgement.message.splitlines()[-1]
+
+
+@pytest.mark.parametrize("turn", range(7))
+def test_what_is_never_the_same_is_named_wherever_it_shows_first(turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place in the message depends on how often the process has made one; the name must not."""
+    case = CASES["BN-15-float64"]
+    monkeypatch.setattr(bits, "_RUNS", count(turn))
+    message = judge_maker(DEFECTS["another-order-each-run"].make, case, "x/y/cpu", "exact").message
+    assert OTHER_BITS in message
+    assert "(another-order-each-run: " in message
 
 
 @pytest.mark.parametrize("name", [name for name, each in DEFECTS.items() if each.alone])

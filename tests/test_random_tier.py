@@ -28,7 +28,7 @@ from multibn_conformance.defects import DEFECTS
 from multibn_conformance.fixed import CASES
 from multibn_conformance.fixed.quick import QUICK
 from multibn_conformance.inputs import Values
-from multibn_conformance.judge import Judgement
+from multibn_conformance.judge import Judgement, judge
 from multibn_conformance.random_tier import code_of, judge_seed, run
 from multibn_conformance.right import Right, Textbook
 from multibn_conformance.self_test import RIGHT
@@ -226,3 +226,10 @@ def test_what_is_installed_passes() -> None:
     """A few seeds; ``multibn conform --random 1000`` runs more."""
     judgements, _ = run(candidates()[0], 10, 500, Console(quiet=True))
     assert [each.message for each in judgements if each.status == "fail"] == []
+
+
+def test_what_is_installed_takes_the_least_momentum() -> None:
+    """A denormal number, which MXNet's own operators do not read."""
+    case = replace(CASES["BN-05-momentum-0.1"], id="BN-05-least", spec=BatchNormSpec(momentum=5e-324))
+    told = {each.subject: each.message for each in (judge(candidate, case) for candidate in candidates()[0])}
+    assert told == dict.fromkeys(told, "")

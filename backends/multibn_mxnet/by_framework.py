@@ -92,8 +92,11 @@ def _finite(values: Any) -> Any:
 
 def _weight_of_old(layer: Layer, states: list[Any], like: Any) -> Any:
     """As many as there are channels; counts the batch where momentum is None (BN-05)."""
-    if layer.spec.momentum is not None:
-        return mx.nd.full(like.shape, layer.spec.momentum, ctx=like.context, dtype=like.dtype)
+    momentum = layer.spec.momentum
+    if momentum is not None:
+        # MXNet does not read denormal numbers: they are made by two factors.
+        scale = 2.0**-64 if 0 < momentum < np.finfo(np.float64).tiny else 1.0
+        return mx.nd.full(like.shape, momentum / scale, ctx=like.context, dtype=like.dtype) * scale
     batches = states[2].astype(like.dtype)
     states[2] += 1
     return mx.nd.broadcast_like(batches / (batches + 1), like)

@@ -1,7 +1,7 @@
 """The atlas: who does what. ``python -m multibn_conformance.atlas [FRAMEWORK...]`` installs each framework into an environment of
 its own, runs it, and writes ``docs/atlas.json`` and ``docs/atlas.md``. Nothing in them is typed.
 
-With names, only these run again; the others stay as they were.
+With names, only these run again; the others stay as they were. Each says when it was run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .own.registry import ALL
 from .own_run import Judged, differences, running
 from .spoken import Compared, compared
 
-FORMAT = "multibn-atlas-1"
+FORMAT = "multibn-atlas-2"
 
 MISSING = {
     "CUDA and cuDNN (torch.nn, gluon.nn, TensorFlow, Paddle)": "the machine that made the atlas has no GPU; "
@@ -66,6 +66,7 @@ def measured(own: Own, python: Path) -> dict[str, Any]:
         versions = process.versions
     return {
         "name": own.name,
+        "made": datetime.now(timezone.utc).date().isoformat(),
         "packages": _versions(python, own.packages),
         "python": versions["Python"],
         "numpy": versions["NumPy"],
@@ -136,25 +137,29 @@ def make(names: Sequence[str], folder: Path, docs: Path) -> list[str]:
     wanted = chosen("framework", names, [own.name for own in ALL])
     path = docs / "atlas.json"
     before = json.loads(path.read_text())["frameworks"] if path.exists() else []
-    frameworks = {each["name"]: each for each in before if each["name"] not in wanted}
+    frameworks = {each["name"]: each for each in before}
     errors = []
     for own in (each for each in ALL if each.name in wanted):
         print(own.name, flush=True)
         try:
             frameworks[own.name] = measured(own, environment(own.environment, folder))
         except (WrongCall, subprocess.CalledProcessError) as error:
+            frameworks.pop(own.name, None)
             errors.append(f"{own.name}: {error}")
+        _write(frameworks, errors, docs)  # at once: the rest may take an hour
+    return errors
+
+
+def _write(frameworks: dict[str, dict[str, Any]], errors: Sequence[str], docs: Path) -> None:
     atlas = {
         "format": FORMAT,
-        "made": datetime.now(timezone.utc).date().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, no GPU used",
         "frameworks": [frameworks[own.name] for own in ALL if own.name in frameworks],
         "missing": {**MISSING, **dict(each.split(": ", 1) for each in errors)},
     }
     docs.mkdir(exist_ok=True)
-    path.write_text(json.dumps(atlas, indent=1, allow_nan=False) + "\n")
+    (docs / "atlas.json").write_text(json.dumps(atlas, indent=1, allow_nan=False) + "\n")
     (docs / "atlas.md").write_text(atlas_page.page(atlas))
-    return errors
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,8 +12,8 @@ Framework = dict[str, Any]
 
 INTRO = """# Who does what: an atlas of BatchNorm
 
-Every cell comes from a run: {count} BatchNorms, each in an environment of its own, on {made} ({machine}).
- `momentum` is the weight of the **old** value, as everywhere in this project.
+Every cell comes from a run: {count} BatchNorms, each in an environment of its own, {made} ({machine}).
+`momentum` is the weight of the **old** value, as everywhere in this project.
 The same data, with every case and how each property was measured, is in [atlas.json](atlas.json).
 
 - [Parameters](#parameters), [formulas](#formulas), [hard input](#hard-input), [types](#types), [accuracy](#accuracy): measured
@@ -42,7 +42,9 @@ subject of `conformance/multibn_conformance/own` there in a process of its own, 
 def page(atlas: dict[str, Any]) -> str:
     """The whole page."""
     frameworks = _with_defaults(atlas["frameworks"])
-    intro = INTRO.format(count=len(frameworks), made=atlas["made"], machine=atlas["machine"])
+    first, last = (most((each["made"] for each in frameworks), default="no day") for most in (min, max))
+    made = f"on {last}" if first == last else f"from {first} to {last}"
+    intro = INTRO.format(count=len(frameworks), made=made, machine=atlas["machine"])
     parts = [intro, *(_section(title, text, columns, frameworks) for title, text, columns in SECTIONS), _by_clause(frameworks)]
     parts += ["## One by one\n", *map(_one, frameworks), _missing(atlas["missing"]), HOW]
     return "\n".join(parts)
@@ -252,7 +254,8 @@ def _by_clause(frameworks: list[Framework]) -> str:
 def _one(framework: Framework) -> str:
     here = {word: sum(case["here"] == word for case in framework["cases"]) for word in ("differs", "cannot")}
     keeping = {word: framework["keeping"].get(word, 0) for word in ("keeps", "as stated", "breaks")}
-    lines = [f"### {framework['name']}", "", f"{_versions(framework)}, NumPy {framework['numpy']}, Python {framework['python']}."]
+    run = f"{_versions(framework)}, NumPy {framework['numpy']}, Python {framework['python']}; {framework['made']}."
+    lines = [f"### {framework['name']}", "", run]
     nearest = framework["nearest"]
     if nearest is not None:
         others = f" (as near: {', '.join(nearest['names'][1:])})" if nearest["names"][1:] else ""

@@ -22,6 +22,9 @@ from .subjects import Candidate
 
 Status = Literal["pass", "fail", "skip", "differs"]
 
+OTHER_BITS = "got other bits in a second run, should be the same."
+"""The end of a message about what is not reproducible. Where that shows first may itself be another place in every run."""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -138,7 +141,7 @@ def _bits(case: Case, make: Make) -> Error:
         for name, got in answer.arrays.items():
             other = again.arrays[name]
             if got is not None and other is not None and _bytes(got) != _bytes(other):
-                raise Wrong(f"{answer.where}, {name}: got other bits in a second run, should be the same.")
+                raise Wrong(f"{answer.where}, {name}: {OTHER_BITS}")
     for answer, right in zip(first, _reference(case), strict=True):
         _same(answer, right)
     return Error()

@@ -70,9 +70,9 @@ def last_line(judgements: Sequence[Judgement]) -> str:
 
 def _table(judgements: Sequence[Judgement], candidates: Sequence[Candidate]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("clause", no_wrap=True)
+    table.add_column("clause", no_wrap=True, min_width=len("clause"))
     for candidate in candidates:
-        table.add_column(candidate.name.replace("/", "\n"), justify="right", no_wrap=True)
+        table.add_column(candidate.name.replace("/", "\n"), justify="right")
     for clause in CLAUSES:
         rows = [[each for each in judgements if each.subject == c.name and each.clause == clause] for c in candidates]
         if any(rows):

@@ -42,9 +42,9 @@ def updates(box: Box) -> Finding:
 
 
 def step(box: Box, subject: Held, x: Array, moves: str) -> tuple[Array, Array]:
-    """The moving statistics after a training step, with a backward if it takes one."""
+    """The moving statistics after one update: a training step, with a backward if they wait for it."""
     subject.forward(x, True)
-    if moves in ("backward", "both"):
+    if moves == "backward":
         subject.backward(np.zeros_like(x))
     return subject.moving()
 
@@ -67,6 +67,11 @@ def momentum(box: Box, moves: Finding) -> Finding:
         )
     if max(weights) - min(weights) > tolerance:
         raise Cannot(f"it changes from step to step: the old value weighs {', '.join(f'{weight:.6g}' for weight in weights)}")
+    if way == "both":
+        again = float(step(box, box.fresh(FAR, LOADED_VAR), box.alternating(8, 1.0), "backward")[0][0]) / FAR
+        how += f", and {again:.7g} once backward has moved it too"
+        if abs(again - of_old**2) > tolerance:
+            raise Cannot(f"forward and backward do not move the statistics alike: {how}")
     value = _decimal(of_new)
     words = f"{value:g} is the weight of the old value, {float(f'{1 - value:.12g}'):g} of the new one"
     own = _of_variance(box, way)

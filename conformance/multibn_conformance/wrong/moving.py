@@ -122,7 +122,7 @@ class OneStepLate(Right):
         super().update(*late)
 
 
-@defect("BN-05", "pytorch#12013, the count of batches as a power of the weight")
+@defect("BN-05", "Haiku after its first step: the average is that batch alone, whatever was there before")
 class ForgetsTheFirstBatch(Right):
     """Takes the first batch whole, as if there were no state before it."""
 

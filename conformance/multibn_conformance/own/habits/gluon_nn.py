@@ -22,6 +22,14 @@ def _block(**options: Any) -> Any:
     return block
 
 
+def _sync() -> Any:
+    from mxnet.gluon.contrib.nn import SyncBatchNorm
+
+    block = SyncBatchNorm(in_channels=3, num_devices=1)
+    block.initialize()
+    return block
+
+
 def _updates(block: Any) -> str:
     """How often the moving mean moved, of one that began at 0 with momentum 0.9."""
     rest = 1 - block.running_mean.data().asnumpy() / X.asnumpy().mean((0, 2, 3))
@@ -97,6 +105,26 @@ def updates_detached() -> object:
     return _updates(block)
 
 
+def updates_grad_of_beta() -> object:
+    """record(), autograd.grad with respect to beta alone: updates."""
+    block = _block()
+    with autograd.record():
+        autograd.grad(block(X), [block.beta.data()])
+    nd.waitall()
+    return _updates(block)
+
+
+def updates_sync() -> object:
+    """contrib.SyncBatchNorm on one device: updates after a forward; after its backward."""
+    block = _sync()
+    y = _recorded(block)
+    nd.waitall()
+    before = _updates(block)
+    y.backward()
+    nd.waitall()
+    return f"{before}; {_updates(block)}"
+
+
 def updates_frozen() -> object:
     """grad_req="null" on all its parameters: updates in a step."""
     block = _block()
@@ -114,19 +142,32 @@ def updates_global_stats() -> object:
     return f"{_updates(block)}; {'yes' if np.abs(block.gamma.grad().asnumpy()).min() > 0 else 'no'}"
 
 
-def gradient_after_inference() -> object:
-    """record(train_mode=False), plain backward(): the gradient of which formula, at the moving statistics."""
-    block = _block(epsilon=1e-5)
+def _formula(forward: bool, backward: bool) -> str:
+    """Of the gradient, for a forward and a backward in training or in inference, beside loaded statistics 0 and 1."""
     x = X.asnumpy().astype(np.float64)
     dy = np.random.default_rng(1).normal(size=x.shape)
-    y = _recorded(block, X, train_mode=False)
-    y.backward(nd.array(dy))
-    got, m = X.grad.asnumpy(), x.size / 3
-    scale = 1 / np.sqrt(1 + 1e-5)
-    xhat = x * scale
-    sums = dy.sum((0, 2, 3), keepdims=True) / m, (dy * xhat).sum((0, 2, 3), keepdims=True) / m
-    train, infer = scale * (dy - sums[0] - xhat * sums[1]), scale * dy
-    return "training" if np.abs(got - train).max() < np.abs(got - infer).max() else "inference"
+    _recorded(_block(epsilon=1e-5), X, train_mode=forward).backward(nd.array(dy), train_mode=backward)
+    found = {}
+    for name, mean, var in (
+        ("batch", x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)),
+        ("moving", 0, np.ones((1, 3, 1, 1))),
+    ):
+        scale = 1 / np.sqrt(var + 1e-5)
+        xhat = (x - mean) * scale
+        sums = [(dy * each).mean((0, 2, 3), keepdims=True) for each in (np.ones_like(x), xhat)]
+        found[f"training, at the {name} statistics"] = scale * (dy - sums[0] - xhat * sums[1])
+        found[f"inference, at the {name} statistics"] = np.broadcast_to(scale * dy, x.shape)
+    return min(found, key=lambda name: float(np.abs(X.grad.asnumpy() - found[name]).max()))
+
+
+def gradient_after_inference() -> object:
+    """record(train_mode=False), plain backward(): the gradient of which formula."""
+    return _formula(forward=False, backward=True)
+
+
+def gradient_for_inference() -> object:
+    """record(), backward(train_mode=False): the gradient of which formula."""
+    return _formula(forward=True, backward=False)
 
 
 def gamma_overwritten_in_inference() -> object:
@@ -142,6 +183,11 @@ def center_false_adds_beta() -> object:
     block = _block(center=False)
     block.beta.set_data(nd.full(3, 5))
     return float(block(X * 0).asnumpy().mean())
+
+
+def center_false_gradient() -> object:
+    """center=False: whether beta gets a gradient."""
+    return _block(center=False).beta.grad_req != "null"
 
 
 def defaults() -> object:
@@ -176,12 +222,35 @@ def eps_zero_constant() -> object:
 
 def eps_zero_constant_native() -> object:
     """The same without oneDNN."""
+    return _without_onednn("eps_zero_constant")
+
+
+def _without_onednn(question: str) -> str:
     code = "import importlib.util as u; s = u.spec_from_file_location('h', " + repr(__file__) + "); h = u.module_from_spec(s); "
-    code += "s.loader.exec_module(h); print(h.eps_zero_constant())"
+    code += f"s.loader.exec_module(h); print(h.{question}())"
     told = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "MXNET_MKLDNN_ENABLED": "0"}, capture_output=True, text=True
     )
+    if told.returncode:
+        raise RuntimeError(told.stderr.strip().splitlines()[-1])
     return told.stdout.strip()
+
+
+def _estimator(block: Any, x: Any) -> str:
+    block.hybridize()
+    _recorded(block, x).backward()
+    nd.waitall()
+    stored = block.running_var.data().asnumpy() - 0.9
+    off = [np.abs(stored / (0.1 * x.asnumpy().astype(np.float64).var((0, 2, 3), ddof=ddof)) - 1).max() for ddof in (0, 1)]
+    return "biased" if off[0] < off[1] else "unbiased"
+
+
+def estimator() -> object:
+    """Moving variance: hybridized; under npx.set_np(); of contrib.SyncBatchNorm on one device."""
+    told = [_estimator(_block(), X)]
+    with mx.util.np_shape(True), mx.util.np_array(True):
+        told.append(_estimator(_block(), mx.np.array(X.asnumpy())))
+    return "; ".join([*told, _estimator(_sync(), X)])
 
 
 def stored_variance() -> object:
@@ -232,6 +301,21 @@ def relu() -> object:
         return bool(block(X).asnumpy().min() < 0)
 
 
+def relu_native() -> object:
+    """The same without oneDNN."""
+    return _without_onednn("relu")
+
+
+def double_input() -> object:
+    """float64 input to float32 parameters."""
+    return _block()(X.astype("float64")).asnumpy().dtype
+
+
+def bfloat16() -> object:
+    """astype("bfloat16") of an array."""
+    return X.astype("bfloat16").dtype
+
+
 def cast_half() -> object:
     """cast("float16"): types of gamma and of the moving statistics."""
     block = _block()
@@ -275,6 +359,26 @@ def names() -> object:
         return ", ".join(sorted(nd.load(os.path.join(folder, "a"))))
 
 
+def names_of_parameters() -> object:
+    """Names in a file of collect_params().save(), of a block with the prefix bn_."""
+    block = nn.BatchNorm(in_channels=3, prefix="bn_")
+    block.initialize()
+    with tempfile.TemporaryDirectory() as folder:
+        block.collect_params().save(os.path.join(folder, "a"))
+        return ", ".join(sorted(nd.load(os.path.join(folder, "a"))))
+
+
+def names_of_export() -> object:
+    """Names in the .params file of export(), of the same."""
+    block = nn.BatchNorm(in_channels=3, prefix="bn_")
+    block.initialize()
+    block.hybridize()
+    block(X)
+    with tempfile.TemporaryDirectory() as folder:
+        block.export(os.path.join(folder, "a"))
+        return ", ".join(sorted(nd.load(os.path.join(folder, "a-0000.params"))))
+
+
 def second_derivative() -> object:
     """The gradient of the gradient."""
     block = _block()
@@ -289,10 +393,7 @@ def second_derivative() -> object:
 
 def sync_far_from_zero() -> object:
     """contrib.SyncBatchNorm, values at 1e4 with a spread of 1: the largest error of the output."""
-    from mxnet.gluon.contrib.nn import SyncBatchNorm
-
-    block = SyncBatchNorm(in_channels=3, num_devices=1)
-    block.initialize()
+    block = _sync()
     x = np.random.default_rng(3).normal(1e4, 1, (64, 3, 4, 4)).astype(np.float32)
     with autograd.train_mode():
         y = block(nd.array(x)).asnumpy()

@@ -46,6 +46,12 @@ def estimator_rank_4_not_fused() -> object:
     return _estimator(X, fused=False)
 
 
+def rank_one() -> object:
+    """Input of rank 1 in training."""
+    layers.BatchNormalization()(X[0, 0, 0], training=True)
+    return "accepted"
+
+
 def frozen() -> object:
     """trainable=False and training=True: whether it updates."""
     layer = layers.BatchNormalization(trainable=False)

@@ -60,6 +60,28 @@ def names() -> object:
     return ", ".join(weight.name for weight in layer.weights)
 
 
+def names_in_a_file() -> object:
+    """Names in a .weights.h5 file of a model of it alone."""
+    import os
+    import tempfile
+
+    import h5py
+
+    model = keras.Sequential([keras.Input((4, 5, 3)), layers.BatchNormalization()])
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_weights(os.path.join(folder, "a.weights.h5"))
+        with h5py.File(os.path.join(folder, "a.weights.h5")) as file:
+            file.visititems(lambda name, value: found.append(name) if isinstance(value, h5py.Dataset) else None)
+    return ", ".join(sorted(name for name in found if "batch" in name))
+
+
+def flags() -> object:
+    """Defaults of its other switches."""
+    layer = layers.BatchNormalization()
+    return f"renorm {getattr(layer, 'renorm', None)}, synchronized {layer.synchronized}"
+
+
 def integers() -> object:
     """int32 input: type of the output."""
     return ops.convert_to_numpy(layers.BatchNormalization()(X.astype(np.int32))).dtype

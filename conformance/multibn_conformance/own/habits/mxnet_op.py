@@ -20,6 +20,20 @@ def defaults() -> object:
     )
 
 
+def defaults_np() -> object:
+    """npx.batch_norm with its defaults, gamma 2, a variance of 1e-3 in inference: the output over the input; gamma after it."""
+    with mx.util.np_shape(True), mx.util.np_array(True):
+        x, gamma, zeros = mx.np.ones((2, 3)), mx.np.full(3, 2.0), mx.np.zeros(3)
+        y = mx.npx.batch_norm(x, gamma, zeros, zeros, mx.np.full(3, 1e-3))
+        return f"{float(y[0, 0]):.5g} (1/sqrt(1e-3 + 1e-3) is {1 / np.sqrt(2e-3):.5g}); {float(gamma[0]):g}"
+
+
+def names() -> object:
+    """Names of the arguments and of the auxiliary states of mx.sym.BatchNorm, name="bn"."""
+    made = mx.sym.BatchNorm(mx.sym.Variable("data"), name="bn")
+    return f"{', '.join(made.list_arguments()[1:])}; {', '.join(made.list_auxiliary_states())}"
+
+
 def gamma_overwritten() -> object:
     """fix_gamma as it is by default, gamma 2 passed in: gamma after it."""
     gamma = nd.full(3, 2)

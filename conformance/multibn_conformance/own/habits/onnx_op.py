@@ -78,6 +78,19 @@ def opset_9_training_runtime() -> object:
     return bool(np.abs(_run(_runtime, 9, 5)[0].mean((0, 2, 3)) - 1).max() < 1e-4)
 
 
+def estimator() -> object:
+    """Moving variance in training, by opset: ONNX Runtime; reference evaluator."""
+    told = []
+    for evaluator, opsets in ((_runtime, (9, 14, 15)), (_reference, (14, 15))):
+        for opset in opsets:
+            mode: dict[str, Any] = {"training_mode": 1} if opset > 9 else {}
+            stored = _run(evaluator, opset, 3 if opset > 9 else 5, **mode)[2]
+            entered = (stored - 0.9 * 4) / 0.1
+            off = [np.abs(entered / X.astype(np.float64).var((0, 2, 3), ddof=ddof) - 1).max() for ddof in (0, 1)]
+            told.append(f"{opset} {'biased' if off[0] < off[1] else 'unbiased'}")
+    return f"{', '.join(told[:3])}; {', '.join(told[3:])}"
+
+
 def spatial_runtime() -> object:
     """Opset 7 with spatial=0, ONNX Runtime."""
     _run(_runtime, 7, spatial=0)

@@ -41,6 +41,12 @@ def channels_first() -> object:
     return "accepted"
 
 
+def rank_five() -> object:
+    """Input of rank 5, data_format NDHWC."""
+    _fused(X[:, None], data_format="NDHWC")
+    return "accepted"
+
+
 def rank_two() -> object:
     """Input of rank 2."""
     _fused(X[:, 0, 0])

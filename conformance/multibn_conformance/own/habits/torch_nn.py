@@ -173,12 +173,51 @@ def count_missing() -> object:
     return "accepted"
 
 
+def count_missing_from_a_version_2() -> object:
+    """The same for a state_dict() that still says its version."""
+    layer = nn.BatchNorm2d(3)
+    state = layer.state_dict()
+    del state["num_batches_tracked"]
+    layer.load_state_dict(state)
+    return "accepted"
+
+
+def beta_alone_is_left_out() -> object:
+    """bias=False: names in a checkpoint."""
+    return ", ".join(nn.BatchNorm2d(3, bias=False).state_dict())
+
+
+def double_input() -> object:
+    """float64 input to a float32 layer."""
+    return nn.BatchNorm2d(3)(X.double()).dtype
+
+
+def rank_two() -> object:
+    """BatchNorm1d(3) for input of shape (3, 7), channels first without a batch."""
+    return nn.BatchNorm1d(3)(X.reshape(-1)[:21].reshape(3, 7)).shape
+
+
 def second_derivative() -> object:
     """Whether the gradient of the gradient is right (gradgradcheck)."""
     x, weight, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 2), (2,), (2,)))
     return torch.autograd.gradgradcheck(
         lambda *a: nn.functional.batch_norm(a[0], None, None, a[1], a[2], True), (x, weight, bias)
     )
+
+
+def sync_in_a_group() -> object:
+    """SyncBatchNorm in training on CPU, in a gloo group of one."""
+    import os
+    import tempfile
+    from pathlib import Path
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine need not know its own name
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", init_method=(Path(folder) / "a").as_uri(), rank=0, world_size=1)
+        try:
+            return nn.SyncBatchNorm(3)(X).dtype
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def sync_on_cpu() -> object:
