@@ -1,0 +1,216 @@
+"""The CPU kernel of whitening, which every home shares: float64 matrix products by NumPy's BLAS, block by block in the cache.
+
+A pass over the data takes one block after the other, makes it float64, and multiplies it. Forward has two passes: one for the
+statistics, one for y = A (x-mean) + beta with A = gamma W. Backward has two: one for M = dy (x-mean)^T, which dgamma and dL/dW =
+gamma M come from, and one for dx = A^T (dy - average(dy)) + 2/m dL/dSigma (x-mean). BLAS has its own threads
+(OPENBLAS_NUM_THREADS or OMP_NUM_THREADS as Python starts).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .layer import Array
+from .memory import LENT, take
+from .whitening import WhiteningSpec
+from .whitening_matrix import adjoint, decompose, matrix
+
+CACHE = 1 << 16
+"""Values of a block, about: half a mebibyte of float64."""
+
+FEWEST, MOST = 128, 1024
+"""Columns of a block, whatever the channels."""
+
+
+class Saved(NamedTuple):
+    """What backward needs of a forward besides x: the mean (C,) that was taken away, ``decompose``'s factors, and whether both are
+    the batch's, so that gradients flow through them (WH-07).
+    """
+
+    mean: Array
+    factors: Array
+    through_statistics: bool
+
+
+def forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    moving_mean: Array,
+    moving_covariance: Array,
+    spec: WhiteningSpec,
+    training: bool,
+    batches: int = 0,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """y for x, (N, C, S) both; in training the moving statistics change in place (WH-01 to WH-06). Nothing is checked.
+
+    Args:
+        gamma, beta: (C,), or None for 1 and 0.
+        moving_mean, moving_covariance: (C,) and (groups, d, d).
+        batches: training batches that the moving statistics hold already, for momentum None.
+        out: where y goes; else it is made.
+    """
+    n, c, s = x.shape
+    y = _like(x) if out is None else out
+    training = training and x.size > 0
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        if training:
+            mean, covariance = statistics(x, spec.groups)
+            _update(moving_mean, moving_covariance, mean, covariance, spec, spec.weight_of_old(batches))
+        else:
+            mean, covariance = moving_mean.astype(np.float64), moving_covariance.astype(np.float64)
+        saved = Saved(mean, decompose(covariance, spec), training)
+        a = _scaled(matrix(saved.factors, spec), gamma)
+        shift = None if beta is None else beta.astype(np.float64)[:, None]
+        into, made = _Memory(x.shape), _Memory(x.shape)
+        for piece in _pieces(x.shape):
+            block = _loaded(x, piece, into, mean)
+            product = _product(a, block, made)
+            _store(y, piece, product if shift is None else np.add(product, shift, out=product))
+    return y, saved
+
+
+def backward(
+    dy: Array, x: Array, gamma: Array | None, saved: Saved, spec: WhiteningSpec, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """dx (N, C, S) of x's type, dgamma and dbeta (C,) in float64 (WH-07).
+
+    Raises:
+        ValueError: kind "pca", and two eigenvalues are equal.
+    """
+    n, c, s = x.shape
+    groups, d = saved.factors.shape[:2]
+    dx = _like(x) if out is None else out
+    if x.size == 0:
+        return dx, np.zeros(c), np.zeros(c)
+    m, mean = n * s, saved.mean
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        w = matrix(saved.factors, spec)
+        products, dbeta = np.zeros((groups, d, d)), np.zeros(c)
+        upper, lower, made = (_Memory(x.shape) for _ in range(3))
+        for piece in _pieces(x.shape):
+            values, slopes = _loaded(x, piece, upper, mean), _loaded(dy, piece, lower)
+            dbeta += slopes.sum(axis=1)
+            products += _grouped(slopes, groups) @ np.swapaxes(_grouped(values, groups), 1, 2)
+        dgamma = (products * w).sum(axis=2).reshape(c)
+        back = np.ascontiguousarray(np.swapaxes(_scaled(w, gamma), 1, 2))
+        through = None
+        if saved.through_statistics:
+            through = adjoint(saved.factors, _scaled(products, gamma), spec) * (2 / m)
+        average = dbeta / m if saved.through_statistics else None
+        for piece in _pieces(x.shape):
+            product = _product(back, _loaded(dy, piece, lower, average), made)
+            if through is not None:
+                product += _product(through, _loaded(x, piece, upper, mean), lower)
+            _store(dx, piece, product)
+    return dx, dgamma, dbeta
+
+
+def statistics(x: Array, groups: int) -> tuple[Array, Array]:
+    """Mean (C,) and biased covariance (groups, d, d) of x (N, C, S).
+
+    Deviations are taken from the mean of their block and moved to the mean of all, which costs no digits where the mean is large.
+    """
+    n, c, s = x.shape
+    total = np.zeros((groups, c // groups, c // groups))
+    means, counts = [], []
+    into = _Memory(x.shape)
+    for piece in _pieces(x.shape):
+        block = _loaded(x, piece, into)
+        means.append(block.mean(axis=1))
+        counts.append(block.shape[1])
+        block -= means[-1][:, None]
+        part = _grouped(block, groups)
+        total += part @ np.swapaxes(part, 1, 2)
+    of_blocks, weights = np.array(means).T, np.array(counts) / (n * s)
+    near = of_blocks[:, :1]  # what is added then is small, so that the mean is rounded once
+    mean = near[:, 0] + (of_blocks - near) @ weights
+    moved = _grouped(of_blocks - mean[:, None], groups)
+    return mean, total / (n * s) + (moved * weights) @ np.swapaxes(moved, 1, 2)
+
+
+def _update(mean: Array, covariance: Array, batch_mean: Array, batch_covariance: Array, spec: WhiteningSpec, old: float) -> None:
+    """WH-05 and, for what is not finite, WH-08."""
+    d = covariance.shape[1]
+    new_mean = _moved(mean, batch_mean, old).reshape(spec.groups, d)
+    new_covariance = _moved(covariance, batch_covariance, old)
+    made = np.isfinite(new_mean).all(axis=1) & np.isfinite(new_covariance).all(axis=(1, 2))
+    mean.reshape(spec.groups, d)[made], covariance[made] = new_mean[made], new_covariance[made]
+
+
+def _moved(moving: Array, batch: Array, old: float) -> Array:
+    moved = old * moving.astype(np.float64) + (1 - old) * batch if old else batch
+    return np.asarray(moved.astype(moving.dtype))
+
+
+Piece = tuple[slice, slice]
+"""Where a block is in N and S."""
+
+
+def _pieces(shape: tuple[int, ...]) -> list[Piece]:
+    """x (N, C, S) in blocks: whole samples, or equal parts of one."""
+    n, c, s = shape
+    together, part = _sizes(shape)
+    return [
+        (slice(first, min(first + together, n)), slice(start, min(start + part, s)))
+        for first in range(0, n, together)
+        for start in range(0, s, part)
+    ]
+
+
+def _sizes(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Samples of a block, and how much of each."""
+    n, c, s = shape
+    most = int(np.clip(CACHE // c, FEWEST, MOST))
+    return min(n, max(1, most // s)), -(-s // -(-s // most))
+
+
+class _Memory:
+    """For one float64 block of x (N, C, S), used again and again."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        samples, part = _sizes(shape)
+        self.channels, self._flat = shape[1], np.empty(shape[1] * samples * part)
+
+    def block(self, columns: int) -> Array:
+        return self._flat[: self.channels * columns].reshape(self.channels, columns)
+
+
+def _loaded(x: Array, piece: Piece, memory: _Memory, less: Array | None = None) -> Array:
+    """A block of x as (C, columns) in float64, less a value for each channel."""
+    values = x[piece[0], :, piece[1]].swapaxes(0, 1)
+    block = memory.block(values.shape[1] * values.shape[2])
+    target = block.reshape(values.shape)
+    if less is None:
+        target[...] = values
+    else:
+        np.subtract(values, less[:, None, None], out=target)
+    return block
+
+
+def _store(out: Array, piece: Piece, block: Array) -> None:
+    target = out[piece[0], :, piece[1]].swapaxes(0, 1)
+    target[...] = block.reshape(target.shape)
+
+
+def _grouped(block: Array, groups: int) -> Array:
+    return block.reshape(groups, block.shape[0] // groups, block.shape[1])
+
+
+def _product(a: Array, block: Array, memory: _Memory) -> Array:
+    made = memory.block(block.shape[1])
+    np.matmul(a, _grouped(block, len(a)), out=_grouped(made, len(a)))
+    return made
+
+
+def _scaled(w: Array, gamma: Array | None) -> Array:
+    return w if gamma is None else np.asarray(w * gamma.astype(np.float64).reshape(*w.shape[:2], 1))
+
+
+def _like(x: Array) -> Array:
+    if x.nbytes < LENT:
+        return np.empty(x.shape, x.dtype)
+    return take(x.nbytes).view(x.dtype).reshape(x.shape)
