@@ -59,7 +59,7 @@ def forward(
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         if training:
             mean, covariance = statistics(x, spec.groups)
-            _update(moving_mean, moving_covariance, mean, covariance, spec, spec.weight_of_old(batches))
+            update(moving_mean, moving_covariance, mean, covariance, spec.weight_of_old(batches))
         else:
             mean, covariance = moving_mean.astype(np.float64), moving_covariance.astype(np.float64)
         saved = Saved(mean, decompose(covariance, spec), training)
@@ -132,13 +132,13 @@ def statistics(x: Array, groups: int) -> tuple[Array, Array]:
     return mean, total / (n * s) + (moved * weights) @ np.swapaxes(moved, 1, 2)
 
 
-def _update(mean: Array, covariance: Array, batch_mean: Array, batch_covariance: Array, spec: WhiteningSpec, old: float) -> None:
-    """WH-05 and, for what is not finite, WH-08."""
-    d = covariance.shape[1]
-    new_mean = _moved(mean, batch_mean, old).reshape(spec.groups, d)
+def update(mean: Array, covariance: Array, batch_mean: Array, batch_covariance: Array, old: float) -> None:
+    """Move the moving statistics, in place (WH-05); a group that would not be finite stays (WH-08)."""
+    groups = covariance.shape[:2]
+    new_mean = _moved(mean, batch_mean.reshape(mean.shape), old).reshape(groups)
     new_covariance = _moved(covariance, batch_covariance, old)
     made = np.isfinite(new_mean).all(axis=1) & np.isfinite(new_covariance).all(axis=(1, 2))
-    mean.reshape(spec.groups, d)[made], covariance[made] = new_mean[made], new_covariance[made]
+    mean.reshape(groups)[made], covariance[made] = new_mean[made], new_covariance[made]
 
 
 def _moved(moving: Array, batch: Array, old: float) -> Array:

@@ -43,9 +43,11 @@ def eigenvectors(covariance: Array) -> tuple[Array, Array]:
     return eigenvalues, vectors * np.where(np.take_along_axis(vectors, first, axis=1) < 0, -1.0, 1.0)
 
 
-def negligible(eigenvalues: Array) -> Array:
-    """Up to here an eigenvalue, or the difference of two, is rounding: (..., 1) for (..., d), the largest first."""
-    return np.asarray(8 * eigenvalues.shape[-1] * _U * eigenvalues[..., :1])
+def negligible(eigenvalues: Array, unit: float = _U) -> Array:
+    """Up to here an eigenvalue, or the difference of two, is rounding: (..., 1) for (..., d), the largest first; ``unit`` is that
+    of the type that the covariance was summed in.
+    """
+    return np.asarray(8 * eigenvalues.shape[-1] * unit * eigenvalues[..., :1])
 
 
 def matrix(factors: Array, spec: WhiteningSpec) -> Array:
@@ -58,8 +60,8 @@ def matrix(factors: Array, spec: WhiteningSpec) -> Array:
     return np.asarray(scaled if spec.kind == "pca" else vectors @ scaled)
 
 
-def adjoint(factors: Array, owed: Array, spec: WhiteningSpec) -> Array:
-    """dL/dSigma, symmetric, for ``owed`` = dL/dW (WH-07).
+def adjoint(factors: Array, owed: Array, spec: WhiteningSpec, unit: float = _U) -> Array:
+    """dL/dSigma, symmetric, for ``owed`` = dL/dW (WH-07); ``unit`` is that of the type that the covariance was summed in.
 
     Raises:
         ValueError: kind "pca", and two eigenvalues are equal.
@@ -74,15 +76,30 @@ def adjoint(factors: Array, owed: Array, spec: WhiteningSpec) -> Array:
             a, b = root[..., :, None], root[..., None, :]
             inner = rows @ owed @ vectors / -(a * b * (a + b))
         else:
-            inner = _pca_inner(eigenvalues, root, owed @ vectors)
+            inner = _pca_inner(eigenvalues, root, owed @ vectors, unit)
         result = vectors @ inner @ rows
     return np.asarray((result + np.swapaxes(result, 1, 2)) / 2)
 
 
-def _pca_inner(eigenvalues: Array, root: Array, owed: Array) -> Array:
+def _pca_inner(eigenvalues: Array, root: Array, owed: Array, unit: float) -> Array:
     """dL/dSigma in the basis of the eigenvectors; ``owed`` is dL/dW in it."""
-    d = eigenvalues.shape[-1]
-    limit = negligible(eigenvalues)
+    null = without_variance(eigenvalues, unit)
+    gaps = eigenvalues[..., :, None] - eigenvalues[..., None, :]
+    gaps[null[..., :, None] & null[..., None, :]] = np.inf  # held fixed
+    diagonal = np.arange(eigenvalues.shape[-1])
+    gaps[..., diagonal, diagonal] = np.inf
+    inner = owed / (root[..., :, None] * gaps)
+    inner[..., diagonal, diagonal] = owed[..., diagonal, diagonal] / (-2 * root**3)
+    return np.asarray(inner)
+
+
+def without_variance(eigenvalues: Array, unit: float = _U) -> Array:
+    """Which eigenvalues are 0, (groups, d), to rounding: see ``negligible``.
+
+    Raises:
+        ValueError: two others are equal, so that PCA has no gradient (WH-07).
+    """
+    limit = negligible(eigenvalues, unit)
     equal = -np.diff(eigenvalues, axis=-1) <= limit
     bad = np.argwhere(equal & (eigenvalues[..., :-1] > limit))
     if len(bad):
@@ -92,14 +109,7 @@ def _pca_inner(eigenvalues: Array, root: Array, owed: Array) -> Array:
             f"{group} are {float(eigenvalues[group, i])!r} and {float(eigenvalues[group, i + 1])!r} (WH-07). Any rotation of their "
             "eigenvectors is right, so that the slightest change of the input may turn them. Use kind='zca', whose gradient exists."
         )
-    gaps = eigenvalues[..., :, None] - eigenvalues[..., None, :]
-    null = eigenvalues <= limit
-    gaps[null[..., :, None] & null[..., None, :]] = np.inf  # held fixed
-    diagonal = np.arange(d)
-    gaps[..., diagonal, diagonal] = np.inf
-    inner = owed / (root[..., :, None] * gaps)
-    inner[..., diagonal, diagonal] = owed[..., diagonal, diagonal] / (-2 * root**3)
-    return np.asarray(inner)
+    return np.asarray(eigenvalues <= limit)
 
 
 def _newton(factors: Array, spec: WhiteningSpec) -> tuple[Array, Array, list[Array]]:
