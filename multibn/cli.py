@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from .spec import CLAUSES
+from .whitening import CLAUSES as WHITENING_CLAUSES
 
 app = typer.Typer(
     help="One BatchNorm that means the same everywhere.",
@@ -58,6 +59,7 @@ def conform(
         from multibn_conformance.choice import WrongCall, check_tier, chosen_cases
         from multibn_conformance.fixed import CASES
         from multibn_conformance.subjects import candidates
+        from multibn_conformance.whitening import run as whitening
 
         if self_test or random is not None:
             from multibn_conformance import random_tier
@@ -70,7 +72,11 @@ def conform(
         publish.check(files)
         others = [name for name, given in (("--case", case), ("--clause", clause), ("--quick", quick)) if given]
         check_tier(random, others, self_test, subject is not None)
-        cases = chosen_cases(CASES, case or (), clause or (), quick)
+        case, clause, whitening_cases = whitening.split(case or (), clause or ())
+        only_whitening = bool(whitening_cases and others and not (case or clause or quick))
+        if only_whitening and (subject or own or any(files.values())):
+            raise WrongCall("whitening is judged in the backends, and told on the terminal alone. Choose cases of BatchNorm.")
+        cases = [] if only_whitening else chosen_cases(CASES, case, clause, quick)
         if own:
             from multibn_conformance import own_run
 
@@ -96,8 +102,11 @@ def conform(
         judgements = report.run(judged, cases, console)
         if theirs is not None:
             judgements = theirs.reproducible(judgements)
-    report.show(judgements, judged, absent, console)
+    if not only_whitening:
+        report.show(judgements, judged, absent, console)
     publish.publish(files, judgements, judged, absent, cases, shlex.join(["multibn", *sys.argv[1:]]), spec)
+    if random is None:
+        judgements = [*judgements, *whitening.run(judged, whitening_cases, console)]
     raise typer.Exit(any(each.status == "fail" for each in judgements))
 
 
@@ -196,7 +205,7 @@ def dialects() -> None:
 @app.command()
 def clauses() -> None:
     """The specification, clause by clause."""
-    for number, text in CLAUSES.items():
+    for number, text in {**CLAUSES, **WHITENING_CLAUSES}.items():
         typer.echo(f"{number}  {text}")
 
 

@@ -163,7 +163,7 @@ def _pieces(shape: tuple[int, ...]) -> list[Piece]:
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, int]:
     """Samples of a block, and how much of each."""
-    n, c, s = shape
+    n, c, s = (max(1, size) for size in shape)
     most = int(np.clip(CACHE // c, FEWEST, MOST))
     return min(n, max(1, most // s)), -(-s // -(-s // most))
 

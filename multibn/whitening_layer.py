@@ -80,7 +80,8 @@ class Whitening:
         spec: WhiteningSpec | None = None,
     ) -> None:
         self.spec = spec = resolved(num_features, num_dims, kind, groups, spec)
-        self.num_features, self.num_dims = num_features, num_dims
+        self.num_features = num_features
+        self.num_dims: int | None = num_dims
         d = spec.group_size(num_features)
         self.gamma = np.ones(num_features, np.float32) if spec.scale else None
         self.beta = np.zeros(num_features, np.float32) if spec.center else None
@@ -159,3 +160,26 @@ class ReferenceWhitening(Whitening):
 def _rows(x: Array) -> Array:
     """x as (N, C, S)."""
     return x.reshape(x.shape[0], x.shape[1], x.size // max(1, x.shape[0] * x.shape[1]))
+
+
+class WhiteningSubject(Whitening):
+    """``Whitening`` as the conformance suite sees it, for input of any rank."""
+
+    def __init__(self, num_features: int, spec: WhiteningSpec) -> None:
+        super().__init__(num_features, 2, spec=spec)
+        self.num_dims = None
+
+    def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_covariance: Array | None) -> None:
+        """Copies of the arrays become the state."""
+        self.gamma, self.beta = (None if a is None else a.copy() for a in (gamma, beta))
+        if moving_mean is not None and moving_covariance is not None:
+            self.moving_mean, self.moving_covariance = moving_mean.copy(), moving_covariance.copy()
+        self.batches = 0
+
+    def moving(self) -> tuple[Array, Array]:
+        """Copies of the moving statistics."""
+        return self.moving_mean.copy(), self.moving_covariance.copy()
+
+
+class ReferenceWhiteningSubject(WhiteningSubject, ReferenceWhitening):
+    """The same for ``ReferenceWhitening``."""
