@@ -117,6 +117,7 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write the times to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw ResNet-50's stages to this .svg or .png file.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads for each; 2 if there are so many processors.")] = None,
+    whitening: Annotated[bool, typer.Option("--whitening", help="Measure whitening beside BatchNorm instead, in torch.")] = False,
 ) -> None:
     """Measure the CPU layers beside the framework's own and beside copying the same bytes.
 
@@ -124,11 +125,18 @@ def bench(
     """
     from .bench import check, run
 
+    command = shlex.join(["multibn", *sys.argv[1:]])
     try:
-        plan = check(framework or (), threads, json, picture)
+        if whitening and (picture or framework):
+            raise ValueError("--whitening is measured in torch and draws no picture. Leave --framework and --picture out.")
+        plan = check(["torch"] if whitening else framework or (), threads, json, picture)
     except ValueError as error:
         _wrong_call(str(error))
-    done = run(*plan, quick, json, picture, shlex.join(["multibn", *sys.argv[1:]]))
+    if whitening:
+        from . import bench_whitening
+
+        raise typer.Exit(not bench_whitening.run(plan[2], quick, json, command))
+    done = run(*plan, quick, json, picture, command)
     raise typer.Exit(not done)
 
 

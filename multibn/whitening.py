@@ -46,20 +46,23 @@ CLAUSES: Final[Mapping[str, str]] = {
         "basis: its rows may come in another order, or with another sign, than in a batch."
     ),
     "WH-07": (
-        "Training gradients flow through mean, Sigma and W; in inference they do not. For zca and newton they exist and are right "
-        "for all eigenvalues, equal ones too. For pca a gradient does not exist where two eigenvalues are equal: backward then "
-        "raises, and says what to use instead. Directions without variance are the exception: their eigenvectors are held fixed."
+        "Training gradients flow through mean, Sigma and W; in inference they do not. For zca and newton they exist and are "
+        "right for all eigenvalues, equal ones too. For pca a gradient does not exist where two eigenvalues are equal: backward "
+        "then raises, and says what to use instead. Directions without variance are the exception: theirs are held fixed."
     ),
     "WH-08": (
         "Degenerate input: a direction without variance (a constant channel, channels that depend on each other, m <= d) has "
         "xhat = 0. m = 0 and m = 1 in training are as in BN-12. A NaN or Inf stays in its group, and a group whose moving "
         "statistics would not be finite leaves them as they were."
     ),
-    "WH-09": "Types as in BN-10: the input's type out; statistics and parameters are float32 for half inputs. Integers are refused.",
+    "WH-09": (
+        "Types as in BN-10: the input's type out; statistics and parameters are float32 for half inputs. Integers are refused."
+    ),
     "WH-10": (
-        "Accurate: computed in float64 and rounded once to the output's type. What float64 loses grows with the condition of S "
-        "(for pca also with the largest eigenvalue over the smallest gap): docs/whitening.md has the bound. An implementation "
-        "may promise the arithmetic of the input's type instead."
+        "Accurate: mean, Sigma, W and the gradient through them are computed in float64, and so are the moving statistics, "
+        "rounded once; the products with the data in the type of the statistics, the mean taken away first. What may be lost "
+        "grows with the condition of S (for pca also with the largest eigenvalue over the smallest gap): see docs/whitening.md. "
+        "An implementation may promise the arithmetic of the statistics' type for all of it instead."
     ),
 }
 """The specification of whitening, clause by clause. Numbers are stable."""
@@ -237,8 +240,8 @@ def whiten(
     rank = int((eigenvalues > negligible(eigenvalues)).sum())
     if eps == 0 and rank < d:
         raise ValueError(
-            f"eps=0 needs variance in every direction, got {rank} of {d} with {n} samples (WH-08). Give an eps > 0, such as 1e-12, "
-            "or leave out features that are constant or depend on others."
+            f"eps=0 needs variance in every direction, got {rank} of {d} with {n} samples (WH-08). Give an eps > 0, such as "
+            "1e-12, or leave out features that are constant or depend on others."
         )
     eigenvalues[rank:] = 0.0
     matrix = rotation / np.sqrt(eigenvalues + eps)[:, None]

@@ -12,7 +12,7 @@ from .whitening_matrix import adjoint, decompose, matrix
 
 
 class Saved(NamedTuple):
-    """What backward needs of a forward: X-mean, the decomposition and W of each group, gamma, and whether they are the batch's."""
+    """What backward needs of a forward: X-mean, the decomposition and W of each group, gamma, whether they are the batch's."""
 
     deviations: Array
     factors: Array
@@ -58,7 +58,7 @@ def forward(
             new_mean[made], new_covariance[made] = next_mean[made], next_covariance[made]
             mean, covariance = batch_mean, batch_covariance
         deviations = values - mean[..., None]
-        factors = decompose(covariance, spec)
+        factors = decompose(covariance)
         w = matrix(factors, spec)  # WH-03
         g = np.ones((groups, d, 1)) if gamma is None else gamma.astype(np.float64).reshape(groups, d, 1)
         b = np.zeros((groups, d, 1)) if beta is None else beta.astype(np.float64).reshape(groups, d, 1)

@@ -1,7 +1,7 @@
 """Whitening as a Gluon block, and the Custom operator ``multibn_whitening`` beneath it: imperative, hybridized, and exported.
 
-The operator gives y and what backward needs, ``saved``: float64 (groups, d, d+3), the factors of ``whitening_matrix.decompose``, the
-mean that was taken away, and whether gradients flow through both. It always takes gamma and beta: MXNet 1.9.1 cannot infer the
+The operator gives y and what backward needs, ``saved``, float64 (groups, d, d+3): the factors of ``decompose``, the mean
+that was taken away, and whether gradients flow through both. It always takes gamma and beta: MXNet 1.9.1 cannot infer the
 storage of an operator with more outputs or states than it has inputs. The moving statistics change in forward (WH-05).
 """
 
@@ -171,7 +171,7 @@ class _Description(mx.operator.CustomOpProp):  # type: ignore[misc]
 
 
 class _Operator(mx.operator.CustomOp):  # type: ignore[misc]
-    """The operator as MXNet calls it. A subclass has ``run`` and ``back``, which write y and dx themselves where they are asked to."""
+    """The operator as MXNet calls it. A subclass has ``run`` and ``back``, which write y and dx themselves where asked to."""
 
     def __init__(self, spec: WhiteningSpec) -> None:
         super().__init__()
@@ -206,8 +206,8 @@ class _ByKernel(_Operator):
         self, x: Any, gamma: Any, beta: Any, mean: Any, covariance: Any, training: bool, batches: int, target: Any
     ) -> tuple[Any, ...]:
         out = None if target is None else _rows(target)
-        state = [view(a, a.shape) for a in (gamma, beta, mean, covariance)]
-        y, saved = kernel.forward(_rows(x), *state, self.spec, training, batches, out)
+        its_gamma, its_beta, its_mean, its_covariance = (view(a, a.shape) for a in (gamma, beta, mean, covariance))
+        y, saved = kernel.forward(_rows(x), its_gamma, its_beta, its_mean, its_covariance, self.spec, training, batches, out)
         return (y.reshape(x.shape) if out is None else None), _packed(saved)
 
     def back(self, dy: Any, x: Any, gamma: Any, saved: kernel.Saved, target: Any) -> tuple[Any, ...]:
@@ -231,9 +231,9 @@ class _ByFramework(_Operator):
             its_covariance = mx.nd.batch_dot(centred, centred, transpose_b=True) / values.shape[2]
             old = self.spec.weight_of_old(batches)
             moved = mean.asnumpy(), covariance.asnumpy()
-            kernel.update(*moved, *map(_double, (its_mean, its_covariance)), old)
+            kernel.update(moved[0], moved[1], _double(its_mean), _double(its_covariance), old)
             mean[:], covariance[:] = moved
-        factors = decompose(_double(its_covariance), self.spec)
+        factors = decompose(_double(its_covariance))
         w = mx.nd.array(matrix(factors, self.spec), ctx=x.context, dtype=values.dtype)
         y = mx.nd.batch_dot(w, mx.nd.broadcast_sub(values, its_mean.expand_dims(2)))
         y = mx.nd.broadcast_add(mx.nd.broadcast_mul(y, gamma.reshape((groups, d, 1))), beta.reshape((groups, d, 1)))

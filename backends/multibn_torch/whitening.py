@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from multibn import whitening_kernel as kernel
 from multibn.whitening import Kind, WhiteningSpec
 from multibn.whitening_layer import layer_text, problem, resolved
 from multibn.whitening_matrix import without_variance
 
-from .function import output_like
 from .layers import _ERRORS, Implementation, _name
+from .whitening_function import Whiten
 
 Matrix = tuple[Tensor, Tensor]
 
@@ -90,9 +89,9 @@ class Whitening(torch.nn.Module):
             raise _ERRORS[wrong.kind](wrong.message)
         batches = int(self.num_batches_tracked) if self.spec.momentum is None else 0
         on_kernel = input.is_cpu if self.implementation == "auto" else self.implementation == "kernel"
-        by = _Kernel.apply if on_kernel else by_framework
+        by = Whiten.apply if on_kernel else by_framework
         moving = self.running_mean, self.running_covariance
-        y: Tensor = by(input, self.weight, self.bias, moving, self.spec, training, batches)  # type: ignore[no-untyped-call]
+        y: Tensor = by(input, self.weight, self.bias, moving, self.spec, training, batches)
         if training and input.numel():
             self.num_batches_tracked.add_(1)
         return y
@@ -114,44 +113,6 @@ class Whitening(torch.nn.Module):
     beta = property(lambda self: self.bias, doc="The article's name for bias.")
     moving_mean = property(lambda self: self.running_mean, doc="The article's name for running_mean.")
     moving_covariance = property(lambda self: self.running_covariance, doc="The article's name for running_covariance.")
-
-
-class _Kernel(torch.autograd.Function):
-    """By the CPU kernel. A second derivative is refused."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Matrix, spec: WhiteningSpec, training: bool,
-        batches: int,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, gamma)
-        ctx.spec, ctx.has_beta, ctx.kind = spec, beta is not None, moving[0].dtype
-        rows = _dense(x)
-        y = output_like(rows)
-        state = [None if t is None else t.detach().numpy() for t in (gamma, beta, *moving)]
-        _, ctx.saved = kernel.forward(_rows(rows), *state, spec, training, batches, _rows(y))  # type: ignore[arg-type]
-        return y.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        given, gamma = ctx.saved_tensors
-        x, dy = _dense(given), _dense(dy)
-        dx = output_like(x)
-        scale = None if gamma is None else gamma.detach().numpy()
-        _, dgamma, dbeta = kernel.backward(_rows(dy), _rows(x), scale, ctx.saved, ctx.spec, _rows(dx))
-        its = [torch.from_numpy(g).to(ctx.kind) if there else None for g, there in ((dgamma, gamma is not None), (dbeta, ctx.has_beta))]
-        return dx.to(given.dtype), *its, None, None, None, None
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x in memory that NumPy reads as (N, C, S): contiguous, and no bfloat16."""
-    return (x.detach().float() if x.dtype == torch.bfloat16 else x.detach()).contiguous()
-
-
-def _rows(x: Tensor) -> Any:
-    n, c = x.shape[:2]
-    return x.view(n, c, x.numel() // max(1, n * c)).numpy()
 
 
 def by_framework(
@@ -218,7 +179,7 @@ class _Eigen(torch.autograd.Function):
         return torch.where(finite, w, torch.nan).to(covariance.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, owed: Tensor) -> Any:
         eigenvalues, vectors = ctx.saved_tensors
         root, kind = (eigenvalues + ctx.spec.eps).sqrt(), owed.dtype
