@@ -1,9 +1,10 @@
-"""How far a right whitening may be from the exact one: norm-wise, first order, each term derived here and in docs/whitening.md.
+"""How far a right whitening may be from the exact one: norm-wise, first order; docs/whitening.md tells it with more words.
 
-u is the unit roundoff of the arithmetic (float64 for "exact", WH-10; the type of the statistics for "working"), g = n*u/(1-n*u) what
-a sum of n terms may miss as a part of its absolute terms. All norms are 2-norms or Frobenius norms of one group. L0 is the norm of
-W, L1 and L2 those of the first and second derivative of Sigma -> W. For a function of a symmetric matrix these are the largest first
-and twice the largest second divided difference at the eigenvalues (Daleckii & Krein), so no larger than |f'| and |f''| between them:
+u is the unit roundoff of mean, covariance and W, v that of the products with the data: float64's and the statistics' type's for
+"exact" (WH-10), the latter's both for "working". n*u/(1-n*u) is what a sum of n terms may miss as a part of its absolute terms.
+All norms are 2-norms or Frobenius norms of one group. L0 is the norm of W, L1 and L2 those of the first and second derivative of
+Sigma -> W. For a function f of a symmetric matrix these are the largest first and twice the largest second divided difference at
+the eigenvalues (Daleckii & Krein), so no larger than |f'| and |f''| between them:
 
 zca: f = l^(-1/2): L0 = s^(-1/2), L1 = s^(-3/2)/2, L2 = 3/4 s^(-5/2), with s the least eigenvalue of S.
 newton: f = q(l/t)/sqrt(t), q the polynomial of T steps, t the trace; t depends on S too, with norm sqrt(d).
@@ -19,8 +20,8 @@ import numpy as np
 
 from multibn.layer import PARAMETER_TYPE, Array, Precision
 from multibn.whitening import WhiteningSpec
+from multibn_conformance.bounds import FEW, roundoff, ulp
 
-from ..bounds import FEW, roundoff, ulp
 from .oracle import Facts, Update
 
 EIGENSOLVER = 8
@@ -38,7 +39,7 @@ class Norms(NamedTuple):
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bounds of one group's results; ``inherited``: norms of what moving mean and covariance may be off, where they whiten."""
+    """The bounds of one group's results; ``inherited``: norms of what the moving statistics may be off, where they whiten."""
 
     facts: Facts
     spec: WhiteningSpec
@@ -48,12 +49,13 @@ class Bounds:
 
     @property
     def u(self) -> float:
-        """Unit roundoff of the arithmetic."""
-        return roundoff("float64" if self.precision == "exact" else PARAMETER_TYPE[self.dtype])
+        """Unit roundoff of mean, covariance and W."""
+        return roundoff("float64") if self.precision == "exact" else self.v
 
-    def sums(self, n: int) -> float:
-        """What a sum of n terms misses, as a part of the absolute terms."""
-        return (n + FEW) * self.u / (1 - (n + FEW) * self.u)
+    @property
+    def v(self) -> float:
+        """Unit roundoff of the products with the data."""
+        return roundoff(PARAMETER_TYPE[self.dtype])
 
     def mean_error(self) -> float:
         """Of the mean that is taken away, as a norm: its rounding, and that of the sum: float64's blocks are summed near their
@@ -64,17 +66,21 @@ class Bounds:
         if not f.from_batch:
             return size + self.inherited[0]
         summed = np.abs(f.x if self.precision == "working" else f.x - f.mean[:, None]).mean(axis=1)
-        return size + self.sums(f.x.shape[1]) * float(np.linalg.norm(summed))
+        return size + sums(f.x.shape[1], self.u) * float(np.linalg.norm(summed))
 
     def covariance_error(self) -> float:
-        """Of Sigma, as a norm: the norm of |X||X|^T/m is at most the trace; a wrong mean counts squared, and its part that differs
+        """Of Sigma, as a norm: the norm of |X||X|^T/m is at most the trace; a wrong mean counts squared, and what of it differs
         between blocks once.
         """
         f = self.facts
         if not f.from_batch:
             return self.inherited[1]
         trace = float(np.trace(f.covariance))
-        return self.sums(f.x.shape[1]) * trace + FEW * self.u * float(np.linalg.norm(f.mean)) * trace**0.5 + self.mean_error() ** 2
+        return (
+            sums(f.x.shape[1], self.u) * trace
+            + FEW * self.u * float(np.linalg.norm(f.mean)) * trace**0.5
+            + self.mean_error() ** 2
+        )
 
     def decomposed_error(self) -> float:
         """The same with what the eigensolver, or the rounding of S, adds."""
@@ -112,21 +118,29 @@ class Bounds:
         """Of xhat, (m,) norms."""
         f, its, d = self.facts, self.norms(), len(self.facts.mean)
         lengths = np.linalg.norm(f.x - f.mean[:, None], axis=0)
-        lost = self.mean_error() + self.u * np.linalg.norm(f.x, axis=0)  # x - mean, in whatever arrangement
-        lost = lost if self.precision == "working" else self.mean_error() + self.u * lengths
-        return self.matrix_error() * lengths + its.w * (lost + (d + FEW) * self.u * lengths)
+        return self.matrix_error() * lengths + its.w * (self.lost() + (d + FEW) * self.v * lengths)
+
+    def lost(self) -> Array:
+        """Of x-mean, (m,) norms. Working arithmetic may arrange it as W x - W mean; the other rounds the difference, and the mean
+        to v, but makes that good.
+        """
+        f = self.facts
+        if self.precision == "working":
+            return self.mean_error() + self.v * np.linalg.norm(f.x, axis=0)
+        twice = FEW * self.v**2 * float(np.linalg.norm(f.mean))
+        return self.mean_error() + twice + self.v * np.linalg.norm(f.x - f.mean[:, None], axis=0)
 
     def y(self, exact: Array) -> Array:
         """(d, m)."""
         f = self.facts
-        rounded = FEW * self.u * (np.abs(exact) + np.abs(f.beta)[:, None])
+        rounded = FEW * self.v * (np.abs(exact) + np.abs(f.beta)[:, None])
         return np.abs(f.gamma)[:, None] * self.xhat_error() + rounded + self._final(exact, self.dtype)
 
     def dbeta(self, exact: Array) -> Array:
         """(d,): a sum."""
         assert self.facts.dy is not None
         kind = PARAMETER_TYPE[self.dtype]
-        return self.sums(self.facts.x.shape[1]) * np.abs(self.facts.dy).sum(axis=1) + self._final(exact, kind)
+        return sums(self.facts.x.shape[1], self.u) * np.abs(self.facts.dy).sum(axis=1) + self._final(exact, kind)
 
     def dgamma(self, exact: Array) -> Array:
         """(d,): by xhat, or as the row sums of W * (dy (x-mean)^T), whose terms may be larger."""
@@ -135,7 +149,7 @@ class Bounds:
         d, m = f.x.shape
         lengths = np.linalg.norm(f.dy, axis=1)
         spread = float(np.linalg.norm(f.x - f.mean[:, None]))
-        products = (self.sums(m) + (d + FEW) * self.u) * self.norms().w * lengths * spread
+        products = (sums(m, self.v) + (d + FEW) * self.u) * self.norms().w * lengths * spread
         return np.abs(f.dy) @ self.xhat_error() + products + self._final(exact, PARAMETER_TYPE[self.dtype])
 
     def dx(self, exact: Array) -> Array:
@@ -146,24 +160,29 @@ class Bounds:
         slopes, centred = f.gamma[:, None] * f.dy, f.x - f.mean[:, None]
         lengths = np.linalg.norm(slopes, axis=0)
         lengths = lengths + (lengths.mean() if f.from_batch else 0.0)
-        error = (self.matrix_error() + its.w * (self.sums(m) + (d + FEW) * self.u)) * lengths
+        error = (self.matrix_error() + its.w * (sums(m, self.u) + (d + FEW) * self.v)) * lengths
         if f.from_batch:
             size = float(np.linalg.norm(slopes) * np.linalg.norm(centred))
-            of_g = (self.sums(m) + (d + FEW) * self.u) * size + self.mean_error() * float(np.abs(slopes).sum())
+            of_g = sums(m, self.v) * size + float(np.linalg.norm(slopes, axis=0) @ self.lost())
             of_q = its.second * self.decomposed_error() * size + its.first * (of_g + (4 * d + FEW) * self.u * its.growth * size)
             away = np.linalg.norm(centred, axis=0)
-            lost = self.mean_error() + (d + FEW) * self.u * away
+            lost = self.lost() + (d + FEW) * self.v * away
             error = error + 2 / m * (of_q * away + its.first * size * lost)
         return error + self._final(exact, self.dtype)
 
     def _final(self, exact: Array, dtype: str) -> Array:
-        """The rounding to the result's type; working arithmetic has FEW of them."""
-        return (FEW if self.precision == "working" or dtype == "float64" else 0.51) * ulp(exact, dtype)
+        """The rounding to the result's type: once, where that is not the type of the products."""
+        return (0.51 if dtype in ("float16", "bfloat16") else FEW) * ulp(exact, dtype)
+
+
+def sums(n: int, unit: float) -> float:
+    """What a sum of n terms misses, as a part of the absolute terms."""
+    return (n + FEW) * unit / (1 - (n + FEW) * unit)
 
 
 def _newton(eigenvalues: Array, steps: int) -> Norms:
-    """By the polynomial q and its derivatives between the eigenvalues; ``growth``: a step sends an error E in P to (3E - (EPP + PEP +
-    PPE) N)/2.
+    """By the polynomial q and its derivatives between the eigenvalues; ``growth``: a step sends an error E in P to
+    (3E - (EPP + PEP + PPE) N)/2.
     """
     d, trace = len(eigenvalues), float(eigenvalues.sum())
     z = np.concatenate([np.linspace(eigenvalues[0], eigenvalues[-1], 257), eigenvalues]) / trace
@@ -183,9 +202,13 @@ def _newton(eigenvalues: Array, steps: int) -> Norms:
 
 
 def for_moving(
-    updates: tuple[Update, ...], which: Literal["moving_mean", "moving_covariance"], spec: WhiteningSpec, dtype: str, precision: Precision
+    updates: tuple[Update, ...],
+    which: Literal["moving_mean", "moving_covariance"],
+    spec: WhiteningSpec,
+    dtype: str,
+    precision: Precision,
 ) -> Array:
-    """Bound of a moving statistic of a group after its updates: what an update inherits shrinks by its weight; it adds the batch's
+    """Bound of a group's moving statistic after its updates: what an update inherits shrinks by its weight; it adds the batch's
     own error, the roundings of two products and a sum, which may cancel, and the rounding to the statistic's type.
     """
     bound, kind = np.zeros(()), PARAMETER_TYPE[dtype]

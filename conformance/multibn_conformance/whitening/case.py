@@ -28,8 +28,8 @@ class Data:
         mean: of every channel, about.
         spectrum: eigenvalues of the covariance of its channels, to the rounding of the type; repeated as often as there are
             channels for them. None: independent normal values of deviation 2, for a dy.
-        planted: what is put there: a NaN or an Inf in channel 0; channel 1 constant; channel 1 twice channel 0; or, in place of all
-            else, the unit vectors and their negatives, whose covariance has equal eigenvalues exactly.
+        planted: what is put there: a NaN or an Inf in channel 0; channel 1 constant; channel 1 twice channel 0; or, in place of
+            all else, the unit vectors and their negatives, whose covariance has equal eigenvalues exactly.
     """
 
     shape: tuple[int, ...]

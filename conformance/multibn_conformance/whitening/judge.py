@@ -9,14 +9,15 @@ import numpy as np
 
 from multibn.layer import PARAMETER_TYPE, Array, Precision, Subject
 from multibn.whitening import CLAUSES, WhiteningSpec
+from multibn_conformance.bounds import ulp
+from multibn_conformance.judge import Error, Judgement, _both_none, _type_and_shape
+from multibn_conformance.oracle import Exact
+from multibn_conformance.perform import Wrong, _array, _call, _copies, _same_bits
+from multibn_conformance.subjects import Candidate
 
-from ..bounds import ulp
-from ..judge import Error, Judgement, _both_none, _type_and_shape
-from ..perform import Wrong, _array, _call, _copies, _same_bits
-from ..subjects import Candidate
 from .bounds import Bounds, for_moving
 from .case import Step, WhiteningCase, state
-from .oracle import Exact, Expected, expected
+from .oracle import Expected, expected
 
 Make = Callable[[int, WhiteningSpec], Subject]
 _MOVING: tuple[Literal["moving_mean", "moving_covariance"], ...] = ("moving_mean", "moving_covariance")
@@ -39,7 +40,12 @@ def judge_maker(make: Make, case: WhiteningCase, name: str, precision: Precision
     try:
         with np.errstate(all="ignore"):
             rights = expected(case)
-            reasons = (its.not_promised() for right in rights if {"y", "dx", "dgamma"} & {*right.values} for its in _bounds(right, case, precision))
+            reasons = (
+                its.not_promised()
+                for right in rights
+                if {"y", "dx", "dgamma"} & {*right.values}
+                for its in _bounds(right, case, precision)
+            )
             reason = next((reason for reason in reasons if reason is not None), None)
             if reason is not None:
                 return Judgement(name, case.id, case.clause, "skip", message=reason, dtype=case.dtype)
@@ -75,20 +81,22 @@ def perform(case: WhiteningCase, make: Make) -> Iterator[tuple[str, dict[str, Ar
         if "unchanged" in step.observe or step.do.startswith("refuse"):
             for name, now, old in zip(_MOVING, read, moving, strict=True):
                 _same_bits(f"{where}: {name} must stay as it was", now.reshape(-1), old.reshape(-1))
-        moving = tuple(read)
+        moving = read[0], read[1]
         answers.update(zip(_MOVING, read, strict=True))
         yield where, {name: answers[name] for name in step.observe if name != "unchanged"}
 
 
 def _answers(where: str, step: Step, subject: Subject, given: Array) -> dict[str, Array | None]:
     if step.do.startswith("refuse"):
-        _refused(where, (lambda: subject.backward(given)) if step.do == "refuse backward" else (lambda: subject.forward(given, True)))
+        _refused(
+            where, (lambda: subject.backward(given)) if step.do == "refuse backward" else (lambda: subject.forward(given, True))
+        )
         return {}
     if step.do == "backward":
-        names, came = ("dx", "dgamma", "dbeta"), _call(where, subject.backward, given)
+        came = dict(zip(("dx", "dgamma", "dbeta"), _call(where, subject.backward, given), strict=True))
     else:
-        names, came = ("y",), (_call(where, subject.forward, given, step.do == "train"),)
-    return {name: a if a is None else _array(f"{where}, {name}", a) for name, a in zip(names, came, strict=True)}
+        came = {"y": _call(where, subject.forward, given, step.do == "train")}
+    return {name: a if a is None else _array(f"{where}, {name}", a) for name, a in came.items()}
 
 
 def _refused(where: str, call: Callable[[], Any]) -> None:
@@ -142,15 +150,24 @@ def _bound(what: str, exact: Exact, right: Expected, case: WhiteningCase, precis
     if what in _MOVING:
         cut = exact.high.reshape(groups, -1)
         parts = [
-            np.broadcast_to(for_moving(updates, what, case.spec, case.dtype, precision), exact.high.reshape(groups, *_inner(what, exact)).shape[1:])
+            np.broadcast_to(
+                for_moving(updates, what, case.spec, case.dtype, precision),
+                exact.high.reshape(groups, *_inner(what, exact)).shape[1:],
+            )
             for updates in right.updates
         ]
         bound = np.stack(parts).reshape(exact.high.shape)
         return bound, np.broadcast_to(np.abs(cut).max(axis=1)[:, None], cut.shape).reshape(exact.high.shape)
-    rows = np.moveaxis(exact.high, 1, 0).reshape(groups, -1, exact.high.size // case.features) if exact.high.ndim > 1 else exact.high.reshape(groups, -1)
+    rows = (
+        np.moveaxis(exact.high, 1, 0).reshape(groups, -1, exact.high.size // case.features)
+        if exact.high.ndim > 1
+        else exact.high.reshape(groups, -1)
+    )
     its = _bounds(right, case, precision)
     made = np.stack([getattr(bounds, what)(np.nan_to_num(row)) for bounds, row in zip(its, rows, strict=True)])
-    scale = np.broadcast_to(np.nan_to_num(np.abs(rows)).reshape(groups, -1).max(axis=1).reshape(groups, *[1] * (rows.ndim - 1)), rows.shape)
+    scale = np.broadcast_to(
+        np.nan_to_num(np.abs(rows)).reshape(groups, -1).max(axis=1).reshape(groups, *[1] * (rows.ndim - 1)), rows.shape
+    )
     return _like(made, exact.high.shape), _like(scale, exact.high.shape)
 
 

@@ -15,8 +15,8 @@ from mpmath.ctx_mp import MPContext
 
 from multibn.layer import Array
 from multibn.whitening import WhiteningSpec
+from multibn_conformance.oracle import Exact
 
-from ..oracle import Exact
 from .case import WhiteningCase, state
 
 _digits = MPContext()
@@ -223,7 +223,11 @@ class _Model:
         m = values.shape[2]
         self.finite = [bool(np.isfinite(each).all()) for each in values]
         training = training and m > 0
-        weight = _digits.mpf(self.spec.weight_of_old(0)) if self.spec.momentum is not None else _digits.mpf(self.batches) / (self.batches + 1)
+        weight = (
+            _digits.mpf(self.spec.weight_of_old(0))
+            if self.spec.momentum is not None
+            else _digits.mpf(self.batches) / (self.batches + 1)
+        )
         self.x, self.y, facts = [], [], list[Facts]()
         for i, each in enumerate(values):
             x_node = constant(np.where(np.isfinite(each), each, 0.0))
@@ -239,8 +243,8 @@ class _Model:
             y = whitening_matrix(covariance, self.spec) @ (x_node - mean) * self.gamma[i] + self.beta[i] if m else x_node
             self.x.append(x_node)
             self.y.append(y)
-            parts = (self.gamma[i].value[:, 0], self.beta[i].value[:, 0], mean.value[:, 0], covariance.value)
-            facts.append(Facts(_round(x_node.value), None, *(_round(part) for part in parts), training))
+            gamma, beta, its_mean = (_round(part.value)[:, 0] for part in (self.gamma[i], self.beta[i], mean))
+            facts.append(Facts(_round(x_node.value), None, gamma, beta, its_mean, _round(covariance.value), training))
         self.facts = tuple(facts)
         if training:
             for i, (f, fine) in enumerate(zip(facts, self.finite, strict=True)):

@@ -1,4 +1,4 @@
-"""The run beside BatchNorm's, and its report on a terminal: a table of subject x clause with the worst error, and one last line."""
+"""The run beside BatchNorm's, and its report on a terminal: a table of subject x clause with the worst error, one last line."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.progress import track
 from rich.table import Table
 
 from multibn.whitening import CLAUSES
+from multibn_conformance.choice import WrongCall, chosen
+from multibn_conformance.judge import Judgement
+from multibn_conformance.report import _cell
+from multibn_conformance.subjects import Candidate, candidates
 
-from ..choice import WrongCall, chosen
-from ..judge import Judgement
-from ..report import _cell
-from ..subjects import Candidate, candidates
 from .case import WhiteningCase
 from .cases import CASES
 from .judge import judge

@@ -99,7 +99,7 @@ class Right(WhiteningSubject):
 
     def decompose(self, covariance: Array) -> Array:
         """What the matrix and its gradient are made of."""
-        return whitening_matrix.decompose(covariance, self.spec)
+        return whitening_matrix.decompose(covariance)
 
     def matrix(self, factors: Array) -> Array:
         """W."""
@@ -229,7 +229,7 @@ class TraceForgotten(Right):
 
     def matrix(self, factors: Array) -> Array:
         w = super().matrix(factors)
-        trace = np.trace(factors[..., :-1], axis1=1, axis2=2) + self.spec.eps * w.shape[1]
+        trace = (factors[..., -1] + self.spec.eps).sum(axis=1)
         return w * np.sqrt(trace)[:, None, None] if self.spec.kind == "newton" else w
 
 
@@ -391,7 +391,8 @@ class ConstantTrace(Right):
         owed = super().owed(products)
         if self.spec.kind != "newton":
             return owed
-        s = self.factors[..., :-1] + self.spec.eps * np.eye(owed.shape[1])
+        vectors = self.factors[..., :-1]
+        s = (vectors * (self.factors[..., -1] + self.spec.eps)[:, None, :]) @ np.swapaxes(vectors, 1, 2)
         # W(kS) = W(S)/sqrt(k), so what flows through the trace is what makes <owed, S> equal -<products, W>/2
         missing = (owed * s).sum(axis=(1, 2)) / np.trace(s, axis1=1, axis2=2)
         return owed - missing[:, None, None] * np.eye(owed.shape[1])
