@@ -12,6 +12,8 @@ import numpy as np
 from . import reference
 from .layer import Array, Backend, objection, spec_text
 from .spec import BatchNormSpec
+from .whitening import WhiteningSpec
+from .whitening_layer import ReferenceWhiteningSubject, WhiteningSubject
 
 
 class BatchNorm:
@@ -127,9 +129,13 @@ def _make(num_features: int, spec: BatchNormSpec | None, device: str, implementa
     return {"reference": ReferenceSubject, "kernel": KernelSubject}[implementation](num_features, spec)
 
 
+def _make_whitening(num_features: int, spec: WhiteningSpec, device: str, implementation: str) -> WhiteningSubject:
+    return {"reference": ReferenceWhiteningSubject, "kernel": WhiteningSubject}[implementation](num_features, spec)
+
+
 def _devices() -> tuple[str, ...]:
     return ("cpu",)
 
 
-BACKEND = Backend("numpy", {"numpy": np.__version__}, {"reference": "exact", "kernel": "exact"}, _devices, _make)
+BACKEND = Backend("numpy", {"numpy": np.__version__}, {"reference": "exact", "kernel": "exact"}, _devices, _make, _make_whitening)
 """NumPy as the conformance suite sees it."""

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from .spec import CLAUSES
+from .whitening import CLAUSES as WHITENING_CLAUSES
 
 app = typer.Typer(
     help="One BatchNorm that means the same everywhere.",
@@ -58,6 +59,7 @@ def conform(
         from multibn_conformance.choice import WrongCall, check_tier, chosen_cases
         from multibn_conformance.fixed import CASES
         from multibn_conformance.subjects import candidates
+        from multibn_conformance.whitening import run as whitening
 
         if self_test or random is not None:
             from multibn_conformance import random_tier
@@ -70,7 +72,11 @@ def conform(
         publish.check(files)
         others = [name for name, given in (("--case", case), ("--clause", clause), ("--quick", quick)) if given]
         check_tier(random, others, self_test, subject is not None)
-        cases = chosen_cases(CASES, case or (), clause or (), quick)
+        case, clause, whitening_cases = whitening.split(case or (), clause or ())
+        only_whitening = bool(whitening_cases and others and not (case or clause or quick))
+        if only_whitening and (subject or own or any(files.values())):
+            raise WrongCall("whitening is judged in the backends, and told on the terminal alone. Choose cases of BatchNorm.")
+        cases = [] if only_whitening else chosen_cases(CASES, case, clause, quick)
         if own:
             from multibn_conformance import own_run
 
@@ -96,8 +102,11 @@ def conform(
         judgements = report.run(judged, cases, console)
         if theirs is not None:
             judgements = theirs.reproducible(judgements)
-    report.show(judgements, judged, absent, console)
+    if not only_whitening:
+        report.show(judgements, judged, absent, console)
     publish.publish(files, judgements, judged, absent, cases, shlex.join(["multibn", *sys.argv[1:]]), spec)
+    if random is None:
+        judgements = [*judgements, *whitening.run(judged, whitening_cases, console)]
     raise typer.Exit(any(each.status == "fail" for each in judgements))
 
 
@@ -108,6 +117,7 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write the times to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw ResNet-50's stages to this .svg or .png file.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads for each; 2 if there are so many processors.")] = None,
+    whitening: Annotated[bool, typer.Option("--whitening", help="Measure whitening beside BatchNorm instead, in torch.")] = False,
 ) -> None:
     """Measure the CPU layers beside the framework's own and beside copying the same bytes.
 
@@ -115,11 +125,18 @@ def bench(
     """
     from .bench import check, run
 
+    command = shlex.join(["multibn", *sys.argv[1:]])
     try:
-        plan = check(framework or (), threads, json, picture)
+        if whitening and (picture or framework):
+            raise ValueError("--whitening is measured in torch and draws no picture. Leave --framework and --picture out.")
+        plan = check(["torch"] if whitening else framework or (), threads, json, picture)
     except ValueError as error:
         _wrong_call(str(error))
-    done = run(*plan, quick, json, picture, shlex.join(["multibn", *sys.argv[1:]]))
+    if whitening:
+        from . import bench_whitening
+
+        raise typer.Exit(not bench_whitening.run(plan[2], quick, json, command))
+    done = run(*plan, quick, json, picture, command)
     raise typer.Exit(not done)
 
 
@@ -196,7 +213,7 @@ def dialects() -> None:
 @app.command()
 def clauses() -> None:
     """The specification, clause by clause."""
-    for number, text in CLAUSES.items():
+    for number, text in {**CLAUSES, **WHITENING_CLAUSES}.items():
         typer.echo(f"{number}  {text}")
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .spec import BatchNormSpec
+
+if TYPE_CHECKING:
+    from .whitening import WhiteningSpec
 
 Array = NDArray[Any]
 
@@ -139,6 +142,7 @@ class Backend:
         implementations: name -> its precision. The first is the default one.
         devices: the devices that are present, such as ``("cpu",)``.
         make: ``make(num_features, spec, device, implementation)`` returns a Subject; spec None means its own defaults.
+        whitening: the same for its whitening layer, whose Subject has a moving covariance in place of the variance; or None.
     """
 
     name: str
@@ -146,3 +150,4 @@ class Backend:
     implementations: Mapping[str, Precision]
     devices: Callable[[], Sequence[str]]
     make: Callable[[int, BatchNormSpec | None, str, str], Subject]
+    whitening: Callable[[int, WhiteningSpec, str, str], Subject] | None = None

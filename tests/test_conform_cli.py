@@ -20,6 +20,7 @@ from multibn.array import BACKEND
 from multibn.cli import app
 from multibn.layer import Backend
 from multibn.spec import CLAUSES
+from multibn.whitening import CLAUSES as WHITENING
 from multibn_conformance import report, reproduce, subjects
 from multibn_conformance.choice import WrongCall
 from multibn_conformance.fixed import CASES
@@ -220,7 +221,7 @@ def test_what_the_oracle_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_clauses_and_dialects() -> None:
-    assert called("clauses") == (0, "".join(f"{number}  {text}\n" for number, text in CLAUSES.items()), "")
+    assert called("clauses") == (0, "".join(f"{number}  {text}\n" for number, text in {**CLAUSES, **WHITENING}.items()), "")
     code, out, _ = called("dialects")
     assert code == 0
     assert "gluon" in out

@@ -5,3 +5,4 @@ from .block import BatchNorm as BatchNorm
 from .block import GluonBatchNorm as GluonBatchNorm
 from .block import GluonBatchNormReLU as GluonBatchNormReLU
 from .swap import swap as swap
+from .whitening import Whitening as Whitening

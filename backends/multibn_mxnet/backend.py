@@ -11,6 +11,7 @@ from multibn.layer import Array, Backend
 from multibn.spec import BatchNormSpec
 
 from .block import BatchNorm
+from .whitening_subject import GluonWhitening
 
 
 class GluonSubject:
@@ -70,4 +71,5 @@ BACKEND = Backend(
     implementations={"kernel": "exact", "framework": "working"},
     devices=_devices,
     make=GluonSubject,
+    whitening=GluonWhitening,
 )

@@ -10,6 +10,7 @@ from multibn.layer import Array, Backend
 from multibn.spec import BatchNormSpec
 
 from .layers import BatchNorm, Layer
+from .whitening_subject import TorchWhitening
 
 
 class TorchSubject:
@@ -73,4 +74,5 @@ BACKEND = Backend(
     implementations={"kernel": "exact", "framework": "working"},
     devices=_devices,
     make=TorchSubject,
+    whitening=TorchWhitening,
 )

@@ -53,9 +53,12 @@ def chosen_by(config: pytest.Config) -> tuple[list[Candidate], list[Absent], lis
     from .choice import chosen_cases
     from .fixed import CASES
     from .subjects import candidates
+    from .whitening.run import split
 
-    backends, devices, cases, clauses = (config.getoption(name) for name in OPTIONS)
-    return *candidates(backends, devices), chosen_cases(CASES, cases, clauses, config.getoption("--quick"))
+    backends, devices, ids, clauses = (config.getoption(name) for name in OPTIONS)
+    cases, of, whitening = split(ids, clauses)
+    none = (ids or clauses) and whitening and not (cases or of)
+    return *candidates(backends, devices), [] if none else chosen_cases(CASES, cases, of, config.getoption("--quick"))
 
 
 def seeds_by(config: pytest.Config) -> range:
