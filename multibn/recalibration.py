@@ -2,7 +2,7 @@
 
 Ioffe & Szegedy, Algorithm 2, take the average over batches at test time. What it stands for is mean and variance of all the data.
 Chan's merge (Chan, Golub & LeVeque, 1979) puts those of batches together, weighted by count; here it is carried out without
-rounding, as sums of integers: a float is an integer times a power of 2, and so is its square. The one rounding is at the very end,
+rounding, as sums of integers: a float is an integer times a power of 2, and so is its square. The one rounding is at the end,
 to float64. So the batches' order and size cannot be seen in a single bit.
 """
 
