@@ -331,7 +331,8 @@ def test_a_keyboard_and_a_screen_reader_find_their_way(browser: Any, written: Pa
     uses = its.evaluate("[...document.querySelectorAll('use')].map((each) => each.href.baseVal.slice(1))")
     assert set(uses) <= set(ids)
     nameless = """[...document.querySelectorAll('[role=region], svg.drawn, summary')].filter((each) =>
-        !(each.ariaLabel || document.getElementById(each.getAttribute("aria-labelledby"))?.textContent || each.textContent.trim()))"""
+        !(each.ariaLabel || document.getElementById(each.getAttribute("aria-labelledby"))?.textContent.trim()
+            || each.textContent.trim()))"""
     assert its.evaluate(f"{nameless}.length") == 0
     summary = its.locator("summary").first
     summary.focus()

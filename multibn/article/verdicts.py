@@ -130,17 +130,12 @@ def regularising(results: Results, plan: Plan) -> Verdict:
     noise = interval(found[1][:, 0] - found[1][:, -1])
     fitted = accuracies(results, plan, plan.few, plan.batches, True, "train").mean()
     text = (
-        f"trained on 100 digits, of which it knows {100 * fitted:.0f} % in the end, BatchNorm in batches of {plan.batches[0]} makes "
-        f"a difference of {points(gain)} to no BatchNorm; its small batches, whose statistics are noisy, make one of "
+        f"trained on 100 digits, of which it knows {100 * fitted:.0f} % in the end, BatchNorm in batches of {plan.batches[0]} "
+        f"makes a difference of {points(gain)} to no BatchNorm; its small batches, whose statistics are noisy, make one of "
         f"{points(noise)} to batches of {plan.batches[-1]}, which are all the digits"
-        + (
-            ""
-            if noise.low <= 0
-            else ": so the noise does regularise, if not more than leaving BatchNorm out"
-            if gain.low <= 0
-            else ""
-        )
     )
+    if gain.low <= 0 < noise.low:
+        text += ": the noise does regularise, but not beyond leaving BatchNorm out"
     return Verdict(gain.low > 0, text, _rows(*found, [f"batches of {batch}" for batch in plan.batches]))
 
 
