@@ -64,4 +64,5 @@ def bound(x: Array, eps: float) -> Array:
     rounded = u * (np.abs(values - mean) + np.abs(mean))
     top = (np.abs(values) + rounded).astype(x.dtype)
     allowed = ulps * np.spacing(top).astype(np.float64) + 1e-14 * np.sqrt(1 + mean**2 / (var + eps)) * scale
-    return (rounded + allowed).reshape(x.shape)
+    bound: Array = (rounded + allowed).reshape(x.shape)
+    return bound

@@ -123,7 +123,7 @@ def shift(results: Results, plan: Plan, norm: bool, name: str, about: str) -> st
 def scatter(points: Any, name: str, about: str) -> str:
     """Two features against each other."""
     picture = Picture("first", "second", size=(3.4, 3.4))
-    picture.axes.scatter(*points[::3].T, s=5, color=WITH, alpha=0.5, linewidths=0, rasterized=False)
+    picture.axes.scatter(points[::3, 0], points[::3, 1], s=5, color=WITH, alpha=0.5, linewidths=0, rasterized=False)
     picture.axes.set_xlim(-4, 4)
     picture.axes.set_ylim(-4, 4)
     return picture.svg(name, about)

@@ -73,19 +73,13 @@ class Plan:
 
     def runs(self) -> list[Run]:
         """All of them, each once."""
-        studies = (
-            (self.rate, self.rates),
-            (self.start, self.scales),
-            (self.saturating, self.activations),
-            (self.few, self.batches),
-        )
-        found = [
-            study(norm, seed, value)  # type: ignore[operator]
-            for seed in range(self.seeds)
-            for study, values in studies
-            for value in values  # type: ignore[attr-defined]
-            for norm in (False, True)
-        ]
+        found: list[Run] = []
+        for seed in range(self.seeds):
+            for norm in (False, True):
+                found += [self.rate(norm, seed, rate) for rate in self.rates]
+                found += [self.start(norm, seed, scale) for scale in self.scales]
+                found += [self.saturating(norm, seed, activation) for activation in self.activations]
+                found += [self.few(norm, seed, batch) for batch in self.batches]
         return list(dict.fromkeys(found))
 
 

@@ -56,7 +56,8 @@ def train(run: Run, make: Callable[[Run, Sequence[Array]], Net]) -> dict[str, An
 
 def reaching(layers: Sequence[dict[str, Array]], activation: str, x: Array) -> Array:
     """What reaches the activations of the last hidden layer, (N, units), normalised with the statistics of x itself."""
-    act = {"relu": lambda a: np.maximum(a, 0), "sigmoid": lambda a: 1 / (1 + np.exp(-a)), "tanh": np.tanh}[activation]
+    acts: dict[str, Callable[[Array], Array]] = {"sigmoid": lambda a: 1 / (1 + np.exp(-a)), "tanh": np.tanh}
+    act = acts[activation]
     for number, layer in enumerate(layers):
         x = (act(x) if number else x) @ layer["weight"].T
         if "gamma" in layer:

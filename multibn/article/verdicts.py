@@ -25,7 +25,7 @@ class Interval:
     high: float
 
 
-def interval(values: Sequence[float]) -> Interval:
+def interval(values: Any) -> Interval:
     """Of one value a seed. Where all are alike, or there is one, the interval is the value: nothing varies to judge by."""
     from scipy import stats
 
@@ -39,14 +39,20 @@ class Verdict:
     """What one framework's runs say of a claim.
 
     Args:
-        shows: whether the interval of the difference is on the claim's side.
+        degree: "shows", where the interval of the difference is on the claim's side; "shows in part", where it is in some of several
+            comparisons; else "does not show".
         text: a sentence, numbers in it.
         rows: name of what varied, then without and with BatchNorm, as texts.
     """
 
-    shows: bool
+    degree: str
     text: str
     rows: tuple[tuple[str, str, str], ...]
+
+
+def degree(*shows: bool) -> str:
+    """Of one comparison, or several."""
+    return "shows" if all(shows) else "shows in part" if any(shows) else "does not show"
 
 
 def percent(value: Interval) -> str:
@@ -74,14 +80,14 @@ def rates(results: Results, plan: Plan) -> Verdict:
     """The largest learning rate that works."""
     found = [accuracies(results, plan, plan.rate, plan.rates, norm) for norm in (False, True)]
     largest = [_largest(each, plan.rates) for each in found]
-    factor = interval(np.log(largest[1] / largest[0]))  # type: ignore[arg-type]
+    factor = interval(np.log(largest[1] / largest[0]))
     middle, low, high = (float(np.exp(each)) for each in (factor.mean, factor.low, factor.high))
     shows = low > 1 + 1e-9
     text = (
         f"the largest rate at which it learns is {middle:.3g} times as large with BatchNorm [{low:.3g}, {high:.3g}] "
         f"(geometric means: {_geometric(largest[0])} without, {_geometric(largest[1])} with)"
     )
-    return Verdict(shows, text, _rows(*found, [f"rate {rate:g}" for rate in plan.rates]))
+    return Verdict(degree(shows), text, _rows(found[0], found[1], [f"rate {rate:g}" for rate in plan.rates]))
 
 
 def _largest(accuracy: Any, values: Sequence[float]) -> Any:
@@ -104,7 +110,7 @@ def starts(results: Results, plan: Plan) -> Verdict:
         f"averaged over initial weights {plan.scales[0]:g} to {plan.scales[-1]:g} times as large as usual, BatchNorm knows "
         f"{points(gain)} more of the test digits; it learns at {_listed(able[1])}, without it at {_listed(able[0])}"
     )
-    return Verdict(gain.low > 0, text, _rows(*found, [f"{scale:g} x usual" for scale in plan.scales]))
+    return Verdict(degree(gain.low > 0), text, _rows(found[0], found[1], [f"{scale:g} x usual" for scale in plan.scales]))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -120,7 +126,11 @@ def saturating(results: Results, plan: Plan) -> Verdict:
         f"{name}: {points(gain)}{'' if gain.low > 0 else ', which does not show it'}"
         for name, gain in zip(names, gains, strict=True)
     )
-    return Verdict(all(gain.low > 0 for gain in gains), f"test digits known more with BatchNorm: {text}", _rows(*found, names))
+    return Verdict(
+        degree(*(gain.low > 0 for gain in gains)),
+        f"test digits known more with BatchNorm: {text}",
+        _rows(found[0], found[1], names),
+    )
 
 
 def regularising(results: Results, plan: Plan) -> Verdict:
@@ -136,7 +146,7 @@ def regularising(results: Results, plan: Plan) -> Verdict:
     )
     if gain.low <= 0 < noise.low:
         text += ": the noise does regularise, but not beyond leaving BatchNorm out"
-    return Verdict(gain.low > 0, text, _rows(*found, [f"batches of {batch}" for batch in plan.batches]))
+    return Verdict(degree(gain.low > 0), text, _rows(found[0], found[1], [f"batches of {batch}" for batch in plan.batches]))
 
 
 def shifts(results: Results, plan: Plan) -> Verdict:
@@ -145,14 +155,14 @@ def shifts(results: Results, plan: Plan) -> Verdict:
     ways = [
         np.array([results[plan.saturating(norm, seed, study)]["shift"] for seed in range(plan.seeds)]) for norm in (False, True)
     ]
-    factor = interval(np.log(ways[0] / ways[1]))  # type: ignore[arg-type]
+    factor = interval(np.log(ways[0] / ways[1]))
     middle, low, high = (float(np.exp(each)) for each in (factor.mean, factor.low, factor.high))
     text = (
         f"without BatchNorm the median of what reaches an activation wanders {middle:.2g} times as far [{low:.2g}, {high:.2g}], "
         "measured in spreads"
     )
     row = tuple(f"{i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in map(interval, ways))
-    return Verdict(low > 1, text, (("way of the median, in spreads", row[0], row[1]),))
+    return Verdict(degree(low > 1), text, (("way of the median, in spreads", row[0], row[1]),))
 
 
 CLAIMS: Final[Mapping[str, Callable[[Results, Plan], Verdict]]] = {
@@ -167,8 +177,7 @@ CLAIMS: Final[Mapping[str, Callable[[Results, Plan], Verdict]]] = {
 
 def together(verdicts: Mapping[str, Verdict]) -> str:
     """Where a claim shows, of the frameworks' names."""
-    here = [name for name, verdict in verdicts.items() if verdict.shows]
-    if not here:
-        return "does not show here"
-    others = [name for name in verdicts if name not in here]
-    return f"shows in {' and '.join(here)}" + (f", not in {' and '.join(others)}" if others else "")
+    found: dict[str, list[str]] = {}
+    for name, verdict in verdicts.items():
+        found.setdefault(verdict.degree, []).append(name)
+    return ", ".join(f"{how} in {' and '.join(names)}" for how, names in found.items())
