@@ -1,4 +1,4 @@
-"""Makes docs/article.png of the article's page: ``python docs/article_screenshot.py article.html``. Needs Playwright and Chromium."""
+"""Makes docs/article.png of a page: ``python docs/article_screenshot.py article.html``. Needs Playwright and Chromium."""
 
 from __future__ import annotations
 

@@ -210,7 +210,8 @@ def test_every_layer_has_the_statistics_of_what_reaches_it(home: Any) -> None:
 
 
 def test_order_and_size_of_the_batches_do_not_matter(home: Any) -> None:
-    exact, close = [], []
+    exact: list[Array] = []
+    close: list[Array] = []
     for sizes in CUTS.values():
         for one_by_one, results in ((True, exact), (False, close)):
             net = home.net()

@@ -91,9 +91,9 @@ def page(studies: Mapping[str, Study], plan: Plan, seconds: float, command: str)
     return text, together
 
 
-def formula(latex: str) -> Markup:
-    """A formula on a line of its own, as MathML."""
-    return Markup(f'<div class="formula">{convert(latex, display="block")}</div>')
+def formula(*parts: str) -> Markup:
+    """LaTeX as MathML on a line of its own, of which each part may begin a new one where there is little room."""
+    return Markup(f'<div class="formula">{"".join(convert(part, display="block") for part in parts)}</div>')
 
 
 def code(*functions: Any) -> Markup:
@@ -192,7 +192,7 @@ def _pictures(studies: Mapping[str, Study], plan: Plan) -> dict[str, str]:
             f"{about} size of the initial weights.",
         )
         found[f"regularising-{name}"] = pictures.study(
-            results, plan, plan.few, plan.batches, "batch", f"regularising-{name}", f"{about} size of the batches."
+            results, plan, plan.few, plan.batches, "batch", f"regularising-{name}", f"{about} size of the batches.", close=True
         )
         for number, activation in enumerate(plan.activations):
             key = f"saturating-{number}-{name}"

@@ -52,12 +52,14 @@ class Picture:
         if band is not None:
             self.axes.fill_between(xs, *band, color=colour, alpha=0.18, linewidth=0)
 
-    def svg(self, name: str, about: str, legend: str | None = "best") -> str:
+    def svg(self, name: str, about: str) -> str:
         """The SVG element; name makes its ids its own, about says what is seen."""
         import matplotlib
 
-        if legend and self.axes.get_legend_handles_labels()[0]:
-            self.axes.legend(frameon=False, labelcolor=_TEXT, loc=legend)
+        labels = self.axes.get_legend_handles_labels()[1]
+        if labels:
+            columns = 2 if len(labels) == 2 else 1
+            self.figure.legend(frameon=False, labelcolor=_TEXT, loc="outside upper left", ncols=columns)
         file = io.StringIO()
         fixed = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}
         with matplotlib.rc_context(fixed):
@@ -79,14 +81,17 @@ class Picture:
         return f'{head} class="drawn" role="img" aria-labelledby="{name}-about">{title}{rest}'
 
 
-def study(results: Results, plan: Plan, what: Any, values: Sequence[float], x: str, name: str, about: str) -> str:
-    """Test accuracy against what varied, with and without."""
+def study(
+    results: Results, plan: Plan, what: Any, values: Sequence[float], x: str, name: str, about: str, close: bool = False
+) -> str:
+    """Test accuracy against what varied, with and without; close: what differs fills the picture."""
     picture = Picture(x, "test digits known, %", log="x")
     for norm, colour, label in ((True, WITH, "with BatchNorm"), (False, WITHOUT, "without")):
         found = [interval(column) for column in accuracies(results, plan, what, values, norm).T]
         means, lows, highs = (100 * np.array([getattr(i, part) for i in found]) for part in ("mean", "low", "high"))
         picture.line(values, list(means), colour, label, (np.clip(lows, 0, 100), np.clip(highs, 0, 100)))
-    picture.axes.set_ylim(-3, 103)
+    if not close:
+        picture.axes.set_ylim(-3, 103)
     picture.axes.set_xticks(values, [f"{value:g}" for value in values])
     picture.axes.minorticks_off()
     return picture.svg(name, about)

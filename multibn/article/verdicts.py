@@ -39,8 +39,8 @@ class Verdict:
     """What one framework's runs say of a claim.
 
     Args:
-        degree: "shows", where the interval of the difference is on the claim's side; "shows in part", where it is in some of several
-            comparisons; else "does not show".
+        degree: "shows", where the interval of the difference is on the claim's side; "shows in part", where it is so in some of
+            several comparisons; else "does not show".
         text: a sentence, numbers in it.
         rows: name of what varied, then without and with BatchNorm, as texts.
     """
@@ -86,6 +86,7 @@ def rates(results: Results, plan: Plan) -> Verdict:
     text = (
         f"the largest rate at which it learns is {middle:.3g} times as large with BatchNorm [{low:.3g}, {high:.3g}] "
         f"(geometric means: {_geometric(largest[0])} without, {_geometric(largest[1])} with)"
+        + (", alike for every seed" if low == high else "")
     )
     return Verdict(degree(shows), text, _rows(found[0], found[1], [f"rate {rate:g}" for rate in plan.rates]))
 
