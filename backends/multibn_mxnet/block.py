@@ -173,7 +173,7 @@ class BatchNorm(_Normalization):
         identity.check(init, self._spec)
         self.init = init
         learn = "write" if self._spec.learn_affine else "null"
-        for name, here, init, request in (
+        for name, here, start, request in (
             ("gamma", self._spec.scale, "ones", learn),
             ("beta", self._spec.center, "zeros", learn),
             ("running_mean", True, "zeros", "null"),
@@ -183,7 +183,7 @@ class BatchNorm(_Normalization):
                 differentiable = name in ("gamma", "beta")
                 shape = (num_features,)
                 setattr(
-                    self, name, self.params.get(name, grad_req=request, shape=shape, init=init, differentiable=differentiable)
+                    self, name, self.params.get(name, grad_req=request, shape=shape, init=start, differentiable=differentiable)
                 )
         if self._spec.momentum is None:
             self.num_batches_tracked = self.params.get(

@@ -64,7 +64,7 @@ def recalibrate(net: Any, batches: Iterable[Any], *, one_by_one: bool = False) -
         old = [parameter.data(parameter.list_ctx()[0]).asnumpy() for parameter in statistics]
         before[id(block)] = statistics, old
         unbiased = isinstance(block, _Normalization) and block.spec.moving_variance == "unbiased"
-        _set(statistics, data.settle(*old, unbiased))
+        _set(statistics, data.settle(old[0], old[1], unbiased))
 
     for block in active:
         block._active = False

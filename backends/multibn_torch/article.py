@@ -37,7 +37,7 @@ class Net:
         """Forward, backward, step."""
         loss = torch.nn.functional.cross_entropy(self.net.train()(torch.from_numpy(x)), torch.from_numpy(labels))
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss.item()
 
@@ -73,7 +73,8 @@ def whiten(x: torch.Tensor) -> torch.Tensor:
     """Whitening of (m, C), inside the graph."""
     centred = x - x.mean(dim=0)
     eigenvalues, rotation = torch.linalg.eigh(centred.T @ centred / len(x) + 1e-5 * torch.eye(x.shape[1]))
-    return centred @ rotation / eigenvalues.sqrt()
+    white: torch.Tensor = centred @ rotation / eigenvalues.sqrt()
+    return white
 
 
 def cost(channels: int, m: int = 2048, turns: int = 5) -> dict[str, float]:

@@ -118,11 +118,11 @@ class Layer(_BatchNorm):
 
     def reset_parameters(self) -> None:
         """As it was made, so that init="identity" begins anew."""
-        super().reset_parameters()  # type: ignore[no-untyped-call]
+        super().reset_parameters()
         self._began = False
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments)
         self._began = False
 
     def _set_init(self, init: identity.Init) -> None:

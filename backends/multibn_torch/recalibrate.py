@@ -41,7 +41,7 @@ def recalibrate(model: torch.nn.Module, batches: Iterable[Any], *, one_by_one: b
     modules = dict(model.named_modules())
     layers = [m for m in modules.values() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     modes = {name: module.training for name, module in modules.items()}
-    before = [(t, t.clone()) for layer in layers for t in (layer.running_mean, layer.running_var)]  # type: ignore[union-attr]
+    before: list[Any] = [(t, t.clone()) for m in layers for t in (m.running_mean, m.running_var) if t is not None]
 
     def send(waiting: Sequence[Any], collect: Callable[[Any, Callable[[], Array]], None]) -> None:
         def hook(layer: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ def recalibrate(model: torch.nn.Module, batches: Iterable[Any], *, one_by_one: b
 
 def _settle(layer: Any, data: WholeData) -> None:
     """PyTorch's own layers are unbiased."""
-    old = layer.running_mean, layer.running_var
     unbiased = getattr(layer, "moving_variance", "unbiased") == "unbiased"
-    for statistic, new in zip(old, data.settle(*(t.cpu().numpy() for t in old), unbiased), strict=True):
-        statistic.copy_(torch.from_numpy(new))
+    mean, var = data.settle(layer.running_mean.cpu().numpy(), layer.running_var.cpu().numpy(), unbiased)
+    layer.running_mean.copy_(torch.from_numpy(mean))
+    layer.running_var.copy_(torch.from_numpy(var))

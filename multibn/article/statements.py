@@ -21,13 +21,15 @@ def whiten(x: Array) -> Array:
     covariance = x.T @ x / len(x)
     eigenvalues, columns = np.linalg.eigh(covariance)
     rotated = x @ columns  # X_PCA = U X: its covariance is diagonal
-    return rotated / np.sqrt(eigenvalues + 1e-5)  # now it is the identity
+    white: Array = rotated / np.sqrt(eigenvalues + 1e-5)  # now it is the identity
+    return white
 
 
 def pooled() -> Array:
     """The digits in 16 numbers each: means of 2x2 pixels."""
-    images = digits()[0].astype(np.float64)
-    return images.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
+    images: Array = digits()[0].astype(np.float64)
+    means: Array = images.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
+    return means
 
 
 def whitening() -> dict[str, Any]:
@@ -78,7 +80,8 @@ def normalise(x: Array, gamma: Array, beta: Array, eps: float = 1e-12) -> Array:
     mean = x.mean(axis=0)
     variance = ((x - mean) ** 2).mean(axis=0)
     xhat = (x - mean) / np.sqrt(variance + eps)
-    return gamma * xhat + beta
+    y: Array = gamma * xhat + beta
+    return y
 
 
 def normalise_images(x: Array, gamma: Array, beta: Array) -> Array:
