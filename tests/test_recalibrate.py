@@ -53,14 +53,15 @@ def test_they_are_what_chans_merge_gives() -> None:
 
 
 def test_a_large_batch_is_exact() -> None:
-    """More values than one sum may hold."""
-    x = np.full((1 << 17, 1), 1 + 2.0**-23, np.float32)
+    """More values than one float64 sum of products holds."""
+    value = float(np.nextafter(2.0, 1.0))
+    x = np.full((1 << 18, 1), value)
     data = WholeData(1)
     data.add(x)
-    data.add(np.full((1, 1), 3, np.float32))
-    m, total = len(x) + 1, len(x) * Fraction(float(x[0, 0])) + 3
+    data.add(np.full((1, 1), 3.0))
+    m, total = len(x) + 1, len(x) * Fraction(value) + 3
     assert data.statistics(False)[0][0] == float(total / m)
-    assert data.statistics(False)[1][0] == float((len(x) * Fraction(float(x[0, 0])) ** 2 + 9) / m - (total / m) ** 2)
+    assert data.statistics(False)[1][0] == float((len(x) * Fraction(value) ** 2 + 9) / m - (total / m) ** 2)
 
 
 def test_what_is_not_finite_keeps_its_old_statistics() -> None:
