@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
+from . import identity, reference
 from .layer import Array, Backend, objection, spec_text
 from .spec import BatchNormSpec
 from .whitening import WhiteningSpec
@@ -26,10 +26,18 @@ class BatchNorm:
         num_features: channels C.
         num_dims: rank of the input, 2 for (N, C), 4 for (N, C, H, W); None for any.
         spec: what it computes.
+        init: "identity" lets the first training batch pass unchanged: ``multibn.identity``.
+
+    Raises:
+        ValueError: init="identity" without gamma, beta or batch statistics.
     """
 
-    def __init__(self, num_features: int, num_dims: int | None, spec: BatchNormSpec | None = None) -> None:
+    def __init__(
+        self, num_features: int, num_dims: int | None, spec: BatchNormSpec | None = None, *, init: identity.Init = "standard"
+    ) -> None:
         self.num_features, self.num_dims, self.spec = num_features, num_dims, BatchNormSpec() if spec is None else spec
+        identity.check(init, self.spec)
+        self.init = init
         self.gamma = np.ones(num_features, np.float32) if self.spec.scale else None
         self.beta = np.zeros(num_features, np.float32) if self.spec.center else None
         self.moving_mean, self.moving_var = np.zeros(num_features, np.float32), np.ones(num_features, np.float32)
@@ -37,7 +45,8 @@ class BatchNorm:
         self._saved: Any = None
 
     def __repr__(self) -> str:
-        return f"BatchNorm({self.num_features}, {self.num_dims}, {spec_text(self.spec)})"
+        init = "" if self.init == "standard" else f", init={self.init!r}"
+        return f"BatchNorm({self.num_features}, {self.num_dims}, {spec_text(self.spec)}{init})"
 
     def forward(self, x: Array, training: bool) -> Array:
         """y for x, (N, C, ...); in training the moving statistics are updated, as the spec says.
@@ -57,6 +66,8 @@ class BatchNorm:
         )
         if problem is not None:
             raise (TypeError if problem.kind.endswith("type") else ValueError)(problem.message)
+        if self.init == "identity" and training and x.size:
+            self._begin(x)
         y = self._forward(x, training)
         self.batches += training and self.spec.update_statistics and x.size > 0
         return y
@@ -72,6 +83,12 @@ class BatchNorm:
         dx, dgamma, dbeta = self._backward(dy)
         learned = self.spec.learn_affine
         return dx, dgamma if learned and self.spec.scale else None, dbeta if learned and self.spec.center else None
+
+    def _begin(self, x: Array) -> None:
+        if self.gamma is None or self.beta is None:
+            return
+        if identity.untouched(self.gamma, self.beta, self.moving_mean, self.moving_var):
+            self.gamma, self.beta = identity.parameters(x, self.spec.eps, self.gamma.dtype)
 
     def _forward(self, x: Array, training: bool) -> Array:
         from . import kernel

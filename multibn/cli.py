@@ -1,4 +1,4 @@
-"""The command line: ``multibn conform | bench | dialects | clauses``. Nothing is loaded before it is needed."""
+"""The command line: ``multibn conform | bench | article | dialects | clauses``. Nothing is loaded before it is needed."""
 
 from __future__ import annotations
 
@@ -203,6 +203,31 @@ def check_vectors(
 
 
 @app.command()
+def article(
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("article.html"),
+    framework: Annotated[list[str] | None, typer.Option(help="Train in torch or mxnet. May be repeated.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few seeds and steps, to see that it works; nothing to judge by.")
+    ] = False,
+) -> None:
+    """Run the article statement by statement, its claims on real digits, and write one page.
+
+    Exits with 0, 1 if a framework's process failed, 2 if the call is wrong.
+    """
+    with _needed("article"):
+        from .article import page, plan, run
+    try:
+        frameworks = run.check(framework or (), out)
+    except ValueError as error:
+        _wrong_call(str(error))
+    try:
+        page.write(out, frameworks, plan.QUICK if quick else plan.FULL, shlex.join(["multibn", *sys.argv[1:]]), Console())
+    except ChildProcessError as error:
+        typer.echo(f"multibn: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
 def dialects() -> None:
     """What each framework's own BatchNorm does, with its source."""
     from .dialects import table
@@ -224,7 +249,8 @@ def _needed(command: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        _wrong_call(f"multibn {command} needs {package}, which is not installed: pip install 'multibn[conformance]'")
+        extra = "article" if command == "article" else "conformance"
+        _wrong_call(f"multibn {command} needs {package}, which is not installed: pip install 'multibn[{extra}]'")
 
 
 def _or_wrong_call(function: Callable[[], Any]) -> Any:

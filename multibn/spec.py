@@ -147,9 +147,14 @@ update_statistics=True, learn_affine=True)
                 raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}.")
 
     @classmethod
-    def article(cls) -> BatchNormSpec:
-        """The article's: eps 1e-12, momentum 0.9 of the old value, biased variance, gamma 1 and beta 0 to begin with."""
-        return cls(eps=1e-12, momentum=0.9, moving_variance="biased")
+    def article(cls, average: bool = False) -> BatchNormSpec:
+        """The article's: eps 1e-12, momentum 0.9 of the old value, biased variance, gamma 1 and beta 0 to begin with.
+
+        Args:
+            average: the article's other way to the statistics of test time, its Algorithm 2: the equal-weight average over all
+                batches, of the means and of the unbiased variances (times m/(m-1)).
+        """
+        return cls(1e-12, None, "unbiased") if average else cls(1e-12, 0.9, "biased")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BatchNormSpec:

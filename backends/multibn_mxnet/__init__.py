@@ -4,5 +4,6 @@ from .backend import BACKEND as BACKEND
 from .block import BatchNorm as BatchNorm
 from .block import GluonBatchNorm as GluonBatchNorm
 from .block import GluonBatchNormReLU as GluonBatchNormReLU
+from .recalibrate import recalibrate as recalibrate
 from .swap import swap as swap
 from .whitening import Whitening as Whitening

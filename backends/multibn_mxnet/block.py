@@ -12,6 +12,7 @@ from mxnet import autograd, gluon
 from mxnet.base import MXNetError
 from mxnet.gluon.parameter import DeferredInitializationError
 
+from multibn import identity
 from multibn.layer import spec_text
 from multibn.spec import BatchNormSpec
 
@@ -25,6 +26,7 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
     """What the blocks share. A subclass says what its layer is, and has the parameters that the operator takes, by its names."""
 
     fuse_relu = False
+    init: identity.Init = "standard"
 
     @abstractmethod
     def _describe(self) -> Layer:
@@ -137,13 +139,15 @@ class BatchNorm(_Normalization):
         spec: what it computes; ``BatchNormSpec.article()`` is the article's own.
         implementation: "kernel" (the CPU kernel), "framework" (MXNet's own operators, any device), or "auto": the kernel on CPU,
             the operators elsewhere.
+        init: "identity" lets the first training batch pass unchanged: ``multibn.identity``.
         prefix, params: Gluon's.
 
     Parameters, under Gluon's names: gamma (ones), beta (zeros), running_mean (zeros), running_var (ones), and num_batches_tracked
     (0) where momentum is None. ``moving_mean`` and ``moving_var`` are the article's names for the same Parameters.
 
     Raises:
-        ValueError: num_features < 1, num_dims not 2 to 5, or an unknown implementation.
+        ValueError: num_features < 1, num_dims not 2 to 5, an unknown implementation, or init="identity" without gamma, beta or
+            batch statistics.
     """
 
     def __init__(
@@ -153,6 +157,7 @@ class BatchNorm(_Normalization):
         spec: BatchNormSpec | None = None,
         *,
         implementation: str = "auto",
+        init: identity.Init = "standard",
         prefix: str | None = None,
         params: Any = None,
     ) -> None:
@@ -165,8 +170,10 @@ class BatchNorm(_Normalization):
         super().__init__(prefix=prefix, params=params)
         self.num_features, self.num_dims, self.implementation = num_features, num_dims, implementation
         self._spec = spec or BatchNormSpec()
+        identity.check(init, self._spec)
+        self.init = init
         learn = "write" if self._spec.learn_affine else "null"
-        for name, here, init, request in (
+        for name, here, start, request in (
             ("gamma", self._spec.scale, "ones", learn),
             ("beta", self._spec.center, "zeros", learn),
             ("running_mean", True, "zeros", "null"),
@@ -176,7 +183,7 @@ class BatchNorm(_Normalization):
                 differentiable = name in ("gamma", "beta")
                 shape = (num_features,)
                 setattr(
-                    self, name, self.params.get(name, grad_req=request, shape=shape, init=init, differentiable=differentiable)
+                    self, name, self.params.get(name, grad_req=request, shape=shape, init=start, differentiable=differentiable)
                 )
         if self._spec.momentum is None:
             self.num_batches_tracked = self.params.get(
@@ -191,18 +198,22 @@ class BatchNorm(_Normalization):
 
     def _describe(self) -> Layer:
         names = tuple(name for name, here in (("gamma", self._spec.scale), ("beta", self._spec.center)) if here)
-        return Layer(self._spec, self.implementation, 1, self.num_dims, names)
+        return Layer(self._spec, self.implementation, 1, self.num_dims, names, self.init)
 
     def __repr__(self) -> str:
-        return f"BatchNorm({self.num_features}, {self.num_dims}, {spec_text(self.spec)})"
+        init = "" if self.init == "standard" else f", init={self.init!r}"
+        return f"BatchNorm({self.num_features}, {self.num_dims}, {spec_text(self.spec)}{init})"
 
 
 class _GluonNormalization(_Normalization):
     """What the blocks with Gluon's own signature share."""
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
+    def __init__(self, *arguments: Any, init: identity.Init = "standard", **named: Any) -> None:
         super().__init__(*arguments, **named)
-        _ = self.layer  # so that a parameter that is not allowed raises here
+        identity.check(init, self.layer.spec)  # a parameter that is not allowed raises here too
+        if init != "standard":
+            self.init = init
+            del self._layer
 
     def _describe(self) -> Layer:
         its = self._kwargs
@@ -214,7 +225,7 @@ class _GluonNormalization(_Normalization):
             normalize_with="moving" if its["use_global_stats"] else "batch",
             update_statistics=not its["use_global_stats"],
         )
-        return Layer(spec, "auto", its["axis"], None, ("gamma", "beta"))
+        return Layer(spec, "auto", its["axis"], None, ("gamma", "beta"), self.init)
 
 
 class GluonBatchNorm(_GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[misc]
@@ -222,7 +233,8 @@ class GluonBatchNorm(_GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[m
 
     Other than Gluon's, it updates the moving statistics in forward, once (BN-05); with scale=False it counts gamma as 1 and does
     not overwrite it, with center=False it adds no beta (BN-04). use_global_stats=True normalises with the moving statistics, and
-    leaves them as they are (BN-09).
+    leaves them as they are (BN-09). ``init``, by name only: "identity" lets the first training batch pass unchanged:
+    ``multibn.identity``.
 
     Raises:
         ValueError, TypeError: a parameter that ``BatchNormSpec`` does not allow, such as epsilon=0, which Gluon lets pass.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from multibn.identity import Init
 from multibn.layer import objection
 from multibn.spec import BatchNormSpec
 
@@ -23,6 +24,7 @@ class Layer:
         axis: of the channels; may be negative.
         rank: of the input; None for any >= 2.
         parameters: which of gamma and beta the layer has; the spec says whether they count (BN-04).
+        init: how gamma and beta begin: ``multibn.identity``.
     """
 
     spec: BatchNormSpec
@@ -30,6 +32,7 @@ class Layer:
     axis: int
     rank: int | None
     parameters: tuple[str, ...]
+    init: Init = "standard"
 
     def attribute(self) -> str:
         """The layer as JSON."""

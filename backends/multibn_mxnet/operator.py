@@ -45,13 +45,14 @@ class _Operator:
         place = {name: 1 + i for i, name in enumerate(layer.parameters)}
         dependencies = [0, 2, inputs + 3] + [2 + place[name] for name in layer.parameters if name == "gamma" and spec.scale]
         description, operator, python_operator = _callbacks()
+        by_python = layer.implementation == "framework" or layer.init == "identity"
         values = {
             "arguments": self._strings("data", *layer.parameters),
             "outputs": self._strings("output", "saved"),
             "states": self._strings(*layer.states),
             "dependencies": self._keep((_int * len(dependencies))(*dependencies)),
             "dependency_count": len(dependencies),
-            "operator": self._list(python_operator if layer.implementation == "framework" else operator),
+            "operator": self._list(python_operator if by_python else operator),
             "python_operator": self._list(python_operator),
             "inputs": inputs,
             "gamma": place.get("gamma", 0),

@@ -5,5 +5,6 @@ from .layers import BatchNorm as BatchNorm
 from .layers import BatchNorm1d as BatchNorm1d
 from .layers import BatchNorm2d as BatchNorm2d
 from .layers import BatchNorm3d as BatchNorm3d
+from .recalibrate import recalibrate as recalibrate
 from .swap import swap as swap
 from .whitening import Whitening as Whitening

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from multibn import identity
 from multibn.layer import objection, spec_text
 from multibn.spec import BatchNormSpec
 
+from .begin import begin
 from .function import PARAMETER, How, by_framework, by_kernel
 
 Implementation = Literal["auto", "kernel", "framework"]
@@ -34,11 +36,13 @@ class Layer(_BatchNorm):
 
     ``implementation``: "kernel" (the CPU kernel), "framework" (PyTorch's own operators, any device), or "auto": the kernel on
     CPU, the operators elsewhere. ``normalize_with`` and ``update_statistics`` are the switches of BN-09; ``requires_grad`` of
-    weight and bias is the third.
+    weight and bias is the third. ``init``: "identity" lets the first training batch pass unchanged: ``multibn.identity``.
     """
 
     ranks: tuple[int, ...]
     implementation: Implementation = "auto"
+    init: identity.Init = "standard"
+    _began = False
     normalize_with: Literal["batch", "moving"] = "batch"
     update_statistics: bool = True
     moving_variance: Literal["biased", "unbiased"] = "unbiased"
@@ -57,7 +61,9 @@ class Layer(_BatchNorm):
             learn_affine=any(p.requires_grad for p in self.parameters(recurse=False)) or not self.affine,
         )
 
-    def __init__(self, *args: Any, implementation: Implementation = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, implementation: Implementation = "auto", init: identity.Init = "standard", **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         if implementation not in get_args(Implementation):
             raise ValueError(
@@ -67,6 +73,7 @@ class Layer(_BatchNorm):
             self.implementation = implementation
         check(self)
         keep_single(self)
+        self._set_init(init)
 
     def forward(self, input: Tensor) -> Tensor:
         """y for x of shape (N, C, ...), in the layer's mode (BN-01 to BN-12).
@@ -92,6 +99,8 @@ class Layer(_BatchNorm):
         ):
             self._refuse(input, update or use_batch)
             update = False  # nothing was wrong: the input is empty (BN-12)
+        if self.init == "identity" and training and use_batch:
+            begin(self, input)
         on_kernel = input.is_cpu if self.implementation == "auto" else self.implementation == "kernel"
         how = How(self.eps, self._old() if update else 0.0, self.moving_variance == "unbiased", use_batch, update)
         y = (by_kernel if on_kernel else by_framework)(input, weight, bias, mean, var, how)
@@ -104,7 +113,22 @@ class Layer(_BatchNorm):
         text = str(super().extra_repr())  # type: ignore[no-untyped-call]
         text += "" if self.normalize_with == "batch" else f", normalize_with={self.normalize_with!r}"
         text += "" if self.update_statistics else ", update_statistics=False"
+        text += "" if self.init == "standard" else f", init={self.init!r}"
         return text + ("" if self.implementation == "auto" else f", implementation={self.implementation!r}")
+
+    def reset_parameters(self) -> None:
+        """As it was made, so that init="identity" begins anew."""
+        super().reset_parameters()
+        self._began = False
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._began = False
+
+    def _set_init(self, init: identity.Init) -> None:
+        if init != "standard":
+            identity.check(init, self.spec)
+            self.init = init
 
     def _old(self) -> float:
         """Weight of the old moving statistics; PyTorch's momentum is the weight of the new ones."""
@@ -176,14 +200,14 @@ class BatchNorm(Layer):
         num_features: C, the size of the channel axis.
         num_dims: rank of the input: 2 for fully connected layers (N, C), 4 for convolutions (N, C, H, W); 3 and 5 too.
         spec: what it computes; ``BatchNormSpec.article()`` is the article's own.
-        implementation: see ``Layer``.
+        implementation, init: see ``Layer``.
         device, dtype: of the state; float32, or float64 for float64 input (BN-10).
 
     State, under PyTorch's names: weight (gamma, ones), bias (beta, zeros), running_mean (zeros), running_var (ones),
     num_batches_tracked. ``gamma``, ``beta``, ``moving_mean`` and ``moving_var`` are the article's names for the same tensors.
 
     Raises:
-        ValueError: num_features < 1, or num_dims not 2 to 5.
+        ValueError: num_features < 1, num_dims not 2 to 5, or init="identity" without gamma, beta or batch statistics.
     """
 
     def __init__(
@@ -193,6 +217,7 @@ class BatchNorm(Layer):
         spec: BatchNormSpec | None = None,
         *,
         implementation: Implementation = "auto",
+        init: identity.Init = "standard",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -214,6 +239,7 @@ class BatchNorm(Layer):
         self.moving_variance = spec.moving_variance
         self.normalize_with, self.update_statistics = spec.normalize_with, spec.update_statistics
         self._given = (momentum, spec.momentum)
+        self._set_init(init)
 
     def _old(self) -> float:
         momentum, old = self._given  # 1 - (1 - old) is not always old
@@ -221,7 +247,8 @@ class BatchNorm(Layer):
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
-        return f"{self.num_features}, {self.num_dims}, {spec_text(self.spec)}"
+        init = "" if self.init == "standard" else f", init={self.init!r}"
+        return f"{self.num_features}, {self.num_dims}, {spec_text(self.spec)}{init}"
 
     gamma = property(lambda self: self.weight, doc="The article's name for weight.")
     beta = property(lambda self: self.bias, doc="The article's name for bias.")

@@ -1,0 +1,83 @@
+"""Runs the studies, each framework in a process of its own, side by side: importing both in one disturbs their threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .plan import Plan, Run
+
+FRAMEWORKS: Final = {"torch": "PyTorch", "mxnet": "Gluon"}
+"""Package -> its name on the page; ``multibn_PACKAGE.article`` has its nets."""
+
+
+class Study(NamedTuple):
+    """What a framework's process gave: its facts, and the result of each run."""
+
+    facts: dict[str, Any]
+    results: dict[Run, dict[str, Any]]
+
+
+def check(frameworks: Sequence[str], out: Path) -> list[str]:
+    """The frameworks to run: those asked for, or all that are installed.
+
+    Raises:
+        ValueError: an unknown framework, one that is not installed, none at all, or a file that cannot be written.
+    """
+    for name in frameworks:
+        if name not in FRAMEWORKS:
+            raise ValueError(f"--framework must be {' or '.join(FRAMEWORKS)}, got {name}.")
+        if find_spec(name) is None:
+            raise ValueError(f"{name} is not installed: pip install 'multibn[{name}]'.")
+    present = [name for name in FRAMEWORKS if name in (frameworks or FRAMEWORKS) and find_spec(name)]
+    if not present:
+        raise ValueError("no framework is installed to train in: pip install 'multibn[torch]' or 'multibn[mxnet]'.")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out must be the name of a file in a folder that exists, got {out}.")
+    return present
+
+
+def run(frameworks: Sequence[str], plan: Plan, console: Console) -> dict[str, Study]:
+    """Every framework's study, with a progress bar.
+
+    Raises:
+        ChildProcessError: a process failed; what it said went to stderr.
+    """
+    runs = plan.runs()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar, ThreadPoolExecutor() as pool:
+        bars = {name: bar.add_task(f"{FRAMEWORKS[name]} trains", total=len(runs)) for name in frameworks}
+        steps: dict[str, Callable[[], None]] = {name: lambda task=task: bar.advance(task) for name, task in bars.items()}  # type: ignore[misc]
+        studies = pool.map(lambda name: ask(name, runs, steps[name]), frameworks)
+        return dict(zip(frameworks, studies, strict=True))
+
+
+def ask(framework: str, runs: Sequence[Run], step: Callable[[], None]) -> Study:
+    """The study of one framework, on one thread; step is called after each run."""
+    settings = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+    command = [sys.executable, "-m", f"multibn_{framework}.article"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": {**os.environ, **settings}}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([asdict(each) for each in runs]))
+        process.stdin.close()
+        lines = []
+        for line in process.stdout:
+            lines.append(json.loads(line))
+            if len(lines) > 1:
+                step()
+    if process.returncode or len(lines) != len(runs) + 1:
+        raise ChildProcessError(f"{framework}: its process ended with code {process.returncode}; what it said stands above.")
+    return Study(lines[0], dict(zip(runs, lines[1:], strict=True)))

@@ -1,0 +1,68 @@
+"""``init="identity"``: gamma and beta that make the first training batch pass a layer unchanged.
+
+Ioffe & Szegedy, section 3: gamma and beta can give back what normalising takes away. gamma*(x-mean)/sqrt(var+eps) + beta is x
+where beta = mean and gamma = sqrt(var+eps). The article says that gamma is the variance; its root is meant.
+
+How far y is then from x: gamma and beta are rounded to their type, by at most u of themselves (u = 2^-24 for float32). So the
+exact value of BN-04 for the gamma and beta that are stored is off by at most u*|x-mean| + u*|mean|, and y is off from that by
+what BN-16 allows. ``bound`` is the sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+
+from . import reference
+from .layer import Array
+from .spec import BatchNormSpec
+
+Init = Literal["standard", "identity"]
+"""How gamma and beta begin: as 1 and 0, or, from the first training batch, as what makes the layer the identity."""
+
+_MADE: Final = {"gamma": 1, "beta": 0, "moving_mean": 0, "moving_var": 1}
+
+
+def check(init: object, spec: BatchNormSpec) -> None:
+    """Raise ValueError if a layer of this spec cannot begin so."""
+    if init not in get_args(Init):
+        raise ValueError(f"init must be {' or '.join(map(repr, get_args(Init)))}, got {init!r}.")
+    if init == "identity" and not (spec.scale and spec.center and spec.normalize_with == "batch"):
+        raise ValueError(
+            "init='identity' needs a gamma, a beta and normalize_with='batch', for it sets both from the batch that normalises, "
+            f"got scale={spec.scale}, center={spec.center}, normalize_with={spec.normalize_with!r}. Use init='standard'."
+        )
+
+
+def untouched(gamma: Array, beta: Array, moving_mean: Array | None, moving_var: Array | None) -> bool:
+    """Whether a layer is as it was made: gamma 1, beta 0, moving mean 0, moving variance 1 (None: has none).
+
+    Only such a layer is made the identity, so that what was loaded, learned or set by hand stays.
+    """
+    state = zip((gamma, beta, moving_mean, moving_var), _MADE.values(), strict=True)
+    return all(a is None or bool((a == made).all()) for a, made in state)
+
+
+def parameters(x: Array, eps: float, kind: Any, channel_axis: int = 1) -> tuple[Array, Array]:
+    """gamma and beta, (C,) of type kind, with which training on x is the identity; 1 and 0 where they are not finite (BN-11)."""
+    mean, var = reference.statistics(reference._by_channel(x, channel_axis))
+    with np.errstate(over="ignore", invalid="ignore"):
+        gamma, beta = np.sqrt(var + eps).astype(kind), mean.astype(kind)
+    finite = np.isfinite(gamma) & np.isfinite(beta)
+    return np.where(finite, gamma, gamma.dtype.type(1)), np.where(finite, beta, beta.dtype.type(0))
+
+
+def bound(x: Array, eps: float) -> Array:
+    """How far y of an exact implementation may be from x, of x's shape (N, C, ...); derived at the top of this file."""
+    values = reference._by_channel(x, 1)
+    mean, var = (a[:, None] for a in reference.statistics(values))
+    double = x.dtype == np.float64
+    u, ulps = (2.0**-53, 1.0) if double else (2.0**-24, 0.51)
+    gamma = np.sqrt(var + eps)
+    scale = gamma * np.maximum(1, np.abs(values - mean) / gamma) + np.abs(mean) if double else gamma
+    rounded = u * (np.abs(values - mean) + np.abs(mean))
+    top = (np.abs(values) + rounded).astype(x.dtype)
+    allowed = ulps * np.spacing(top).astype(np.float64) + 1e-14 * np.sqrt(1 + mean**2 / (var + eps)) * scale
+    bound: Array = (rounded + allowed).reshape(x.shape)
+    return bound

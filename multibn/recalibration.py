@@ -1,0 +1,153 @@
+"""The statistics of the whole data, exactly: for ``multibn_torch.recalibrate`` and ``multibn_mxnet.recalibrate``.
+
+Ioffe & Szegedy, Algorithm 2, take the average over batches at test time. What it stands for is mean and variance of all the data.
+Chan's merge (Chan, Golub & LeVeque, 1979) puts those of batches together, weighted by count; here it is carried out without
+rounding, as sums of integers: a float is an integer times a power of 2, and so is its square. The one rounding is at the end,
+to float64. So the batches' order and size cannot be seen in a single bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any, Final
+
+import numpy as np
+
+from .layer import Array
+
+_LIMB: Final = 18
+_CHUNK: Final = 1 << 16
+"""A mantissa is cut into limbs of 18 bits. The sum of 2^16 products of two of them is below 2^53, so float64 holds it exactly."""
+
+_UNIT: Final = -1200
+"""Sums count in units of 2 to this power: the smallest float64 is 2^-1074, and its mantissa is 53 bits long."""
+
+
+class WholeData:
+    """Exact count, sum and sum of squares of each channel.
+
+    >>> data = WholeData(1)
+    >>> for batch in ([[0.0], [1.0], [2.0], [3.0]], [[12.0], [13.0], [14.0], [15.0]]):
+    ...     data.add(np.array(batch))
+    >>> data.statistics(unbiased=False)
+    (array([7.5]), array([37.25]))
+    """
+
+    def __init__(self, num_features: int) -> None:
+        self.count = 0
+        self._finite = np.ones(num_features, bool)
+        self._sums, self._squares = [0] * num_features, [0] * num_features  # of squares: twice _UNIT
+
+    def add(self, x: Array, channel_axis: int = 1) -> None:
+        """Count one batch in: any rank >= 2, float16, float32 or float64."""
+        values = np.moveaxis(x, channel_axis, 0).reshape(x.shape[channel_axis], -1).astype(np.float64)
+        self.count += values.shape[1]
+        finite = np.isfinite(values)
+        self._finite &= finite.all(axis=1)
+        values = np.where(finite, values, 0.0)
+        for start in range(0, values.shape[1], _CHUNK):
+            self._add(values[:, start : start + _CHUNK], 53 if x.dtype == np.float64 else 24)
+
+    def _add(self, values: Array, bits: int) -> None:
+        fractions, exponents = np.frexp(values)
+        low = int(exponents.min())
+        span = int(exponents.max()) - low + 1
+        place = (np.arange(len(values))[:, None] * span + (exponents - low)).ravel()
+        mantissas = np.ldexp(fractions, bits).astype(np.int64).ravel()
+        limbs = [(mantissas >> shift) & ((1 << _LIMB) - 1) for shift in range(0, bits, _LIMB)]
+        limbs[-1] = mantissas >> (_LIMB * (len(limbs) - 1))  # the uppermost has the sign
+        for i, a in enumerate(limbs):
+            self._collect(self._sums, place, a, span, low - bits - _UNIT + _LIMB * i, 1)
+            for j, b in enumerate(limbs[: i + 1]):
+                shift = 2 * (low - bits - _UNIT) + _LIMB * (i + j) + (i != j)
+                self._collect(self._squares, place, a * b, span, shift, 2)
+
+    @staticmethod
+    def _collect(totals: list[int], place: Array, terms: Array, span: int, shift: int, step: int) -> None:
+        """Add terms, each at the place of its channel and exponent; one exponent more is ``step`` powers of 2 more."""
+        found = np.bincount(place, terms, len(totals) * span).reshape(len(totals), span)
+        for channel, exponent in zip(*map(np.ndarray.tolist, np.nonzero(found)), strict=True):
+            totals[channel] += int(found[channel, exponent]) << (shift + step * exponent)
+
+    def statistics(self, unbiased: bool) -> tuple[Array, Array]:
+        """Mean and variance, (C,) float64, each the float64 nearest to the exact one; NaN where a value was not finite.
+
+        Raises:
+            ValueError: fewer than 2 values per channel.
+        """
+        m = self.count
+        if m < 2:
+            raise ValueError(
+                f"the statistics of the whole data need more than 1 value per channel, got {m} (BN-12). Give more data."
+            )
+        by = m * (m - 1) if unbiased else m * m
+        pairs = list(zip(self._sums, self._squares, strict=True))
+        mean = [_rounded(Fraction(total, m), _UNIT) for total, _ in pairs]
+        var = [_rounded(Fraction(m * squares - total * total, by), 2 * _UNIT) for total, squares in pairs]
+        return np.where(self._finite, mean, np.nan), np.where(self._finite, var, np.nan)
+
+    def settle(self, moving_mean: Array, moving_var: Array, unbiased: bool) -> tuple[Array, Array]:
+        """A layer's new moving statistics, of the type of the old ones, which stay where a new one is not finite (BN-11)."""
+        with np.errstate(over="ignore"):
+            mean, var = (a.astype(moving_mean.dtype) for a in self.statistics(unbiased))
+        finite = np.isfinite(mean) & np.isfinite(var)
+        return np.where(finite, mean, moving_mean), np.where(finite, var, moving_var)
+
+
+def layer_by_layer(
+    layers: Sequence[Any],
+    send: Callable[[Sequence[Any], Callable[[Any, Callable[[], Array]], None]], None],
+    settle: Callable[[Any, WholeData], None],
+) -> list[Any]:
+    """Give each layer the statistics of what reaches it, those before it having theirs already; the layers in that order.
+
+    Args:
+        layers: all that have moving statistics.
+        send: ``send(waiting, collect)`` runs all data through the model in inference, and calls ``collect(layer, array)`` for
+            every input of a layer that waits; array() is (N, C, ...).
+        settle: gives a layer its statistics.
+    """
+    waiting, settled = list(layers), []
+    while waiting:
+        found: list[Any] = []
+
+        def collect(layer: Any, array: Callable[[], Array], found: list[Any] = found) -> None:
+            if not found:
+                found.extend((layer, WholeData(array().shape[1])))
+            if layer is found[0]:
+                found[1].add(array())
+
+        send(waiting, collect)
+        if not found:
+            break
+        settle(*found)
+        settled.append(found[0])
+        waiting = [layer for layer in waiting if layer is not found[0]]
+    return settled
+
+
+def inputs(batches: Iterable[Any], one_by_one: bool) -> Iterator[Any]:
+    """What the model is called with: each batch, or the first of several, labels coming after; or each sample of it."""
+    for batch in batches:
+        x = batch[0] if isinstance(batch, (list, tuple)) else batch
+        if one_by_one:
+            yield from (x[i : i + 1] for i in range(x.shape[0]))
+        else:
+            yield x
+
+
+def check_batches(batches: Any) -> None:
+    """Raise TypeError if batches can be gone through only once."""
+    if iter(batches) is batches:
+        raise TypeError(
+            f"batches must be something to go through more than once, once for each BatchNorm, got {type(batches).__name__}, "
+            "which is used up after one. Give a list or a data loader."
+        )
+
+
+def _rounded(exact: Fraction, exponent: int) -> float:
+    try:
+        return float(exact * Fraction(2) ** exponent)
+    except OverflowError:
+        return float("inf")
