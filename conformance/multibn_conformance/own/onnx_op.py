@@ -51,7 +51,7 @@ class OnnxOperator:
         return tuple(array.copy() for array in self._state[2:])
 
 
-def _model(dtype: str, state: str, training: bool, attributes: dict[str, float]) -> Any:
+def _model(dtype: str, state: str, training: bool, attributes: dict[str, Any]) -> Any:
     if dtype not in TYPES:
         raise TypeError(f"BatchNormalization takes {', '.join(TYPES)}, got {dtype}")
     outputs = ["y", "running_mean", "running_var"] if training else ["y"]
