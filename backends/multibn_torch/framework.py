@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import formulas
 from .formulas import How, Moving
-from .function import PARAMETER, transformed
+from .function import PARAMETER, looked_through
 
 
 def by_framework(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
@@ -26,11 +26,14 @@ def by_framework(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: M
 
 def by_operators(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
     """y by ``torch.nn.functional.batch_norm``, which compilers and exporters know."""
-    batch_norm, batch = torch.nn.functional.batch_norm, _of_batch(x)
+    batch_norm = torch.nn.functional.batch_norm
+    if not (how.use_batch or how.update):
+        return batch_norm(x, moving.mean, moving.var, gamma, beta, False, 0.0, how.eps)
+    batch = _of_batch(x)
     if how.use_batch:
         y = batch_norm(x, *batch, gamma, beta, True, 1.0, how.eps)
     else:
-        y = batch_norm(x, *_kept(moving, how), gamma, beta, False, 0.0, how.eps)
+        y = batch_norm(x, *_copied(moving), gamma, beta, False, 0.0, how.eps)
     _update(x, moving, batch, how)
     return y
 
@@ -41,7 +44,7 @@ class _Framework(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
         batch, training, cudnn = _of_batch(x), how.use_batch, torch.backends.cudnn.enabled
-        given = batch if training else tuple(t.clone() for t in moving[:2] if t is not None)
+        given = batch if training else _copied(moving)
         y: Tensor
         y, mean, invstd, reserved, ctx.index = torch.ops.aten._batch_norm_impl_index(
             x, gamma, beta, *given, training, 1.0 if training else 0.0, how.eps, cudnn
@@ -55,7 +58,7 @@ class _Framework(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, gamma, moving_mean, moving_var, mean, invstd, reserved = ctx.saved_tensors
         eps, training = ctx.how.eps, ctx.how.use_batch
-        if torch.is_grad_enabled() or transformed():
+        if looked_through(dy):
             gradients = formulas.gradients(dy, x, gamma, (moving_mean, (moving_var + eps).rsqrt()), eps, training)
         else:
             wanted = [True, gamma is not None, ctx.has_beta]
@@ -72,10 +75,12 @@ def _of_batch(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.zeros_like(mean)
 
 
-def _kept(moving: Moving, how: How) -> tuple[Tensor | None, Tensor | None]:
-    """The moving statistics that normalise, copied if they are about to change: backward needs them as they are now."""
+def _copied(moving: Moving) -> tuple[Tensor, Tensor]:
+    """The moving statistics that normalise: backward needs them as they are now, whatever is done to them until then."""
     mean, var, _ = moving
-    return (mean.clone(), var.clone()) if how.update and mean is not None and var is not None else (mean, var)
+    assert mean is not None
+    assert var is not None
+    return mean.clone(), var.clone()
 
 
 def _update(x: Tensor, moving: Moving, batch: tuple[Tensor, Tensor], how: How) -> None:

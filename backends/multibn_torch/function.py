@@ -42,6 +42,11 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or bool(torch._C._are_functorch_transforms_active())
 
 
+def looked_through(dy: Tensor) -> bool:
+    """Whether a gradient is to be differentiated again, or mapped over (also by ``is_grads_batched``)."""
+    return torch.is_grad_enabled() or transformed() or bool(torch._C._functorch.is_legacy_batchedtensor(dy))
+
+
 def recomputed() -> bool:
     """Whether this forward runs inside a backward: activation checkpointing runs it a second time (BN-05)."""
     return bool(torch._C._current_graph_task_id() != -1)
@@ -58,7 +63,7 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, gamma = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed():  # somebody will differentiate this again, or maps over it
+        if looked_through(dy):
             gradients = formulas.gradients(dy, x, gamma, ctx.statistics, ctx.how.eps, ctx.how.use_batch)
         else:
             gradients = kernel_backward(dy, x, gamma, ctx.statistics, ctx.how.use_batch)

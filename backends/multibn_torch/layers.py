@@ -28,6 +28,8 @@ _ERRORS: dict[str, type[Exception]] = {
 }
 """The classes that ``torch.nn.functional.batch_norm`` raises."""
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 class Layer(_BatchNorm):
     """What the layers share: forward, the state's types, the text.
@@ -93,7 +95,7 @@ class Layer(_BatchNorm):
         use_batch = mean is None or (training and self.normalize_with == "batch")
         needs_batch = (update or use_batch) and mask is None
         size, kind, on_cpu = self.num_features, PARAMETER.get(input.dtype), input.is_cpu
-        if not (
+        if torch._C._get_tracing_state() is None and not (  # a tracer warns of every comparison
             input.dim() in self.ranks
             and input.shape[1] == size
             and (input.numel() > size or not needs_batch)
@@ -145,7 +147,7 @@ class Layer(_BatchNorm):
 
         def keep(t: Tensor) -> Tensor:
             new = fn(t)
-            return t.to(new.device, torch.float32) if new.dtype in (torch.float16, torch.bfloat16) else new
+            return t.to(new.device, torch.float32) if new.dtype in _HALF else new
 
         return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
 
@@ -158,7 +160,8 @@ def check(layer: Any) -> None:
 
 def keep_single(layer: torch.nn.Module) -> None:
     """Make half-precision parameters and statistics float32 (BN-10)."""
-    layer._apply(lambda t: t)  # type: ignore[no-untyped-call]
+    if any(t.dtype in _HALF for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
+        layer._apply(lambda t: t)  # type: ignore[no-untyped-call]
 
 
 def _as_leaf(layer: Layer, x: Proxy, mask: Proxy | None) -> Proxy:

@@ -36,6 +36,15 @@ def check(mask: Tensor, x: Tensor) -> None:
         )
 
 
+def check_one_for_all(mask: Tensor) -> None:
+    """Raise RuntimeError if ``torch.func.vmap`` maps over the mask."""
+    if torch._C._functorch.is_batchedtensor(mask):
+        raise RuntimeError(
+            "expected one mask for all that vmap maps over, got one for each: how many values count would differ among them. "
+            "Call the layer for each in turn, or use inference."
+        )
+
+
 def check_count(values: Tensor) -> None:
     """Raise ValueError if packed values are one per channel, where batch statistics are needed (BN-12)."""
     if values.shape[0] == 1:

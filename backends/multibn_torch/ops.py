@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import formulas
 from .formulas import How, Moving
-from .function import PARAMETER, dense, kernel_backward, kernel_forward, recomputed, transformed
+from .function import PARAMETER, dense, kernel_backward, kernel_forward, looked_through, recomputed
 from .masked import check_count, pack, unpack
 
 
@@ -82,7 +82,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     x, mask, gamma, statistics = ctx.saved_tensors
-    if not torch.is_grad_enabled() and not transformed():
+    if not looked_through(dy):
         dx, dgamma, dbeta = torch.ops.multibn.backward(dy, x, mask, gamma, statistics, ctx.through)
     else:
         values, dvalues = (x, dy) if mask is None else (pack(x, mask), pack(dy, mask))

@@ -29,10 +29,12 @@ def normalise(
     if transformed():
         work = torch.float64 if on_kernel else PARAMETER[x.dtype]
         return formulas.forward(x, gamma, beta, moving, how, work)
-    looked_at = type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack()
+    looked_at = type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() or x.is_meta
     if on_kernel:
+        if not (x.is_cpu or x.is_meta):
+            raise RuntimeError(f"implementation='kernel' computes on cpu, got input on {x.device}. Move the input, or use 'auto'.")
         return (by_operator if looked_at else by_kernel)(x, gamma, beta, moving, how)
-    return (by_operators if looked_at or x.is_meta else by_framework)(x, gamma, beta, moving, how)
+    return (by_operators if looked_at else by_framework)(x, gamma, beta, moving, how)
 
 
 def _masked(
@@ -44,6 +46,7 @@ def _masked(
         return masked.each_alone(x, mask, partial(function, how=how))
     if torch.compiler.is_compiling() and on_kernel and not _exported():  # how many values count is not known yet
         return by_operator(x, gamma, beta, moving, how, mask)
+    masked.check_one_for_all(mask)
     values = masked.pack(x, mask)
     masked.check_count(values)
     return masked.unpack(function(values, how=how._replace(update=how.update and values.numel() > 0)), mask, x)
