@@ -22,7 +22,7 @@ IMPLEMENTATIONS: list[Any] = ["kernel", "framework"]
 
 
 class Padded:
-    """``BatchNorm`` that is shown every input of the suite among padding, which is garbage, and tells what it makes of the rest."""
+    """``BatchNorm`` that is shown every input of the suite among garbage as padding, and tells what it makes of the rest."""
 
     def __init__(self, num_features: int, spec: BatchNormSpec) -> None:
         self.subject = ours.BACKEND.make(num_features, spec, "cpu", "kernel")
@@ -77,7 +77,7 @@ def judged() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # 1e30 as float16 is inf: garbage too
-@pytest.mark.parametrize("case", judged())
+@pytest.mark.parametrize("case", list(judged()))
 def test_values_among_padding_are_judged_like_all_others(case: Any) -> None:
     judgement = judge_maker(Padded, case, "torch/masked", "exact")
     assert judgement.status in ("pass", "skip"), judgement.message
@@ -152,9 +152,10 @@ def test_all_false_is_an_empty_batch(momentum: Any, implementation: Any) -> None
         assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
+KIND = "expected a mask of type torch.bool, True where a value counts, got {}. Convert it: mask != 0."
 ONE_VALUE = (
-    "Expected more than 1 value per channel when training, got a mask that is True once (BN-12). One value is its own mean, so its "
-    "variance is 0 and the output would be beta whatever the input. Use a larger batch, or inference."
+    "Expected more than 1 value per channel when training, got a mask that is True once (BN-12). One value is its own mean, "
+    "so its variance is 0 and the output would be beta whatever the input. Use a larger batch, or inference."
 )
 SHAPE = (
     "expected a mask of shape (4, 7), that of the input without its channel axis, got {}. Every value of a place counts or none "
@@ -173,12 +174,12 @@ SHAPE = (
         (
             torch.ones(4, 7),
             TypeError,
-            "expected a mask of type torch.bool, True where a value counts, got one of type torch.float32. Convert it: mask != 0.",
+            KIND.format("one of type torch.float32"),
         ),
         (
             [7, 2, 5, 1],
             TypeError,
-            "expected a mask of type torch.bool, True where a value counts, got list. Convert it: mask != 0.",
+            KIND.format("list"),
         ),
         (
             torch.ones(4, 7, dtype=torch.bool, device="meta"),
@@ -206,17 +207,14 @@ def test_one_value_that_counts_is_enough_for_inference() -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_derivatives_of_a_masked_layer(implementation: Any) -> None:
-    _, mask, _ = example()
+    mask = torch.tensor([[True, True, False], [True, False, False]])
     for training in (True, False):
         layer: Any = ours.BatchNorm1d(2, implementation=implementation).double().train(training)
         layer.update_statistics = False
-        x = torch.randn(4, 2, 7, dtype=torch.float64, requires_grad=True)
-        x.data[:, :, 3:] = x.data[:, :, 3:] * 0 + float(training)  # fewer numbers to differentiate by
-        few = mask.clone()
-        few[:, 3:] = False
+        x = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
 
-        def function(x: Any, layer: Any = layer, few: Any = few) -> Any:
-            return layer(x, mask=few)
+        def function(x: Any, layer: Any = layer) -> Any:
+            return layer(x, mask=mask)
 
         assert torch.autograd.gradcheck(function, x)
         assert torch.autograd.gradgradcheck(function, x)
