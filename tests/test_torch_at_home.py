@@ -61,7 +61,7 @@ def test_checkpointing_updates_once(momentum: Any, reentrant: bool, implementati
         same_state(plain, saving)  # in forward, not later
         y.pow(3).sum().backward()
         same_state(plain, saving)
-        assert torch.equal(xs[0].grad, xs[1].grad)  # type: ignore[arg-type]
+        assert torch.equal(xs[0].grad, xs[1].grad)
     assert saving.norm.num_batches_tracked == 4
     for p, q in zip(plain.parameters(), saving.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
@@ -114,7 +114,7 @@ def test_two_forwards_before_a_backward(implementation: Any) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast_gives_half_outputs_and_single_statistics(half: Any, implementation: Any) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), ours.BatchNorm2d(4, implementation=implementation))
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), ours.BatchNorm2d(4, implementation=implementation))
     x = torch.randn(4, 3, 5, 5)
     with torch.autocast("cpu", dtype=half):
         between = model[0](x)
@@ -169,7 +169,7 @@ def test_inference_mode(implementation: Any) -> None:
 
 def test_hooks_are_called() -> None:
     layer: Any = ours.BatchNorm2d(3)
-    called = []
+    called: Any = []
     layer.register_forward_pre_hook(lambda module, given: called.append("before") or (given[0] * 2,))
     layer.register_forward_hook(lambda module, given, y: called.append("after") or y + 1)
     layer.register_full_backward_pre_hook(lambda module, dy: called.append("backward"))
@@ -214,12 +214,12 @@ def test_pruning_and_parametrization(implementation: Any) -> None:
 
 
 def test_fused_into_a_convolution() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), ours.BatchNorm2d(4))
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), ours.BatchNorm2d(4))
     for _ in range(3):
         model(torch.randn(4, 3, 6, 6) + 1)
     model.eval()
     x = torch.randn(4, 3, 6, 6)
-    torch.testing.assert_close(fuse_conv_bn_eval(model[0], model[1])(x), model(x))  # type: ignore[arg-type]
+    torch.testing.assert_close(fuse_conv_bn_eval(model[0], model[1])(x), model(x))
 
 
 @pytest.mark.parametrize("layer", [ours.BatchNorm1d(3), ours.BatchNorm1d(3, momentum=None), ours.BatchNorm(3, 2)])
@@ -315,7 +315,7 @@ def work(rank, file):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.multiprocessing.spawn(work, (sys.argv[1],), nprocs=2)
+    torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 

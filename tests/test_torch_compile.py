@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -38,7 +39,7 @@ def state(layer: Any) -> list[Any]:
 
 def steps(layer: Any, shape: Any, backend: str = "aot_eager", batches: int = 3, **keywords: Any) -> int:
     """Train, then infer, compiled and not: the same bits. Returns how often it was compiled."""
-    plain, counter = copy.deepcopy(layer), CompileCounterWithBackend(backend)  # type: ignore[no-untyped-call]
+    plain, counter = copy.deepcopy(layer), CompileCounterWithBackend(backend)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for _ in range(batches):
         x, dy = torch.randn(shape) * 2 + 1, torch.randn(shape)
@@ -157,9 +158,9 @@ def test_a_mask_is_exported_too() -> None:
 def test_a_trace_of_torchscript_can_be_saved() -> None:
     layer, x = trained(ours.BatchNorm2d, (2, 3, 4, 5))
     file = io.BytesIO()
-    torch.jit.save(torch.jit.trace(layer, x), file)  # type: ignore[no-untyped-call]
+    torch.jit.save(torch.jit.trace(layer, x), file)
     file.seek(0)
-    torch.testing.assert_close(torch.jit.load(file)(x), layer(x))  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(torch.jit.load(file)(x), layer(x))
 
 
 def test_a_layer_is_one_call_in_a_graph_of_fx() -> None:
@@ -169,7 +170,7 @@ def test_a_layer_is_one_call_in_a_graph_of_fx() -> None:
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(graph.eval()(x), model.eval()(x))
 
-    class Masked(torch.nn.Module):
+    class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.norm = ours.BatchNorm1d(3)
@@ -190,7 +191,7 @@ def test_tensors_without_memory(implementation: Any) -> None:
     y.sum().backward()
     assert y.is_meta
     assert y.shape == x.grad.shape == x.shape
-    with FakeTensorMode():  # type: ignore[no-untyped-call]
+    with FakeTensorMode():
         layer = ours.BatchNorm2d(3, implementation=implementation)
         x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
         assert layer(x).stride() == x.stride()
@@ -216,6 +217,6 @@ def test_a_layer_elsewhere_is_refused() -> None:
     with pytest.raises(RuntimeError) as caught:
         ours.BatchNorm2d(3, device="meta")(torch.randn(2, 3, 4, 4))
     assert str(caught.value) == "expected weight on cpu, where the input is, got it on meta. Move the layer or the input."
-    with FakeTensorMode(), pytest.raises(RuntimeError) as caught:  # type: ignore[no-untyped-call]
+    with FakeTensorMode(), pytest.raises(RuntimeError) as caught:
         ours.BatchNorm2d(3, device="cuda", implementation="kernel")(torch.empty(2, 3, 4, 4, device="cuda"))
     assert str(caught.value) == "implementation='kernel' computes on cpu, got input on cuda:0. Move the input, or use 'auto'."
