@@ -167,6 +167,18 @@ def test_inference_mode(implementation: Any) -> None:
     layer(x.requires_grad_()).sum().backward()
 
 
+def test_moving_statistics_that_normalise_and_move_without_gradients() -> None:
+    layers: Any = [ours.BatchNorm2d(3, implementation=implementation) for implementation in IMPLEMENTATIONS]
+    for _ in range(2):
+        x = torch.randn(4, 3, 5, 5) + 1
+        for layer in layers:
+            layer.normalize_with = "moving"
+        with torch.no_grad():
+            torch.testing.assert_close(*(layer(x) for layer in layers))
+        torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
+    assert layers[0].num_batches_tracked == 2
+
+
 def test_hooks_are_called() -> None:
     layer: Any = ours.BatchNorm2d(3)
     called: Any = []

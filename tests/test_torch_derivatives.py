@@ -12,6 +12,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import multibn_torch as ours
+from multibn_torch.formulas import How, Moving
+from multibn_torch.ops import by_operator
 
 pytestmark = [  # 2026-11-25: torch 2.13's forward mode compiles its formulas with what it deprecates
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -210,3 +212,18 @@ def test_a_tangent_of_the_gradient_is_not_lost() -> None:
         found = torch.autograd.forward_ad.unpack_dual(dx).tangent
     (wanted,) = torch.autograd.grad(y, x, tangent)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("use_batch", [True, False])
+def test_the_operator_has_the_same_derivatives(use_batch: bool, masked: bool) -> None:
+    moving = Moving(torch.zeros(2).double(), torch.ones(2).double(), torch.zeros((), dtype=torch.int64))
+    how = How(1e-5, 0.9, True, use_batch, False)
+    mask = torch.tensor([[True, True, False], [True, False, False]]) if masked else None
+    x, gamma, beta = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 2, 3), (2,), (2,)))
+
+    def function(x: Any, gamma: Any, beta: Any) -> Any:
+        return by_operator(x, gamma, beta, moving, how, mask)
+
+    assert torch.autograd.gradcheck(function, (x, gamma, beta))
+    assert torch.autograd.gradgradcheck(function, (x, gamma, beta))

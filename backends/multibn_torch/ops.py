@@ -77,7 +77,6 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.save_for_backward(x, mask, gamma, output[1])
     ctx.has_beta, ctx.eps, ctx.through = beta is not None, eps, use_batch
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:

@@ -32,7 +32,9 @@ def normalise(
     looked_at = type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() or x.is_meta
     if on_kernel:
         if not (x.is_cpu or x.is_meta):
-            raise RuntimeError(f"implementation='kernel' computes on cpu, got input on {x.device}. Move the input, or use 'auto'.")
+            raise RuntimeError(
+                f"implementation='kernel' computes on cpu, got input on {x.device}. Move the input, or use 'auto'."
+            )
         return (by_operator if looked_at else by_kernel)(x, gamma, beta, moving, how)
     return (by_operators if looked_at else by_framework)(x, gamma, beta, moving, how)
 
