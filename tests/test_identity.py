@@ -250,3 +250,28 @@ def test_gluon_keeps_what_was_loaded(tmp_path: Any) -> None:
     assert repr(first) == "BatchNorm(3, 4, eps=1e-05, momentum=0.9, init='identity')"
     with pytest.raises(ValueError, match="init='identity' needs a gamma"):
         multibn_mxnet.GluonBatchNorm(scale=False, init="identity")
+
+
+def test_torch_begins_with_the_values_that_count() -> None:
+    torch, multibn_torch = pytest.importorskip("torch"), pytest.importorskip("multibn_torch")
+    layer = multibn_torch.BatchNorm1d(3, init="identity")
+    x, mask = torch.randn(4, 3, 5) * 3 + 2, torch.arange(5)[None] < torch.tensor([5, 3, 1, 4])[:, None]
+    one = torch.zeros(4, 5, dtype=torch.bool)
+    one[0, 0] = True
+    with pytest.raises(ValueError, match="more than 1 value"):
+        layer(x, mask=one)
+    assert layer.weight.tolist() == [1, 1, 1]
+    y = layer(torch.where(mask[:, None], x, torch.nan), mask=mask)
+    torch.testing.assert_close(y, torch.where(mask[:, None], x, 0.0))
+
+
+def test_torch_does_not_begin_in_a_compiled_program() -> None:
+    torch, multibn_torch = pytest.importorskip("torch"), pytest.importorskip("multibn_torch")
+    layer = multibn_torch.BatchNorm1d(3, init="identity")
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="Train one batch before"):
+        compiled(torch.randn(4, 3))
+    assert layer.weight.tolist() == [1, 1, 1]
+    x = torch.randn(4, 3)
+    layer(x)
+    torch.testing.assert_close(compiled(x), x)

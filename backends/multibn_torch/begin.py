@@ -9,13 +9,29 @@ from torch import Tensor
 
 from multibn.identity import parameters, untouched
 
+from . import masked
 
-def begin(layer: Any, x: Tensor) -> None:
+
+def begin(layer: Any, x: Tensor, mask: Tensor | None = None) -> None:
     """Make a layer the identity on x if it is as it was made. Asked once, for to ask a GPU is to wait for it; again after
     ``load_state_dict`` and ``reset_parameters``.
+
+    Raises:
+        RuntimeError: in a program that is being compiled.
     """
-    if layer._began or x.numel() == 0:
+    if layer._began or x.numel() == 0 or x.is_meta:
         return
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "init='identity' sets gamma and beta from the first training batch, which a compiled program cannot do. "
+            "Train one batch before torch.compile."
+        )
+    if mask is not None:
+        masked.check(mask, x)
+        x = masked.pack(x, mask)
+        masked.check_count(x)
+        if x.numel() == 0:
+            return
     layer._began = True
     names = ("weight", "bias", "running_mean", "running_var")
     state: Any = [None if t is None else t.detach().cpu().numpy() for t in (getattr(layer, name) for name in names)]

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from multibn import identity
@@ -14,7 +15,9 @@ from multibn.layer import objection, spec_text
 from multibn.spec import BatchNormSpec
 
 from .begin import begin
-from .function import PARAMETER, How, by_framework, by_kernel
+from .formulas import How, Moving
+from .function import PARAMETER
+from .ways import normalise
 
 Implementation = Literal["auto", "kernel", "framework"]
 
@@ -27,8 +30,7 @@ _ERRORS: dict[str, type[Exception]] = {
 }
 """The classes that ``torch.nn.functional.batch_norm`` raises."""
 
-_PARAMETERS = ("weight", "bias")
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class Layer(_BatchNorm):
@@ -52,7 +54,7 @@ class Layer(_BatchNorm):
         """What this layer computes, as it stands now."""
         return BatchNormSpec(
             eps=self.eps,
-            momentum=None if self.momentum is None else self._old() if self.momentum else BatchNormSpec.momentum,
+            momentum=BatchNormSpec.momentum if self.momentum == 0 else self._old(),
             moving_variance=self.moving_variance,
             scale=self.weight is not None,
             center=self.bias is not None,
@@ -75,38 +77,48 @@ class Layer(_BatchNorm):
         keep_single(self)
         self._set_init(init)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """y for x of shape (N, C, ...), in the layer's mode (BN-01 to BN-12).
 
+        Args:
+            input: x.
+            mask: (N, ...), boolean: only values where it is True count, and y is 0 elsewhere; for sequences of several lengths.
+
         Raises:
-            ValueError: wrong rank, or one value per channel in training.
-            RuntimeError: wrong number of channels, or parameters of the wrong type.
+            ValueError: wrong rank, or one value per channel in training; a mask of the wrong shape.
+            RuntimeError: wrong number of channels, or parameters of the wrong type, shape or device; a mask on another device.
             NotImplementedError: a type of input that is not floating point.
+            TypeError: a mask that is not boolean.
         """
-        mean, var, batches = map(self._buffers.__getitem__, _BUFFERS)
-        weight, bias = map(self._parameters.__getitem__, _PARAMETERS)
+        if isinstance(input, Proxy):
+            return _as_leaf(self, input, mask)
+        parameters, buffers = self._parameters, self._buffers  # much faster than attributes
+        # pruning and parametrization take them out of the dict
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        mean, var = buffers["running_mean"], buffers["running_var"]
         training = self.training
         update = training and mean is not None and self.track_running_stats and self.update_statistics
         use_batch = mean is None or (training and self.normalize_with == "batch")
-        kind = PARAMETER.get(input.dtype)
-        if not (
+        needs_batch = (update or use_batch) and mask is None
+        size, kind, on_cpu = self.num_features, PARAMETER.get(input.dtype), input.is_cpu
+        if torch._C._get_tracing_state() is None and not (  # a tracer warns of every comparison
             input.dim() in self.ranks
-            and input.shape[1] == self.num_features
-            and (weight is None or weight.dtype == kind)
-            and (bias is None or bias.dtype == kind)
-            and (mean is None or mean.dtype == var.dtype == kind)  # type: ignore[union-attr]
-            and (input.numel() > self.num_features or not (update or use_batch))
+            and input.shape[1] == size
+            and (input.numel() > size or not needs_batch)
+            and (weight is None or (weight.dtype == kind and weight.numel() == size and weight.is_cpu is on_cpu))
+            and (bias is None or (bias.dtype == kind and bias.numel() == size and bias.is_cpu is on_cpu))
+            and (mean is None or (mean.dtype == kind and mean.numel() == size and mean.is_cpu is on_cpu))
+            and (var is None or (var.dtype == kind and var.numel() == size))
         ):
-            self._refuse(input, update or use_batch)
+            self._refuse(input, needs_batch)
             update = False  # nothing was wrong: the input is empty (BN-12)
         if self.init == "identity" and training and use_batch:
-            begin(self, input)
-        on_kernel = input.is_cpu if self.implementation == "auto" else self.implementation == "kernel"
+            begin(self, input, mask)
+        on_kernel = on_cpu if self.implementation == "auto" else self.implementation == "kernel"
         how = How(self.eps, self._old() if update else 0.0, self.moving_variance == "unbiased", use_batch, update)
-        y = (by_kernel if on_kernel else by_framework)(input, weight, bias, mean, var, how)
-        if update:
-            batches.add_(1)  # type: ignore[union-attr]
-        return y
+        moving = Moving(mean, var, buffers["num_batches_tracked"])
+        return normalise(input, weight, bias, moving, how, on_kernel, mask)
 
     def extra_repr(self) -> str:
         """PyTorch's text, and what differs from PyTorch."""
@@ -130,32 +142,36 @@ class Layer(_BatchNorm):
             identity.check(init, self.spec)
             self.init = init
 
-    def _old(self) -> float:
-        """Weight of the old moving statistics; PyTorch's momentum is the weight of the new ones."""
-        if self.momentum is None:
-            return BatchNormSpec(momentum=None).weight_of_old(int(self.num_batches_tracked))  # type: ignore[arg-type]
-        return 1.0 - self.momentum
+    def _old(self) -> float | None:
+        """Weight of the old moving statistics, None for equal weights; PyTorch's momentum is the weight of the new ones."""
+        return None if self.momentum is None else 1.0 - self.momentum
 
     def _refuse(self, x: Tensor, needs_batch: bool) -> None:
         """Say what is wrong with x."""
-        state = {**self._parameters, **self._buffers, "num_batches_tracked": None}
+        names = ("weight", "bias", "running_mean", "running_var")
+        state = {name: t for name in names if (t := getattr(self, name)) is not None}
         problem = objection(
             tuple(x.shape),
             _name(x),
             num_features=self.num_features,
             ranks=self.ranks,
             needs_batch=needs_batch,
-            parameters={name: (tuple(t.shape), _name(t)) for name, t in state.items() if t is not None},
+            parameters={name: (tuple(t.shape), _name(t)) for name, t in state.items()},
         )
         if problem is not None:
             raise _ERRORS[problem.kind](problem.message)
+        for name, t in state.items():
+            if t.is_cpu != x.is_cpu:
+                raise RuntimeError(
+                    f"expected {name} on {x.device}, where the input is, got it on {t.device}. Move the layer or the input."
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Statistics and parameters stay float32 when the model becomes half (BN-10)."""
 
         def keep(t: Tensor) -> Tensor:
             new = fn(t)
-            return t.to(new.device, torch.float32) if new.dtype in (torch.float16, torch.bfloat16) else new
+            return t.to(new.device, torch.float32) if new.dtype in _HALF else new
 
         return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
 
@@ -168,7 +184,16 @@ def check(layer: Any) -> None:
 
 def keep_single(layer: torch.nn.Module) -> None:
     """Make half-precision parameters and statistics float32 (BN-10)."""
-    layer._apply(lambda t: t)  # type: ignore[no-untyped-call]
+    if any(t.dtype in _HALF for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
+        layer._apply(lambda t: t)  # type: ignore[no-untyped-call]
+
+
+def _as_leaf(layer: Layer, x: Proxy, mask: Proxy | None) -> Proxy:
+    """The layer as one call in a graph of ``torch.fx``, as PyTorch's own are."""
+    keywords = {} if mask is None else {"mask": mask}
+    tracer: Any = x.tracer
+    y: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), keywords)
+    return y
 
 
 def _name(t: Tensor) -> str:
@@ -241,7 +266,7 @@ class BatchNorm(Layer):
         self._given = (momentum, spec.momentum)
         self._set_init(init)
 
-    def _old(self) -> float:
+    def _old(self) -> float | None:
         momentum, old = self._given  # 1 - (1 - old) is not always old
         return old if old is not None and self.momentum == momentum else super()._old()
 

@@ -1,0 +1,149 @@
+"""BatchNorm in elementary operators, which PyTorch can differentiate as often as it likes, forwards and backwards, and map over.
+
+Its own operators cannot be trusted with that: in PyTorch 2.13 the third derivative in reverse mode and the second in forward mode
+of ``torch.nn.functional.batch_norm`` are wrong, silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class How(NamedTuple):
+    """What one forward does; the words of ``BatchNormSpec``, resolved for its mode. weight_of_old None: of all batches alike."""
+
+    eps: float
+    weight_of_old: float | None
+    unbiased: bool
+    use_batch: bool
+    update: bool
+
+
+class Moving(NamedTuple):
+    """The moving statistics, and how many batches went into them: (C,), (C,), (); None where a layer has none."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None
+
+
+def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, work: torch.dtype) -> Tensor:
+    """y, computed in the type ``work``; the moving statistics are updated in place, once, whatever is transformed around it."""
+    wide = x.to(work)
+    mean, var = moving.mean, moving.var
+    if how.use_batch or (how.update and x.numel()):
+        batch_mean, batch_var = statistics(wide)
+        if how.update:
+            m = x.numel() // x.shape[1]
+            estimate = batch_var * (m / (m - 1)) if how.unbiased else batch_var
+            _Update.apply(batch_mean, estimate, *moving, how.weight_of_old)  # type: ignore[no-untyped-call]
+        if how.use_batch:
+            mean, var = batch_mean, batch_var
+    assert mean is not None
+    assert var is not None
+    y = (wide - _along(mean.to(work), x)) * _along((var.to(work) + how.eps).rsqrt(), x)
+    y = y if gamma is None else y * _along(gamma.to(work), x)
+    return (y if beta is None else y + _along(beta.to(work), x)).to(x.dtype)
+
+
+def gradients(
+    dy: Tensor, x: Tensor, gamma: Tensor | None, normalised_by: Any, eps: float, through: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dgamma and dbeta, in the types of x and of the parameters; the statistics' type is the one computed in.
+
+    Args:
+        normalised_by: mean and 1/sqrt(var+eps).
+        through: whether they are the batch's (BN-08); they are then taken from x anew, so that they can be differentiated.
+    """
+    mean, invstd = normalised_by
+    work = mean.dtype
+    dy, wide = dy.to(work), x.to(work)
+    if through:
+        mean, var = statistics(wide)
+        invstd = (var + eps).rsqrt()
+    xhat = (wide - _along(mean, x)) * _along(invstd, x)
+    axes = _reduced(x)
+    dgamma, dbeta = (dy * xhat).sum(axes), dy.sum(axes)
+    dx = dy
+    if through:
+        m = max(x.numel() // x.shape[1], 1)
+        dx = dx - _along(dbeta / m, x) - xhat * _along(dgamma / m, x)
+    scale = invstd if gamma is None else invstd * gamma.to(work)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (dx * _along(scale, x)).to(x.dtype), dgamma.to(kind), dbeta.to(kind)
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel (BN-02)."""
+    axes = _reduced(x)
+    mean = x.mean(axes)
+    return mean, (x - _along(mean, x)).square().mean(axes)
+
+
+def move(moving: Moving, mean: Tensor, var: Tensor, weight_of_old: float | None) -> None:
+    """Update the moving statistics in place (BN-05, BN-11); (B, C), (B, C), (B,) for B layers at once."""
+    moving_mean, moving_var, batches = moving
+    assert moving_mean is not None
+    assert moving_var is not None
+    assert batches is not None
+    old: Any = weight_of_old
+    if old is None:
+        count = batches.to(mean.dtype).unsqueeze(-1)
+        old = count / (count + 1)
+    news = []
+    for kept, batch in ((moving_mean, mean), (moving_var, var)):
+        moved = kept.to(batch.dtype) * old + batch * (1 - old)
+        if weight_of_old is None:
+            moved = torch.where(old == 0, batch, moved)  # the initial state counts for nothing, whatever it is
+        news.append((batch if weight_of_old == 0 else moved).to(kept.dtype))
+    finite = news[0].isfinite() & news[1].isfinite()
+    for kept, new in zip((moving_mean, moving_var), news, strict=True):
+        kept.copy_(torch.where(finite, new, kept))
+    batches.add_(1)
+
+
+class _Update(torch.autograd.Function):
+    """``move`` below whatever transforms are active: outside of ``grad`` and ``jvp``, and for each layer of a ``vmap``."""
+
+    @staticmethod
+    def forward(
+        batch_mean: Tensor, batch_var: Tensor, mean: Tensor, var: Tensor, batches: Tensor, weight_of_old: float | None
+    ) -> None:
+        move(Moving(mean, var, batches), batch_mean, batch_var, weight_of_old)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[None, None]:
+        *tensors, weight_of_old = args
+        dims = in_dims[:-1]
+        if any(dim is None for dim in dims[2:]):
+            raise RuntimeError(
+                f"expected moving statistics for each of the {info.batch_size} batches that vmap maps over, got one "
+                "running_mean, running_var and num_batches_tracked (BN-05). Give each its own (torch.func.stack_module_state "
+                "and functional_call), set update_statistics=False, or use inference."
+            )
+        first = [
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(tensors, dims, strict=True)
+        ]
+        _Update.apply(*first, weight_of_old)  # type: ignore[no-untyped-call]
+        return None, None
+
+
+def _reduced(x: Tensor) -> list[int]:
+    return [axis for axis in range(x.dim()) if axis != 1]
+
+
+def _along(values: Tensor, x: Tensor) -> Tensor:
+    """One value per channel, in the shape that goes with x."""
+    return values.view(1, -1, *(1,) * (x.dim() - 2))

@@ -1,0 +1,70 @@
+"""Batches of which only some values count, such as sequences that were padded to one length.
+
+A mask is boolean, of x's shape without the channel axis, and True where a value counts. The result is that of the values that
+count alone, in the order of their places: output, gradients and moving statistics. Elsewhere y is 0 whatever x is, so that dx is
+0 there, and dy counts for nothing. All False is an empty batch; a single True is one value per channel (BN-12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def check(mask: Tensor, x: Tensor) -> None:
+    """Raise if a mask does not fit x.
+
+    Raises:
+        TypeError: it is not a tensor of booleans.
+        ValueError: its shape is not that of x without the channel axis.
+        RuntimeError: it is on another device.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = f"one of type {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"expected a mask of type torch.bool, True where a value counts, got {came}. Convert it: mask != 0.")
+    wanted = (x.shape[0], *x.shape[2:])
+    if mask.shape != wanted:
+        raise ValueError(
+            f"expected a mask of shape {tuple(wanted)}, that of the input without its channel axis, got {tuple(mask.shape)}. "
+            "Every value of a place counts or none does; expand the mask, or leave out its channel axis."
+        )
+    if mask.device != x.device:
+        raise RuntimeError(
+            f"expected a mask on {x.device}, where the input is, got one on {mask.device}. Move it: mask.to(x.device)."
+        )
+
+
+def check_one_for_all(mask: Tensor) -> None:
+    """Raise RuntimeError if ``torch.func.vmap`` maps over the mask."""
+    if torch._C._functorch.is_batchedtensor(mask):
+        raise RuntimeError(
+            "expected one mask for all that vmap maps over, got one for each: how many values count would differ among them. "
+            "Call the layer for each in turn, or use inference."
+        )
+
+
+def check_count(values: Tensor) -> None:
+    """Raise ValueError if packed values are one per channel, where batch statistics are needed (BN-12)."""
+    if values.shape[0] == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got a mask that is True once (BN-12). One value is its own "
+            "mean, so its variance is 0 and the output would be beta whatever the input. Use a larger batch, or inference."
+        )
+
+
+def pack(x: Tensor, mask: Tensor) -> Tensor:
+    """The values that count, (m, C)."""
+    return x.movedim(1, -1)[mask]
+
+
+def unpack(values: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+    """Packed values at their places in a tensor of x's shape and layout, and zeros elsewhere."""
+    return torch.zeros_like(x).movedim(1, -1).index_put((mask,), values).movedim(-1, 1)
+
+
+def each_alone(x: Tensor, mask: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """For a function that takes every value for itself: no need to pack, and nothing depends on how many count."""
+    counts, nothing = mask.unsqueeze(1), x.new_zeros(())
+    return torch.where(counts, function(torch.where(counts, x, nothing)), nothing)

@@ -1,0 +1,70 @@
+"""The way that a forward takes: whoever runs, transforms, compiles, traces or exports the program, it means the same."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import formulas, masked
+from .formulas import How, Moving
+from .framework import by_framework, by_operators
+from .function import PARAMETER, by_kernel, recomputed, transformed
+from .ops import by_operator
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def normalise(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool, mask: Tensor | None = None
+) -> Tensor:
+    """y; the moving statistics are updated in place, once for each forward that is not a checkpoint's second one (BN-05)."""
+    if mask is not None:
+        return _masked(x, gamma, beta, moving, how, on_kernel, mask)
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return (by_operator if on_kernel and not _exported() else by_operators)(x, gamma, beta, moving, how)
+    if how.update and recomputed():
+        how = _again(how)
+    if transformed():
+        work = torch.float64 if on_kernel else PARAMETER[x.dtype]
+        return formulas.forward(x, gamma, beta, moving, how, work)
+    looked_at = type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() or x.is_meta
+    if on_kernel:
+        if not (x.is_cpu or x.is_meta):
+            raise RuntimeError(
+                f"implementation='kernel' computes on cpu, got input on {x.device}. Move the input, or use 'auto'."
+            )
+        return (by_operator if looked_at else by_kernel)(x, gamma, beta, moving, how)
+    return (by_operators if looked_at else by_framework)(x, gamma, beta, moving, how)
+
+
+def _masked(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool, mask: Tensor
+) -> Tensor:
+    masked.check(mask, x)
+    function = partial(normalise, gamma=gamma, beta=beta, moving=moving, on_kernel=on_kernel)
+    if not (how.use_batch or how.update):
+        return masked.each_alone(x, mask, partial(function, how=how))
+    if torch.compiler.is_compiling() and on_kernel and not _exported():  # how many values count is not known yet
+        return by_operator(x, gamma, beta, moving, how, mask)
+    masked.check_one_for_all(mask)
+    values = masked.pack(x, mask)
+    masked.check_count(values)
+    return masked.unpack(function(values, how=how._replace(update=how.update and values.numel() > 0)), mask, x)
+
+
+def _exported() -> bool:
+    """Whether the program leaves this process, where our operators are not known."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
+
+
+def _again(how: How) -> How:
+    """What a forward does that activation checkpointing runs again."""
+    if not how.use_batch:
+        raise RuntimeError(
+            "a layer that normalises with its moving statistics and updates them cannot be run again in backward, as activation "
+            "checkpointing does: they are not those of the forward any more (BN-05, BN-09). Set update_statistics=False, or "
+            "leave the layer out of the checkpoint."
+        )
+    return how._replace(update=False)

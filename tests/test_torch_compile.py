@@ -1,0 +1,222 @@
+"""What reads a PyTorch program instead of running it: compilers, exporters, tracers, tensors without memory."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+import multibn_torch as ours
+
+pytestmark = [  # 2026-11-25: what torch 2.13 says of itself while it compiles and exports
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(copyreg|onnxscript|torch).*"),
+    pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Any:
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+def state(layer: Any) -> list[Any]:
+    return [*layer.buffers(), *(p.grad for p in layer.parameters())]
+
+
+def steps(layer: Any, shape: Any, backend: str = "aot_eager", batches: int = 3, **keywords: Any) -> int:
+    """Train, then infer, compiled and not: the same bits. Returns how often it was compiled."""
+    plain, counter = copy.deepcopy(layer), CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for _ in range(batches):
+        x, dy = torch.randn(shape) * 2 + 1, torch.randn(shape)
+        xs = [x.clone().requires_grad_() for _ in range(2)]
+        for module, given in zip((compiled, plain), xs, strict=True):
+            module.zero_grad()
+            y = module(given, **keywords)
+            y.backward(dy)
+        for got, wanted in zip((xs[0].grad, *state(layer)), (xs[1].grad, *state(plain)), strict=True):
+            assert torch.equal(got, wanted)
+    layer.eval()
+    plain.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(x, **keywords), plain(x, **keywords))
+    assert plain.num_batches_tracked == batches
+    return int(counter.frame_count)
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "framework"])
+@pytest.mark.parametrize(
+    ("cls", "shape", "options"),
+    [
+        (ours.BatchNorm2d, (4, 3, 5, 5), {}),
+        (ours.BatchNorm1d, (8, 3), {"momentum": None}),
+        (ours.BatchNorm1d, (8, 3, 4), {"affine": False}),
+    ],
+)
+def test_compiles_whole_and_once_for_training_and_once_for_inference(
+    cls: Any, shape: Any, options: Any, implementation: Any
+) -> None:
+    assert steps(cls(3, implementation=implementation, **options), shape) == 2
+
+
+def test_inductor_gives_the_bits_of_the_program_as_it_is_written() -> None:
+    assert steps(ours.BatchNorm2d(3, momentum=None), (4, 3, 5, 5), "inductor") == 2
+
+
+def test_a_mask_compiles_whole() -> None:
+    assert steps(ours.BatchNorm1d(3), (4, 3, 5), mask=torch.rand(4, 5) > 0.4) == 2
+
+
+def test_a_compiled_mask_that_is_true_once_is_refused() -> None:
+    layer = torch.compile(ours.BatchNorm1d(3), fullgraph=True, backend="aot_eager")
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[1, 2] = True
+    with pytest.raises(ValueError, match=r"^Expected more than 1 value per channel when training, got a mask that is True once "):
+        layer(torch.randn(4, 3, 5), mask=mask)
+
+
+def test_layouts_survive_compilation() -> None:
+    x = torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)
+    for given in (x, x.transpose(2, 3), x[..., ::2]):
+        layer: Any = ours.BatchNorm2d(3)
+        compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+        y, wanted = compiled(given), layer(given)
+        assert torch.equal(y, wanted)
+        assert y.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_one_update_under_checkpointing_and_compilation(inside: bool) -> None:
+    layer: Any = ours.BatchNorm1d(3)
+    x = torch.randn(8, 3, requires_grad=True)
+
+    def forward(x: Any) -> Any:
+        return checkpoint(layer, x, use_reentrant=False)
+
+    compiled: Any = torch.compile(forward if inside else layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x) if inside else checkpoint(compiled, x, use_reentrant=False)
+    y.square().sum().backward()
+    assert layer.num_batches_tracked == 1
+    torch.testing.assert_close(layer.running_mean, 0.1 * x.mean(0))
+
+
+def trained(cls: Any, shape: Any, **options: Any) -> tuple[Any, Any]:
+    layer = cls(shape[1], **options)
+    for _ in range(3):
+        layer(torch.randn(shape) * 2 + 1)
+    return layer.eval(), torch.randn(shape)
+
+
+def test_exports_pytorchs_own_operator() -> None:
+    layer, x = trained(ours.BatchNorm2d, (2, 3, 4, 5))
+    program = torch.export.export(layer, (x,))
+    assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["aten.batch_norm.default"]
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize(
+    ("cls", "shape", "options"), [(ours.BatchNorm2d, (2, 3, 4, 5), {}), (ours.BatchNorm1d, (4, 3), {"affine": False})]
+)
+def test_the_onnx_file_gives_the_same_numbers(cls: Any, shape: Any, options: Any, dynamo: bool, tmp_path: Any) -> None:
+    onnx = pytest.importorskip("onnx", reason="ONNX is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    if dynamo:
+        pytest.importorskip("onnxscript", reason="ONNX Script is not installed")
+    layer, x = trained(cls, shape, **options)
+    path = tmp_path / "layer.onnx"
+    torch.onnx.export(layer, (x,), path, dynamo=dynamo, verbose=False)
+    nodes = onnx.load(path).graph.node
+    assert [(node.domain, node.op_type) for node in nodes if node.op_type != "Constant"] == [("", "BatchNormalization")]
+    session = onnxruntime.InferenceSession(path)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(x))
+
+
+def test_a_mask_is_exported_too() -> None:
+    layer, x = trained(ours.BatchNorm1d, (2, 3, 5))
+    mask = torch.rand(2, 5) > 0.5
+    program = torch.export.export(layer, (x, mask))
+    torch.testing.assert_close(program.module()(x, mask), layer(x, mask))
+
+
+def test_a_trace_of_torchscript_can_be_saved() -> None:
+    layer, x = trained(ours.BatchNorm2d, (2, 3, 4, 5))
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, x), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), layer(x))
+
+
+def test_a_layer_is_one_call_in_a_graph_of_fx() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), ours.BatchNorm2d(4), torch.nn.ReLU())
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(graph.eval()(x), model.eval()(x))
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = ours.BatchNorm1d(3)
+
+        def forward(self, x: Any, mask: Any) -> Any:
+            return self.norm(x, mask=mask)
+
+    masked = Masked().eval()
+    x, mask = torch.randn(2, 3, 4), torch.rand(2, 4) > 0.5
+    assert torch.equal(torch.fx.symbolic_trace(masked)(x, mask), masked(x, mask))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "kernel", "framework"])
+def test_tensors_without_memory(implementation: Any) -> None:
+    layer: Any = ours.BatchNorm2d(3, device="meta", implementation=implementation)
+    x = torch.empty(2, 3, 4, 4, device="meta", requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.is_meta
+    assert y.shape == x.grad.shape == x.shape
+    with FakeTensorMode():
+        layer = ours.BatchNorm2d(3, implementation=implementation)
+        x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        assert layer(x).stride() == x.stride()
+    whole = ours.BatchNorm2d(3, implementation=implementation)
+    graph = make_fx(whole)(torch.randn(2, 3, 4, 4))
+    assert ("multibn.forward.default" in graph.code) == (implementation != "framework")
+    x = torch.randn(2, 3, 4, 4)
+    graph.load_state_dict(whole.state_dict(), strict=False)
+    torch.testing.assert_close(graph(x), copy.deepcopy(whole)(x))
+
+
+def test_another_default_device_changes_nothing() -> None:
+    layer, x = ours.BatchNorm2d(3), torch.randn(2, 3, 4, 4, requires_grad=True)
+    wanted = copy.deepcopy(layer)(x)
+    with torch.device("meta"):
+        y = layer(x)
+        y.sum().backward()
+    assert torch.equal(y, wanted)
+    assert x.grad is not None
+
+
+def test_a_layer_elsewhere_is_refused() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        ours.BatchNorm2d(3, device="meta")(torch.randn(2, 3, 4, 4))
+    assert str(caught.value) == "expected weight on cpu, where the input is, got it on meta. Move the layer or the input."
+    with FakeTensorMode(), pytest.raises(RuntimeError) as caught:
+        ours.BatchNorm2d(3, device="cuda", implementation="kernel")(torch.empty(2, 3, 4, 4, device="cuda"))
+    assert str(caught.value) == "implementation='kernel' computes on cpu, got input on cuda:0. Move the input, or use 'auto'."
