@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import multibn_torch as ours
 from multibn import BatchNormSpec, reference
+from multibn.layer import PoisonedBatch
 
 PAIRS = [
     (ours.BatchNorm1d, torch.nn.BatchNorm1d, (6, 3)),
@@ -212,7 +213,8 @@ def test_switches_are_independent(normalize_with: Any, update: Any, implementati
 def test_an_infinite_channel_keeps_to_itself() -> None:
     for implementation in IMPLEMENTATIONS:
         layer: Any = ours.BatchNorm1d(2, implementation=implementation)
-        y = layer(torch.tensor([[1.0, float("inf")], [2.0, 1.0], [4.0, 1.0]]))
+        with pytest.warns(PoisonedBatch):
+            y = layer(torch.tensor([[1.0, float("inf")], [2.0, 1.0], [4.0, 1.0]]))
         assert y[:, 0].isfinite().all()
         assert y[:, 1].isnan().any()
         assert layer.running_mean[0] != 0
@@ -318,7 +320,7 @@ def test_text_says_what_the_layer_is() -> None:
     layer.normalize_with, layer.update_statistics = "moving", False
     assert repr(layer) == (
         "BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, normalize_with='moving', "
-        "update_statistics=False, implementation='framework')"
+        "frozen=statistics, implementation='framework')"
     )
     assert repr(ours.BatchNorm(3, 4, BatchNormSpec.article())) == "BatchNorm(3, 4, eps=1e-12, momentum=0.9)"
     assert repr(ours.BatchNorm(3, 2, BatchNormSpec(scale=False))) == "BatchNorm(3, 2, eps=1e-05, momentum=0.9, scale=False)"

@@ -6,3 +6,6 @@ from .layers import BatchNorm1d as BatchNorm1d
 from .layers import BatchNorm2d as BatchNorm2d
 from .layers import BatchNorm3d as BatchNorm3d
 from .swap import swap as swap
+from .switches import freeze_affine as freeze_affine
+from .switches import freeze_statistics as freeze_statistics
+from .switches import use_moving_statistics as use_moving_statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +14,8 @@ from multibn.layer import objection, spec_text
 from multibn.spec import BatchNormSpec
 
 from .function import PARAMETER, How, by_framework, by_kernel
+from .poison import watch
+from .switches import Switches
 
 Implementation = Literal["auto", "kernel", "framework"]
 
@@ -29,18 +32,16 @@ _PARAMETERS = ("weight", "bias")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class Layer(_BatchNorm):
+class Layer(Switches, _BatchNorm):
     """What the layers share: forward, the state's types, the text.
 
     ``implementation``: "kernel" (the CPU kernel), "framework" (PyTorch's own operators, any device), or "auto": the kernel on
-    CPU, the operators elsewhere. ``normalize_with`` and ``update_statistics`` are the switches of BN-09; ``requires_grad`` of
-    weight and bias is the third.
+    CPU, the operators elsewhere. ``name`` is the layer's name in the model, for messages; ``swap`` tells it.
     """
 
     ranks: tuple[int, ...]
     implementation: Implementation = "auto"
-    normalize_with: Literal["batch", "moving"] = "batch"
-    update_statistics: bool = True
+    name: str = ""
     moving_variance: Literal["biased", "unbiased"] = "unbiased"
 
     @property
@@ -97,13 +98,14 @@ class Layer(_BatchNorm):
         y = (by_kernel if on_kernel else by_framework)(input, weight, bias, mean, var, how)
         if update:
             batches.add_(1)  # type: ignore[union-attr]
+            watch(self, input, y)
         return y
 
     def extra_repr(self) -> str:
         """PyTorch's text, and what differs from PyTorch."""
         text = str(super().extra_repr())  # type: ignore[no-untyped-call]
         text += "" if self.normalize_with == "batch" else f", normalize_with={self.normalize_with!r}"
-        text += "" if self.update_statistics else ", update_statistics=False"
+        text += self.frozen_text()
         return text + ("" if self.implementation == "auto" else f", implementation={self.implementation!r}")
 
     def _old(self) -> float:
@@ -220,8 +222,9 @@ class BatchNorm(Layer):
         return old if old is not None and self.momentum == momentum else super()._old()
 
     def extra_repr(self) -> str:
-        """The constructor's arguments."""
-        return f"{self.num_features}, {self.num_dims}, {spec_text(self.spec)}"
+        """The constructor's arguments, and what is frozen."""
+        spec = replace(self.spec, update_statistics=True, learn_affine=True)
+        return f"{self.num_features}, {self.num_dims}, {spec_text(spec)}{self.frozen_text()}"
 
     gamma = property(lambda self: self.weight, doc="The article's name for weight.")
     beta = property(lambda self: self.bias, doc="The article's name for bias.")
