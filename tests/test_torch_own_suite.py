@@ -26,7 +26,7 @@ pytest.importorskip("expecttest", reason="PyTorch's own test suite needs expectt
 import multibn_torch as ours
 
 MODULES = {"nn.BatchNorm1d": ours.BatchNorm1d, "nn.BatchNorm2d": ours.BatchNorm2d, "nn.BatchNorm3d": ours.BatchNorm3d}
-OPERATORS = {
+OPERATORS: dict[str, Callable[..., Any]] = {
     "nn.functional.batch_norm": lambda mean, var, weight, bias, training=False, momentum=0.1, eps=1e-5: (
         mean, var, weight, bias, training, momentum, eps
     ),
@@ -118,7 +118,7 @@ def state(*given: Any) -> None:
         mine(x), own(x)
     assert list(mine.state_dict()) == list(own.state_dict())
     for name, value in own.state_dict().items():
-        close(mine.state_dict()[name], value, msg=lambda text, name=name: f"{name}: {text}")  # type: ignore[misc]
+        close(mine.state_dict()[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def text(*given: Any) -> None:

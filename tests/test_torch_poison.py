@@ -127,3 +127,22 @@ def test_programs_that_are_transformed_or_traced_are_left_alone() -> None:
     torch.func.vmap(look)(x)
     make_fx(look)(x)
     assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_with_a_mask_only_what_counts_is_looked_at(value: float) -> None:
+    from multibn_torch import poison
+
+    layer = ours.BatchNorm1d(4)
+    x = torch.randn(3, 4, 5)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0, :2] = False
+    x[0, 1, 1] = float("nan")  # padding
+    x[2, 1, 1] = value
+    y = torch.where(mask.unsqueeze(1), x * value, 0.0)  # as a masked BatchNorm would: all of a poisoned channel is NaN
+    if value:
+        with pytest.warns(PoisonedBatch) as warned:
+            poison.watch(layer, x, y, mask)
+        assert [str(warning.message) for warning in warned] == [poisoned("BatchNorm1d(4)", [1])]
+    else:
+        poison.watch(layer, x, y, mask)
