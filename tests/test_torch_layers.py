@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 import multibn_torch as ours
 from multibn import BatchNormSpec, reference
 from multibn.layer import PoisonedBatch
+from multibn_torch import function
 
 PAIRS = [
     (ours.BatchNorm1d, torch.nn.BatchNorm1d, (6, 3)),
@@ -95,6 +96,21 @@ def test_kernel_gives_the_references_bits_in_training_and_inference() -> None:
         np.testing.assert_array_equal(layer.bias.grad.numpy(), gradients.dbeta)
         np.testing.assert_array_equal(layer.moving_mean.numpy(), mean)
         np.testing.assert_array_equal(layer.moving_var.numpy(), var)
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 5, 5), (16, 64, 7, 7), (16, 128, 14, 14)])
+def test_bits_do_not_depend_on_who_does_the_work(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three sizes: below kernel.SERIAL, done by the caller alone, and shared among threads."""
+    torch.manual_seed(11)
+    x, dy = torch.randn(shape), torch.randn(shape)
+    found = []
+    for alone in (0, 8, 1 << 20):
+        monkeypatch.setattr(function, "ALONE", alone)
+        layer: Any = ours.BatchNorm2d(shape[1])
+        y, dx = step(layer, x, dy)
+        found.append([y, dx, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

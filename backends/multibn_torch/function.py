@@ -18,6 +18,10 @@ from multibn.memory import LENT, take
 PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PARAMETER_TYPE.items()}
 """Type of the input -> type of gamma, beta and the moving statistics (BN-10)."""
 
+ALONE = 8
+"""Times ``kernel.SERIAL``: inputs of fewer values are done by the caller alone. A second thread has to wait for Python's lock
+first and comes too late, as measured on the 7x7 stages of a DenseNet-121."""
+
 
 class How(NamedTuple):
     """What one forward does; the words of ``BatchNormSpec``, resolved for its mode."""
@@ -107,7 +111,7 @@ class _Kernel(torch.autograd.Function):
         x = _dense(x)
         y = output_like(x)
         size = x.numel()
-        if 0 < size < kernel.SERIAL:
+        if 0 < size < ALONE * kernel.SERIAL:
             like, parameter, one, zero = _kind(x.dtype, x.shape[1])
             none = zero.data_ptr()
             kernel.forward_at(
@@ -133,7 +137,7 @@ class _Kernel(torch.autograd.Function):
         size, channels, through = x.numel(), x.shape[1], ctx.how.use_batch
         dgamma = torch.empty(channels, dtype=PARAMETER[x.dtype])
         dbeta = torch.empty_like(dgamma)
-        if 0 < size < kernel.SERIAL:
+        if 0 < size < ALONE * kernel.SERIAL:
             like, parameter, one, _ = _kind(x.dtype, channels)
             kernel.backward_at(
                 like, parameter, _shape(x), x.data_ptr(), dy.data_ptr(), dx.data_ptr(),
