@@ -102,6 +102,25 @@ def values_per_channel(shape: Sequence[int], channel_axis: int = 1) -> int:
     return int(np.prod([n for i, n in enumerate(shape) if i != axis], dtype=np.int64))
 
 
+class PoisonedBatch(RuntimeWarning):
+    """A batch holds NaN or Inf: the moving statistics of the channels concerned do not take it in (BN-11)."""
+
+
+def poisoned(layer: str, channels: Sequence[int]) -> str:
+    """The text of that warning.
+
+    Args:
+        layer: its name and kind.
+        channels: whose statistics are not finite.
+    """
+    some = ", ".join(map(str, channels[:5])) + (", ..." if len(channels) > 5 else "")
+    return (
+        f"{layer}: the batch statistics of {len(channels)} channel{'s'[: len(channels) > 1]} are not finite ({some}), since the "
+        "input holds NaN or Inf there. The output is NaN there; the moving statistics stay as they were (BN-11). Look for the "
+        "cause in what comes before this layer. It is said once for each layer."
+    )
+
+
 def spec_text(spec: BatchNormSpec) -> str:
     """The spec's parameters that differ from the defaults, for the text of a layer: ``eps=1e-12, scale=False``."""
     default = BatchNormSpec()

@@ -33,6 +33,12 @@ def test_memory_comes_back_when_nobody_refers_to_it_any_more() -> None:
     assert address(memory.take(memory.LENT)) == where
 
 
+def test_it_begins_at_a_cache_line() -> None:
+    lent = [memory.take(nbytes) for nbytes in (memory.LENT, memory.LENT + 4, 3 * memory.LENT, memory.HUGE)]
+    assert [address(a) % 64 for a in lent] == [0] * 4
+    assert [a.nbytes for a in lent] == [memory.LENT, memory.LENT + 4, 3 * memory.LENT, memory.HUGE]
+
+
 def test_no_two_have_the_same_memory() -> None:
     lent = [memory.take(memory.LENT) for _ in range(3)]
     assert len({address(a) for a in lent}) == 3

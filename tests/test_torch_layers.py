@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import multibn_torch as ours
 from multibn import BatchNormSpec, reference
+from multibn.layer import PoisonedBatch
+from multibn_torch import function
 
 PAIRS = [
     (ours.BatchNorm1d, torch.nn.BatchNorm1d, (6, 3)),
@@ -94,6 +96,21 @@ def test_kernel_gives_the_references_bits_in_training_and_inference() -> None:
         np.testing.assert_array_equal(layer.bias.grad.numpy(), gradients.dbeta)
         np.testing.assert_array_equal(layer.moving_mean.numpy(), mean)
         np.testing.assert_array_equal(layer.moving_var.numpy(), var)
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 5, 5), (16, 64, 7, 7), (16, 128, 14, 14)])
+def test_bits_do_not_depend_on_who_does_the_work(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three sizes: below kernel.SERIAL, done by the caller alone, and shared among threads."""
+    torch.manual_seed(11)
+    x, dy = torch.randn(shape), torch.randn(shape)
+    found = []
+    for alone in (0, 8, 1 << 20):
+        monkeypatch.setattr(function, "ALONE", alone)
+        layer: Any = ours.BatchNorm2d(shape[1])
+        y, dx = step(layer, x, dy)
+        found.append([y, dx, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -212,7 +229,8 @@ def test_switches_are_independent(normalize_with: Any, update: Any, implementati
 def test_an_infinite_channel_keeps_to_itself() -> None:
     for implementation in IMPLEMENTATIONS:
         layer: Any = ours.BatchNorm1d(2, implementation=implementation)
-        y = layer(torch.tensor([[1.0, float("inf")], [2.0, 1.0], [4.0, 1.0]]))
+        with pytest.warns(PoisonedBatch):
+            y = layer(torch.tensor([[1.0, float("inf")], [2.0, 1.0], [4.0, 1.0]]))
         assert y[:, 0].isfinite().all()
         assert y[:, 1].isnan().any()
         assert layer.running_mean[0] != 0
@@ -318,7 +336,7 @@ def test_text_says_what_the_layer_is() -> None:
     layer.normalize_with, layer.update_statistics = "moving", False
     assert repr(layer) == (
         "BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, normalize_with='moving', "
-        "update_statistics=False, implementation='framework')"
+        "frozen=statistics, implementation='framework')"
     )
     assert repr(ours.BatchNorm(3, 4, BatchNormSpec.article())) == "BatchNorm(3, 4, eps=1e-12, momentum=0.9)"
     assert repr(ours.BatchNorm(3, 2, BatchNormSpec(scale=False))) == "BatchNorm(3, 2, eps=1e-05, momentum=0.9, scale=False)"

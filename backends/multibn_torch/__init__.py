@@ -7,4 +7,7 @@ from .layers import BatchNorm2d as BatchNorm2d
 from .layers import BatchNorm3d as BatchNorm3d
 from .recalibrate import recalibrate as recalibrate
 from .swap import swap as swap
+from .switches import freeze_affine as freeze_affine
+from .switches import freeze_statistics as freeze_statistics
+from .switches import use_moving_statistics as use_moving_statistics
 from .whitening import Whitening as Whitening

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,8 @@ from multibn.spec import BatchNormSpec
 from .begin import begin
 from .formulas import How, Moving
 from .function import PARAMETER
+from .poison import watch
+from .switches import Switches
 from .ways import normalise
 
 Implementation = Literal["auto", "kernel", "framework"]
@@ -33,20 +36,19 @@ _ERRORS: dict[str, type[Exception]] = {
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class Layer(_BatchNorm):
+class Layer(Switches, _BatchNorm):
     """What the layers share: forward, the state's types, the text.
 
     ``implementation``: "kernel" (the CPU kernel), "framework" (PyTorch's own operators, any device), or "auto": the kernel on
-    CPU, the operators elsewhere. ``normalize_with`` and ``update_statistics`` are the switches of BN-09; ``requires_grad`` of
-    weight and bias is the third. ``init``: "identity" lets the first training batch pass unchanged: ``multibn.identity``.
+    CPU, the operators elsewhere. ``init``: "identity" lets the first training batch pass unchanged: ``multibn.identity``.
+    ``name`` is the layer's name in the model, for messages; ``swap`` tells it.
     """
 
     ranks: tuple[int, ...]
     implementation: Implementation = "auto"
     init: identity.Init = "standard"
     _began = False
-    normalize_with: Literal["batch", "moving"] = "batch"
-    update_statistics: bool = True
+    name: str = ""
     moving_variance: Literal["biased", "unbiased"] = "unbiased"
 
     @property
@@ -118,13 +120,16 @@ class Layer(_BatchNorm):
         on_kernel = on_cpu if self.implementation == "auto" else self.implementation == "kernel"
         how = How(self.eps, self._old() if update else 0.0, self.moving_variance == "unbiased", use_batch, update)
         moving = Moving(mean, var, buffers["num_batches_tracked"])
-        return normalise(input, weight, bias, moving, how, on_kernel, mask)
+        y = normalise(input, weight, bias, moving, how, on_kernel, mask)
+        if update:
+            watch(self, input, y, mask)
+        return y
 
     def extra_repr(self) -> str:
         """PyTorch's text, and what differs from PyTorch."""
         text = str(super().extra_repr())  # type: ignore[no-untyped-call]
         text += "" if self.normalize_with == "batch" else f", normalize_with={self.normalize_with!r}"
-        text += "" if self.update_statistics else ", update_statistics=False"
+        text += self.frozen_text()
         text += "" if self.init == "standard" else f", init={self.init!r}"
         return text + ("" if self.implementation == "auto" else f", implementation={self.implementation!r}")
 
@@ -271,9 +276,10 @@ class BatchNorm(Layer):
         return old if old is not None and self.momentum == momentum else super()._old()
 
     def extra_repr(self) -> str:
-        """The constructor's arguments."""
+        """The constructor's arguments, and what is frozen."""
+        spec = replace(self.spec, update_statistics=True, learn_affine=True)
         init = "" if self.init == "standard" else f", init={self.init!r}"
-        return f"{self.num_features}, {self.num_dims}, {spec_text(self.spec)}{init}"
+        return f"{self.num_features}, {self.num_dims}, {spec_text(spec)}{init}{self.frozen_text()}"
 
     gamma = property(lambda self: self.weight, doc="The article's name for weight.")
     beta = property(lambda self: self.bias, doc="The article's name for bias.")

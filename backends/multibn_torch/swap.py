@@ -32,7 +32,8 @@ def swap(model: torch.nn.Module) -> list[str]:
             check(module)
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from None
-    for module in found.values():
+    for name, module in found.items():
         module.__class__ = _OURS[type(module)]
+        module.name = name
         keep_single(module)
     return list(found)

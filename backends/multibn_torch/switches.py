@@ -1,0 +1,108 @@
+"""The three switches of BN-09, on a layer and on all layers of a model.
+
+They are independent of each other and of the mode: ``train()`` and ``eval()`` leave them as they are, copies have them.
+With all three on, a layer does in training what it does in inference.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+_NO_STATISTICS = (
+    "use_moving_statistics needs moving statistics, got a layer without: it was made with track_running_stats=False (BN-09). "
+    "Make it with track_running_stats=True."
+)
+
+
+class Switches(torch.nn.Module):
+    """The methods, for layers with PyTorch's state."""
+
+    normalize_with: Literal["batch", "moving"] = "batch"
+    update_statistics: bool = True
+
+    def freeze_statistics(self, on: bool = True) -> None:
+        """Leave the moving statistics and num_batches_tracked as they are in training too; ``on=False``: update them again."""
+        self.update_statistics = not on
+
+    def freeze_affine(self, on: bool = True) -> None:
+        """Learn neither gamma nor beta, and forget gradients that they have; ``on=False``: learn both."""
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(not on)
+            if on:
+                parameter.grad = None  # an optimizer would take another step with it
+
+    def use_moving_statistics(self, on: bool = True) -> None:
+        """Normalise with the moving statistics in training too; ``on=False``: with those of the batch.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if on and self.running_mean is None:
+            raise ValueError(_NO_STATISTICS)
+        self.normalize_with = "moving" if on else "batch"
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """What does not change in training: "statistics", "affine"; the latter if neither gamma nor beta learns."""
+        parameters = list(self.parameters(recurse=False))
+        affine = bool(parameters) and not any(p.requires_grad for p in parameters)
+        return ("statistics",) * (not self.update_statistics) + ("affine",) * affine
+
+    def frozen_text(self) -> str:
+        """The same for the text of a layer."""
+        return f", frozen={'+'.join(self.frozen)}" if self.frozen else ""
+
+
+def freeze_statistics(model: torch.nn.Module, on: bool = True) -> list[str]:
+    """``Layer.freeze_statistics`` of all our layers in a model, whose names are returned.
+
+    Raises:
+        ValueError: it has none.
+
+    >>> from multibn_torch import BatchNorm2d
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), BatchNorm2d(8))
+    >>> freeze_statistics(model)
+    ['1']
+    >>> model.train()[1].frozen
+    ('statistics',)
+    """
+    layers = _ours(model)
+    for layer in layers.values():
+        layer.freeze_statistics(on)
+    return list(layers)
+
+
+def freeze_affine(model: torch.nn.Module, on: bool = True) -> list[str]:
+    """``Layer.freeze_affine`` of all our layers in a model, whose names are returned.
+
+    Raises:
+        ValueError: it has none.
+    """
+    layers = _ours(model)
+    for layer in layers.values():
+        layer.freeze_affine(on)
+    return list(layers)
+
+
+def use_moving_statistics(model: torch.nn.Module, on: bool = True) -> list[str]:
+    """``Layer.use_moving_statistics`` of all our layers in a model, whose names are returned.
+
+    Raises:
+        ValueError: it has none, or one of them has no moving statistics; none is changed then.
+    """
+    layers = _ours(model)
+    for name, layer in layers.items():
+        if on and layer.running_mean is None:
+            raise ValueError(f"{name or 'the model'}: {_NO_STATISTICS}")
+    for layer in layers.values():
+        layer.use_moving_statistics(on)
+    return list(layers)
+
+
+def _ours(model: torch.nn.Module) -> dict[str, Switches]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Switches)}
+    if not layers:
+        raise ValueError("expected a model with layers of multibn_torch, got one without. Call multibn_torch.swap(model) first.")
+    return layers
