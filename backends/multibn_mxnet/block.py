@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from abc import abstractmethod
 from functools import lru_cache
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
-from mxnet.base import MXNetError
+from mxnet.base import _LIB, MXNetError, check_call
 from mxnet.gluon.parameter import DeferredInitializationError
 
 from multibn.layer import spec_text
@@ -96,7 +97,8 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         is_np = mx.util.is_np_array()
         if is_np:  # there is no npx.Custom
             x, arrays = x.as_nd_ndarray(), [array.as_nd_ndarray() for array in arrays]
-        y = F.Custom(x, *arrays, op_type=NAME, layer=self._attribute, name="fwd")[0]
+        x = _plain(F, x)
+        y = _plain_gradient(F, F.Custom(x, *arrays, op_type=NAME, layer=self._attribute, name="fwd")[0])
         y = F.relu(y) if self.fuse_relu else y
         return y.as_np_ndarray() if is_np else y
 
@@ -112,6 +114,26 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         for name, parameter in self._reg_params.items():
             if name != "num_batches_tracked":
                 parameter.cast("float32" if np.dtype(dtype).name == "float16" else dtype)
+
+
+def _plain(F: Any, array: Any) -> Any:
+    """The same values in the plain layout.
+
+    What oneDNN makes has a layout of its own. MXNet hands a Custom operator a plain copy of it, but frees that before it has
+    run. What these two operators give is plain, and a graph runs them in place where that is so already. An array they would
+    always copy; but it can be made plain where it is, once it is there.
+    """
+    if F is not mx.nd:
+        return F.squeeze(F.expand_dims(array, axis=0), axis=0)
+    if type(array) is mx.nd.NDArray and array.context.device_type == "cpu":
+        array.wait_to_read()
+        check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(ctypes.c_void_p())))
+    return array
+
+
+def _plain_gradient(F: Any, array: Any) -> Any:
+    """The same values, whose gradient will come in the plain layout; no copy in forward."""
+    return array.reshape(array.shape) if F is mx.nd else _plain(F, array)
 
 
 @lru_cache(maxsize=4096)
