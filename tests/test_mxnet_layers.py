@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -429,15 +430,98 @@ def test_an_output_may_be_added_to() -> None:
 
 
 def test_callbacks_compile_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    def only_in_memory(signature: Any, nopython: bool, cache: bool = False) -> Any:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: (signature, function)
+    from numba import types
+    from numba.core.ccallback import CFunc
 
     from multibn_mxnet import native
 
-    monkeypatch.setattr(native, "cfunc", only_in_memory)
-    assert native._callback("signature", "function") == ("signature", "function")
+    def nowhere(_: CFunc) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(CFunc, "enable_caching", nowhere)
+    assert native._callback(types.int32(types.int32), lambda number: number + 1).ctypes(2) == 3
+
+
+class Slow(mx.operator.CustomOp):  # type: ignore[misc,name-defined]
+    def forward(self, is_train: bool, req: Any, in_data: Any, out_data: Any, aux: Any) -> None:
+        time.sleep(0.3)
+        self.assign(out_data[0], req[0], in_data[0])
+
+
+@mx.operator.register("multibn_test_slowly")
+class SlowProp(mx.operator.CustomOpProp):  # type: ignore[misc,name-defined]
+    def create_operator(self, *_: Any) -> Slow:
+        return Slow()
+
+
+def slowly(values: Any) -> Any:
+    """A copy that takes a while to be there, and lets MXNet's own operators run in the meantime."""
+    return mx.nd.Custom(values, op_type="multibn_test_slowly")
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+def test_x_and_gamma_may_be_overwritten_at_once(shape: tuple[int, ...]) -> None:
+    block = multibn_mxnet.BatchNorm(shape[1], 4)
+    block.initialize()
+    block(array(random(*shape)))  # the first call may take longer than what is slow
+    x, late = array(random(*shape)), slowly(array(random(*shape, seed=100)))
+    x.attach_grad()
+    with mx.autograd.record():
+        y = block(x)
+    y.backward(late)
+    x[:] = 0
+    block.gamma.set_data(mx.nd.zeros(shape[1]))
+    done, gradients = expect(BatchNormSpec(), 1, shape)
+    same(y.asnumpy(), done.y)
+    same(x.grad.asnumpy(), gradients.dx)
+    same(x.asnumpy(), np.zeros(shape, "f"))
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+def test_what_is_still_to_be_written_or_read_comes_first(shape: tuple[int, ...]) -> None:
+    block = multibn_mxnet.BatchNorm(shape[1], 4)
+    block.initialize()
+    before = np.full(shape[1], 3, "f")
+    block(array(random(*shape)))
+    mean = block.running_mean.data()
+    mean[:] = slowly(array(before))
+    snapshot = slowly(mean)
+    train(block, random(*shape), random(*shape, seed=100))
+    ones, zeros = np.ones(shape[1], "f"), np.zeros(shape[1], "f")
+    done = reference.forward(random(*shape), ones, zeros, before, ones, BatchNormSpec(), True)
+    same(snapshot.asnumpy(), before)
+    same(mean.asnumpy(), done.moving_mean)
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+def test_gradients_that_are_asked_for_by_name(shape: tuple[int, ...]) -> None:
+    block = multibn_mxnet.BatchNorm(shape[1], 4)
+    block.initialize()
+    x, dy = array(random(*shape)), array(random(*shape, seed=100))
+    x.attach_grad()
+    with mx.autograd.record():
+        y = block(x)
+    same(mx.autograd.grad(y, x, dy)[0].asnumpy(), expect(BatchNormSpec(), 1, shape)[1].dx)
+    same(x.asnumpy(), random(*shape))
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+def test_an_error_of_the_kernel_or_of_x_is_raised_and_leaves_the_state(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory")
+
+    block = multibn_mxnet.BatchNorm(shape[1], 4)
+    block.initialize()
+    with pytest.raises(mx.MXNetError, match="scale parameter in gaussian has to be positive"):
+        block(mx.nd.random.normal(0, -1, shape=shape))
+    if shape == LARGE:
+        monkeypatch.setattr(by_kernel, "forward", fail)
+        with pytest.raises(MemoryError) as caught, mx.autograd.record():
+            block(array(random(*shape)))
+        assert str(caught.value) == "no memory"
+    same(block.running_mean.data().asnumpy(), np.zeros(shape[1], "f"))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import abstractmethod
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mxnet as mx
@@ -76,7 +76,9 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         problem = _objection(layer, x.shape, x.dtype, autograd.is_training(), self.running_mean.shape[0], kinds)
         if problem is not None:
             raise MXNetError(problem)
-        if self._active:
+        direct = _direct()
+        directly = direct.takes(layer, x)
+        if self._active and not (directly and self._cached_graph):  # that of ``export`` is made at the first call
             return super().forward(x)
         context = x.context
         try:
@@ -86,7 +88,10 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
             for parameter in parameters:
                 parameter._finish_deferred_init()
             arrays = [parameter.data(context) for parameter in parameters]
-        return self._normalize(mx.nd, x, arrays)
+        if not directly:
+            return self._normalize(mx.nd, x, arrays)
+        y = direct.normalize(layer, self._attribute, x, arrays)
+        return _relu(y) if self.fuse_relu else y
 
     def hybrid_forward(self, F: Any, x: Any, **parameters: Any) -> Any:
         """The same as a part of a graph."""
@@ -116,6 +121,18 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
                 parameter.cast("float32" if np.dtype(dtype).name == "float16" else dtype)
 
 
+@cache
+def _direct() -> Any:
+    """Numba, which that needs, takes a while to import."""
+    from . import direct
+
+    return direct
+
+
+def _relu(y: Any) -> Any:
+    return (mx.nd if type(y) is mx.nd.NDArray else mx.npx).relu(y)
+
+
 def _plain(F: Any, array: Any) -> Any:
     """The same values in the plain layout.
 
@@ -125,15 +142,21 @@ def _plain(F: Any, array: Any) -> Any:
     """
     if F is not mx.nd:
         return F.squeeze(F.expand_dims(array, axis=0), axis=0)
-    if type(array) is mx.nd.NDArray and array.context.device_type == "cpu":
+    if _on_cpu(array):
         array.wait_to_read()
         check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(ctypes.c_void_p())))
     return array
 
 
 def _plain_gradient(F: Any, array: Any) -> Any:
-    """The same values, whose gradient will come in the plain layout; no copy in forward."""
-    return array.reshape(array.shape) if F is mx.nd else _plain(F, array)
+    """The same values, whose gradient will come in the plain layout; of an array no copy."""
+    if F is not mx.nd:
+        return _plain(F, array)
+    return array.reshape(array.shape) if _on_cpu(array) else array
+
+
+def _on_cpu(array: Any) -> bool:
+    return type(array) is mx.nd.NDArray and array.context.device_type == "cpu"
 
 
 @lru_cache(maxsize=4096)

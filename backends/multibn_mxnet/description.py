@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Layer:
 
     def attribute(self) -> str:
         """The layer as JSON."""
-        return json.dumps({**self.__dict__, "spec": self.spec.to_dict()})
+        return json.dumps({field.name: getattr(self, field.name) for field in fields(self)} | {"spec": self.spec.to_dict()})
 
     @classmethod
     def parse(cls, text: str) -> Layer:
@@ -42,6 +43,13 @@ class Layer:
         values["spec"] = BatchNormSpec.from_dict(values["spec"])
         values["parameters"] = tuple(values["parameters"])
         return cls(**values)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.attribute())
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -66,5 +74,10 @@ class Layer:
 
 def type_name(array: Any) -> str:
     """The type of an NDArray by NumPy's name; MXNet writes bfloat16 as a structure."""
-    dtype = np.dtype(array.dtype)
+    return _name(array.dtype)
+
+
+@cache
+def _name(kind: Any) -> str:
+    dtype = np.dtype(kind)
     return dtype.names[0] if dtype.names else dtype.name
