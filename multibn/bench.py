@@ -2,7 +2,8 @@
 
 Each framework is measured in a process of its own, because the one that is imported first would set the threads of the other.
 In it ours, the framework's own and the copy take turns, so that a busy moment of the machine meets all of them. Reported are
-medians: of the times, and of the ratios within a turn.
+medians: of the times, and of the ratios within a turn. ``--model`` measures training steps of whole networks in the same way:
+after ``swap``, as they are, and without any BatchNorm.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -27,7 +28,7 @@ from .bench_result import Input, Result, Row, caption, draw, table
 MODULES: Final = {"torch": "multibn_torch.bench", "mxnet": "multibn_mxnet.bench"}
 """Framework -> the module that is run to measure it."""
 
-ROUNDS, QUICK_ROUNDS = 25, 3
+ROUNDS, MODEL_ROUNDS, QUICK_ROUNDS = 25, 11, 3
 """Turns that each contestant gets."""
 
 SAMPLE_MS = 5.0
@@ -48,13 +49,20 @@ INPUTS: Final = {
 }
 """Framework -> what its layers are measured on."""
 
+MODELS: Final = {
+    "densenet121": Input("models", (16, 3, 112, 112), model="densenet121"),
+    "resnet18": Input("models", (32, 3, 64, 64), model="resnet18"),
+}
+"""Network -> what it is trained on. The ``contest`` of a framework's module makes the network that ``Input.model`` names."""
+
 
 class Contest(NamedTuple):
     """Who takes turns on an input.
 
     Args:
-        own: name of the framework's own layer.
-        runs: "ours", "own" and, where it says something, "copy" -> one run; it returns what has to live until the clock stops.
+        own: name of the framework's own layer, or of its network.
+        runs: who -> one run; it returns what has to live until the clock stops. "ours" and "own"; "copy", where it says
+            something about a layer; of a network "none", the same without BatchNorm layers.
         clear: lets go of the gradients of the run before.
     """
 
@@ -64,7 +72,7 @@ class Contest(NamedTuple):
 
 
 def check(
-    frameworks: Sequence[str], threads: int | None, json_file: Path | None, picture: Path | None
+    frameworks: Sequence[str], threads: int | None, json_file: Path | None, picture: Path | None, models: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, str], int]:
     """The frameworks to measure, those that are absent with the reason, and the threads.
 
@@ -72,14 +80,18 @@ def check(
         frameworks: as asked for; empty for all that are installed.
         threads: as asked for; None for 2, or 1 where there is one processor.
         json_file, picture: what will be written.
+        models: networks to train, in place of measuring the layers.
 
     Raises:
-        ValueError: an unknown framework, one asked for that is not installed, none installed at all, an impossible number of
-            threads, or a file that cannot be written.
+        ValueError: an unknown framework or network, a framework asked for that is not installed, none installed at all, an
+            impossible number of threads, a file that cannot be written, or a picture of networks.
     """
-    for framework in frameworks:
-        if framework not in MODULES:
-            raise ValueError(f"--framework must be {' or '.join(MODULES)}, got {framework}.")
+    for option, known, asked in (("--framework", MODULES, frameworks), ("--model", MODELS, models)):
+        for name in asked:
+            if name not in known:
+                raise ValueError(f"{option} must be {' or '.join(known)}, got {name}.")
+    if models and picture is not None:
+        raise ValueError("--picture draws the stages of ResNet-50, which --model does not measure: leave one of them out.")
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= processors:
         raise ValueError(f"--threads must be from 1 to {processors}, the processors that this process may use, got {threads}.")
@@ -108,6 +120,7 @@ def run(
     json_file: Path | None,
     picture: Path | None,
     command: str,
+    models: Sequence[str] = (),
     inputs: Mapping[str, Sequence[Input]] = INPUTS,
 ) -> bool:
     """Measure, print the tables, write the files; False if a framework could not be measured.
@@ -117,9 +130,12 @@ def run(
         quick: few turns, to see that it works; no numbers to quote.
         json_file, picture: where to write ``Result.to_dict()`` and ``draw``.
         command: the line that asked for this, for the record.
+        models: networks to train, in place of the layers' inputs.
         inputs: framework -> what its layers are measured on.
     """
-    result = Result(command, threads, QUICK_ROUNDS if quick else ROUNDS, absent=dict(absent))
+    if models:
+        inputs = {name: [replace(MODELS[model], hybridized=name == "mxnet") for model in models] for name in frameworks}
+    result = Result(command, threads, QUICK_ROUNDS if quick else MODEL_ROUNDS if models else ROUNDS, absent=dict(absent))
     console = Console()
     for framework in frameworks:
         rows = []

@@ -27,22 +27,24 @@ _HEADINGS: Final = {
     "inference": "inference",
     "fully connected": "fully connected",
     "small": "small",
+    "models": "training steps",
 }
 """Group -> its heading, in the table's order."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """What a layer is given: float32 of ``shape``, channel axis 1."""
+    """What a layer, or the network ``model``, is given: float32 of ``shape``, channel axis 1."""
 
     group: str
     shape: tuple[int, ...]
     training: bool = True
     channels_last: bool = False
     hybridized: bool = False
+    model: str = ""
 
     def __str__(self) -> str:
-        return f"{self.shape}{', hybrid' if self.hybridized else ''}"
+        return f"{self.model} {self.shape}" if self.model else f"{self.shape}{', hybrid' if self.hybridized else ''}"
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,18 @@ class Row:
     samples: Mapping[str, Sequence[float]]
 
     def ms(self, who: str) -> float | None:
-        """The median time of "ours", "own" or "copy"; None where it was not measured."""
+        """The median time of "ours", "own", "copy" or "none"; None where it was not measured."""
         return statistics.median(self.samples[who]) if who in self.samples else None
 
     @property
     def speedup(self) -> float:
         """How many times faster than the framework's own."""
         return median_of_ratios(self.samples["own"], self.samples["ours"])
+
+    @property
+    def limit(self) -> float | None:
+        """How many times faster than its own a network is without any BatchNorm: no BatchNorm can make it faster."""
+        return median_of_ratios(self.samples["own"], self.samples["none"]) if "none" in self.samples else None
 
     @property
     def to_copy(self) -> float | None:
@@ -86,6 +93,11 @@ class Result:
         libraries = {name: version(name) for name in ("numpy", "numba", *self.rows)}
         return {"multibn": __version__, "python": platform.python_version(), **libraries}
 
+    @property
+    def of_networks(self) -> bool:
+        """Whether it is about networks, and not about layers."""
+        return any(row.input.model for rows in self.rows.values() for row in rows)
+
     def geometric_means(self, framework: str) -> dict[str, float]:
         """Group -> geometric mean of its speedups; for the groups that go through the stages of a network."""
         groups: dict[str, list[float]] = {}
@@ -102,9 +114,11 @@ class Result:
         version}, "absent": {framework: reason}, "frameworks": {framework: {"rows": [...], "geometric_means": {group:
         speedup}}}}``
 
-        A row: ``{"group", "shape", "training", "channels_last", "hybridized", "own": name of the framework's layer, "ours_ms",
-        "own_ms", "copy_ms", "speedup": own / ours, "to_copy": ours / copy, "samples_ms": {"ours": [...], "own": [...], "copy":
-        [...]}}``; ``copy_ms`` and ``to_copy`` are null, and "copy" is missing, where the input is too small for them to matter.
+        A row: ``{"group", "shape", "training", "channels_last", "hybridized", "model": name of the network, "" for a layer,
+        "own": name of the framework's layer, "ours_ms", "own_ms", "copy_ms", "none_ms", "speedup": own / ours, "to_copy": ours /
+        copy, "limit": own / none, "samples_ms": {"ours": [...], "own": [...], "copy": [...]}}``. "copy" is missing, and what is
+        made of it null, where the input is too small for it to matter, and of networks; "none", without BatchNorm, is of networks
+        alone.
         """
         return {
             "format": "multibn bench 1",
@@ -122,9 +136,10 @@ class Result:
                             **asdict(row.input),
                             "shape": list(row.input.shape),
                             "own": row.own,
-                            **{f"{who}_ms": row.ms(who) for who in ("ours", "own", "copy")},
+                            **{f"{who}_ms": row.ms(who) for who in ("ours", "own", "copy", "none")},
                             "speedup": row.speedup,
                             "to_copy": row.to_copy,
+                            "limit": row.limit,
                             "samples_ms": {who: list(times) for who, times in row.samples.items()},
                         }
                         for row in rows
@@ -154,11 +169,15 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def table(result: Result, framework: str) -> Table:
-    """The rows of a framework, group by group, with the geometric mean of a group's speedups at its end."""
+    """The rows of a framework, group by group, with the geometric mean of a group's speedups at its end.
+
+    Layers stand beside the copy, networks beside themselves without BatchNorm.
+    """
     names = " and ".join(dict.fromkeys(row.own for row in result.rows[framework]))
+    networks = result.of_networks
     found = Table(box=box.SIMPLE_HEAD, title=f"{framework} {result.versions[framework]}; own: {names}", title_justify="left")
     found.add_column("input", no_wrap=True)
-    for heading in ("ours ms", "own ms", "copy ms", "own/ours", "ours/copy"):
+    for heading in ("ours ms", "own ms", *(("own/ours", "limit") if networks else ("copy ms", "own/ours", "ours/copy"))):
         found.add_column(heading, justify="right", no_wrap=True)
     means = result.geometric_means(framework)
     for group, heading in _HEADINGS.items():
@@ -166,8 +185,9 @@ def table(result: Result, framework: str) -> Table:
         if rows:
             found.add_row(f"[bold]{heading}")
         for row in rows:
-            times = (_digits(row.ms(who)) for who in ("ours", "own", "copy"))
-            found.add_row(f" {row.input}", *times, f"[bold]{_digits(row.speedup)}", _digits(row.to_copy))
+            times = (_digits(row.ms(who)) for who in ("ours", "own", *(() if networks else ("copy",))))
+            beside = row.limit if networks else row.to_copy
+            found.add_row(f" {row.input}", *times, f"[bold]{_digits(row.speedup)}", _digits(beside))
         if group in means:
             found.add_row(" geometric mean", "", "", "", f"[bold]{_digits(means[group])}", "")
         found.add_section()
@@ -177,10 +197,16 @@ def table(result: Result, framework: str) -> Table:
 def caption(result: Result) -> str:
     """Where and how the run was made."""
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    what = (
+        "a training step: forward, loss, backward, SGD.\nown: the network as it is; ours: after swap; limit: how many "
+        "times faster it is without any BatchNorm."
+        if result.of_networks
+        else "forward + backward in training, or forward in inference.\ncopy: copying the same bytes, two copies into memory "
+        "allocated like y and three into memory allocated like dx; in inference one."
+    )
     return (
-        f"Medians of {result.rounds} turns; forward + backward in training, or forward in inference.\n"
-        "copy: copying the same bytes, two copies into memory allocated like y and three into memory allocated like dx; "
-        f"in inference one.\n{versions}\n{result.processor}, {result.threads} threads, {result.date}\n{result.command}"
+        f"Medians of {result.rounds} turns; {what}\n"
+        f"{versions}\n{result.processor}, {result.threads} threads, {result.date}\n{result.command}"
     )
 
 

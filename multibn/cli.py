@@ -104,6 +104,7 @@ def conform(
 @app.command()
 def bench(
     framework: Annotated[list[str] | None, typer.Option(help="Measure in torch or mxnet. May be repeated.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Train densenet121 or resnet18 instead. May be repeated.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few turns, to see that it works; no numbers to quote.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the times to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw ResNet-50's stages to this .svg or .png file.")] = None,
@@ -111,15 +112,17 @@ def bench(
 ) -> None:
     """Measure the CPU layers beside the framework's own and beside copying the same bytes.
 
+    With --model: training steps of a network after swap, as it is, and without any BatchNorm.
+
     Exits with 0, 1 if a framework could not be measured, 2 if the call is wrong.
     """
     from .bench import check, run
 
     try:
-        plan = check(framework or (), threads, json, picture)
+        plan = check(framework or (), threads, json, picture, model or ())
     except ValueError as error:
         _wrong_call(str(error))
-    done = run(*plan, quick, json, picture, shlex.join(["multibn", *sys.argv[1:]]))
+    done = run(*plan, quick, json, picture, shlex.join(["multibn", *sys.argv[1:]]), model or ())
     raise typer.Exit(not done)
 
 

@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -127,16 +128,51 @@ def test_the_json(made_up: Result) -> None:
         "training": True,
         "channels_last": False,
         "hybridized": False,
+        "model": "",
         "own": "torch.nn.BatchNorm2d",
         "ours_ms": 12.0,
         "own_ms": 40.0,
         "copy_ms": 10.0,
+        "none_ms": None,
         "speedup": 3.0,
         "to_copy": 1.5,
+        "limit": None,
         "samples_ms": {"ours": [10.0, 12.0, 30.0], "own": [40.0, 12.0, 90.0], "copy": [10.0, 8.0, 10.0]},
     }
     assert rows[2]["copy_ms"] is rows[2]["to_copy"] is None
     assert list(rows[2]["samples_ms"]) == ["ours", "own"]
+
+
+@pytest.fixture
+def of_networks(made_up: Result) -> Result:
+    samples = {"ours": [8.0, 9.0, 90.0], "own": [10.0, 9.0, 180.0], "none": [5.0, 6.0, 60.0]}
+    network = Row(Input("models", (16, 3, 112, 112), hybridized=True, model="densenet121"), "densenet121", samples)
+    return replace(made_up, rows={"torch": [network]}, command="multibn bench --model densenet121")
+
+
+def test_the_table_of_networks_has_the_limit(of_networks: Result) -> None:
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(bench_result.table(of_networks, "torch"))
+    assert [line.rstrip() for line in capture.get().splitlines() if line.strip()] == [
+        "torch of-torch; own: densenet121",
+        "  input                            ours ms   own ms   own/ours   limit",
+        " ──────────────────────────────────────────────────────────────────────",
+        "  training steps",
+        "   densenet121 (16, 3, 112, 112)      9.00    10.00       1.25    2.00",
+    ]
+    assert bench_result.caption(of_networks).splitlines() == [
+        "Medians of 3 turns; a training step: forward, loss, backward, SGD.",
+        "own: the network as it is; ours: after swap; limit: how many times faster it is without any BatchNorm.",
+        "multibn 0.0, python 3.11.0, numpy of-numpy, numba of-numba, torch of-torch",
+        "A processor, 2 threads, 2026-01-02T03:04:05+00:00",
+        "multibn bench --model densenet121",
+    ]
+
+
+def test_the_json_of_networks(of_networks: Result) -> None:
+    (found,) = of_networks.to_dict()["frameworks"]["torch"]["rows"]
+    assert (found["model"], found["none_ms"], found["limit"], found["copy_ms"]) == ("densenet121", 6.0, 2.0, None)
 
 
 def test_the_picture_has_a_bar_for_each_and_the_ratio_above(made_up: Result) -> None:
@@ -214,7 +250,7 @@ def test_a_framework_is_measured_in_its_own_process(
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("COLUMNS", "100")
     file, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
-    assert bench.run([framework], {"other": "not installed"}, 1, True, file, picture, "multibn bench", TINY)
+    assert bench.run([framework], {"other": "not installed"}, 1, True, file, picture, "multibn bench", inputs=TINY)
     found = json.loads(file.read_text())
     rows = found["frameworks"][framework]["rows"]
     assert [tuple(each["shape"]) for each in rows] == [each.shape for each in TINY[framework]]
@@ -231,12 +267,41 @@ def test_a_framework_is_measured_in_its_own_process(
     assert out.endswith("\nmultibn bench\n")
 
 
+@pytest.mark.parametrize("model", bench.MODELS)
+def test_a_network_is_trained_in_its_own_process(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setitem(bench.MODELS, model, Input("models", (2, 3, 32, 32), model=model))
+    file = tmp_path / "bench.json"
+    assert bench.run(["torch"], {}, 1, True, file, None, "multibn bench", [model])
+    (found,) = json.loads(file.read_text())["frameworks"]["torch"]["rows"]
+    assert (found["model"], found["own"]) == (model, model)
+    assert list(found["samples_ms"]) == ["ours", "own", "none"]
+    assert all(len(times) == 3 and min(times) > 0 for times in found["samples_ms"].values())
+    assert f"{model} (2, 3, 32, 32)" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "layers", "parameters"), [("densenet121", 121, 7_978_856), ("resnet18", 20, 11_689_512)])
+def test_the_networks_are_those_of_the_papers(name: str, layers: int, parameters: int) -> None:
+    """The numbers are torchvision's, whose names the weights have too."""
+    torch = pytest.importorskip("torch")
+    from multibn_torch.models import MODELS
+
+    network = MODELS[name]()
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules()) == layers
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 1000)
+    inside = {"densenet121": "features.denseblock4.denselayer16.norm2.weight", "resnet18": "layer4.1.bn2.weight"}
+    assert inside[name] in network.state_dict()
+
+
 def test_a_process_that_fails_is_reported_and_the_others_are_measured(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(bench.MODULES, "torch", "multibn.no_such_module")
     file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    assert not bench.run(["torch"], {}, 1, True, file, picture, "multibn bench", TINY)
+    assert not bench.run(["torch"], {}, 1, True, file, picture, "multibn bench", inputs=TINY)
     reason = "its process ended with code 1; what it said stands above."
     assert json.loads(file.read_text())["absent"] == {"torch": reason}
     assert not picture.exists()
@@ -276,6 +341,11 @@ def test_all_that_is_installed_is_measured_unless_chosen(installed: Callable[...
         (["--framework", "jax"], "--framework must be torch or mxnet, got jax."),
         (["--threads", "0"], f"--threads must be from 1 to {PROCESSORS}, the processors that this process may use, got 0."),
         (["--threads", "9999"], f"--threads must be from 1 to {PROCESSORS}, the processors that this process may use, got 9999."),
+        (["--model", "vgg"], "--model must be densenet121 or resnet18, got vgg."),
+        (
+            ["--model", "resnet18", "--picture", "a.svg"],
+            "--picture draws the stages of ResNet-50, which --model does not measure: leave one of them out.",
+        ),
         (["--picture", "bench.gif"], "--picture must end in .svg or .png, got bench.gif."),
         (["--json", "/none/a.json"], "/none/a.json cannot be written, there is no folder /none: make it first."),
         (["--picture", "/none/a.svg"], "/none/a.svg cannot be written, there is no folder /none: make it first."),
@@ -325,4 +395,4 @@ def test_the_command_passes_on_what_was_asked(
     monkeypatch.setattr(sys, "argv", ["/bin/multibn", "bench", "--json", "a b.json"])
     arguments = ["bench", "--quick", "--framework", "mxnet", "--threads", "1", "--json", "a b.json", "--picture", "c.svg"]
     assert CliRunner().invoke(cli.app, arguments).exit_code == code
-    assert asked == [(["mxnet"], {}, 1, True, Path("a b.json"), Path("c.svg"), "multibn bench --json 'a b.json'")]
+    assert asked == [(["mxnet"], {}, 1, True, Path("a b.json"), Path("c.svg"), "multibn bench --json 'a b.json'", ())]

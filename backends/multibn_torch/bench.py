@@ -1,6 +1,9 @@
-"""What ``multibn bench`` measures in PyTorch: forward and backward in training, forward in inference."""
+"""What ``multibn bench`` measures in PyTorch: forward and backward in training, forward in inference; steps of networks."""
 
 from __future__ import annotations
+
+import copy
+from functools import partial
 
 import torch
 
@@ -9,9 +12,16 @@ from multibn.bench_result import Input
 
 from .function import output_like
 from .layers import BatchNorm1d, BatchNorm2d
+from .models import MODELS
+from .swap import swap
 
 
 def contest(given: Input) -> Contest:
+    """Who takes turns on the given input."""
+    return contest_of_models(given) if given.model else contest_of_layers(given)
+
+
+def contest_of_layers(given: Input) -> Contest:
     """Ours, PyTorch's own, and the copy, on the same x."""
     rank = len(given.shape)
     layout = torch.channels_last if given.channels_last else torch.contiguous_format
@@ -31,7 +41,7 @@ def contest(given: Input) -> Contest:
         y.backward(dy)  # type: ignore[no-untyped-call]
         return y
 
-    def copy() -> list[torch.Tensor]:
+    def copies() -> list[torch.Tensor]:
         return [_copied(x, times) for times in ((2, 3) if given.training else (1,))]  # y, dx
 
     def clear() -> None:
@@ -39,7 +49,30 @@ def contest(given: Input) -> Contest:
             leaf.grad = None
 
     runs = {who: (lambda layer=layer: step(layer)) for who, layer in layers.items()}
-    return Contest(f"torch.nn.{own.__name__}", runs if given.group == "small" else {**runs, "copy": copy}, clear)
+    return Contest(f"torch.nn.{own.__name__}", runs if given.group == "small" else {**runs, "copy": copies}, clear)
+
+
+def contest_of_models(given: Input) -> Contest:
+    """The network after ``swap``, as it is, and without BatchNorm, each with the same first weights, on the same images."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(given.shape), torch.randint(1000, given.shape[:1])
+    own = MODELS[given.model]()
+    models = {"ours": copy.deepcopy(own), "own": own, "none": copy.deepcopy(own)}
+    swap(models["ours"])
+    for name, module in list(models["none"].named_modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            models["none"].set_submodule(name, torch.nn.Identity())
+    optimizers = {who: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for who, model in models.items()}
+
+    def step(who: str) -> None:
+        torch.nn.functional.cross_entropy(models[who](x), labels).backward()  # type: ignore[no-untyped-call]
+        optimizers[who].step()
+
+    def clear() -> None:
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+
+    return Contest(given.model, {who: partial(step, who) for who in models}, clear)
 
 
 def _copied(x: torch.Tensor, times: int) -> torch.Tensor:
