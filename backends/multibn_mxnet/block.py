@@ -36,7 +36,7 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         """The layer as the operator knows it; found at the first need."""
         if "_layer" not in self.__dict__:
             self._layer = self._describe()
-            self._attribute = self._layer.attribute()
+            self._attribute, self._attribute_in_graph = self._layer.attribute(), self._layer.in_graph().attribute()
             self._names = (*self._layer.parameters, *self._layer.states)
         return self._layer
 
@@ -102,8 +102,14 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         is_np = mx.util.is_np_array()
         if is_np:  # there is no npx.Custom
             x, arrays = x.as_nd_ndarray(), [array.as_nd_ndarray() for array in arrays]
-        x = _plain(F, x)
-        y = _plain_gradient(F, F.Custom(x, *arrays, op_type=NAME, layer=self._attribute, name="fwd")[0])
+        # What oneDNN makes has a layout of its own. MXNet hands a Custom operator a plain copy of it, but frees that before it
+        # has run. What these operators give, in backward too, is plain. A graph runs expand_dims in place where it can.
+        if F is mx.nd:
+            y = F.Custom(_plain(x), *arrays, op_type=NAME, layer=self._attribute)[0]
+            y = y.reshape(y.shape) if _on_cpu(y) else y  # in backward a copy, and plain
+        else:
+            x = F.expand_dims(x, axis=0)
+            y = F.squeeze(F.Custom(x, *arrays, op_type=NAME, layer=self._attribute_in_graph, name="fwd")[0], axis=0)
         y = F.relu(y) if self.fuse_relu else y
         return y.as_np_ndarray() if is_np else y
 
@@ -133,26 +139,12 @@ def _relu(y: Any) -> Any:
     return (mx.nd if type(y) is mx.nd.NDArray else mx.npx).relu(y)
 
 
-def _plain(F: Any, array: Any) -> Any:
-    """The same values in the plain layout.
-
-    What oneDNN makes has a layout of its own. MXNet hands a Custom operator a plain copy of it, but frees that before it has
-    run. What these two operators give is plain, and a graph runs them in place where that is so already. An array they would
-    always copy; but it can be made plain where it is, once it is there.
-    """
-    if F is not mx.nd:
-        return F.squeeze(F.expand_dims(array, axis=0), axis=0)
+def _plain(array: Any) -> Any:
+    """The array, in the plain layout from now on."""
     if _on_cpu(array):
         array.wait_to_read()
         check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(ctypes.c_void_p())))
     return array
-
-
-def _plain_gradient(F: Any, array: Any) -> Any:
-    """The same values, whose gradient will come in the plain layout; of an array no copy."""
-    if F is not mx.nd:
-        return _plain(F, array)
-    return array.reshape(array.shape) if _on_cpu(array) else array
 
 
 def _on_cpu(array: Any) -> bool:

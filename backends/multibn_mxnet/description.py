@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ class Layer:
         axis: of the channels; may be negative.
         rank: of the input; None for any >= 2.
         parameters: which of gamma and beta the layer has; the spec says whether they count (BN-04).
+        within: whether the input, and so axis and rank, has an axis more, in front, of length 1 (``in_graph``).
     """
 
     spec: BatchNormSpec
@@ -31,6 +32,12 @@ class Layer:
     axis: int
     rank: int | None
     parameters: tuple[str, ...]
+    within: bool = False
+
+    def in_graph(self) -> Layer:
+        """The same layer for an operator whose input has an axis more, in front."""
+        axis, rank = self.axis + (self.axis >= 0), None if self.rank is None else self.rank + 1
+        return replace(self, axis=axis, rank=rank, within=True)
 
     def attribute(self) -> str:
         """The layer as JSON."""
@@ -60,8 +67,10 @@ class Layer:
         self, shape: tuple[int, ...], dtype: str, training: bool, channels: int, parameters: dict[str, Any] | None = None
     ) -> str | None:
         """What is wrong with an input of the layer, or None; see ``multibn.layer.objection``."""
+        more = self.within
         problem = objection(
-            shape, dtype, num_features=channels, ranks=None if self.rank is None else (self.rank,), channel_axis=self.axis,
+            shape[more:], dtype, num_features=channels, ranks=None if self.rank is None else (self.rank - more,),
+            channel_axis=self.axis - (more and self.axis >= 0),
             needs_batch=self.spec.uses_batch(training), parameters=parameters,
         )  # fmt: skip
         return None if problem is None else problem.message

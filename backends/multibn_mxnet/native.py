@@ -31,7 +31,7 @@ from multibn.loops import backward_serial, forward_serial, pointer
 CONFIG = np.dtype(
     [(name, np.int64) for name in ("arguments", "outputs", "states", "dependencies")]  # where the answers to the lists are
     + [("operator", np.int64, 3), ("python_operator", np.int64, 3)]  # an MXCallbackList each
-    + [(name, np.int64) for name in ("dependency_count", "inputs", "gamma", "beta", "scale", "center", "axis", "rank")]
+    + [(name, np.int64) for name in ("dependency_count", "inputs", "gamma", "beta", "scale", "center", "axis", "rank", "within")]
     + [
         (name, np.int64)
         for name in ("unbiased", "normalize_with_batch", "update", "average", "saved_shapes", "saved_shapes_count")
@@ -274,7 +274,7 @@ def _infer_shape(count: int, rank_list: int, shape_list: int, state: int) -> int
     shapes = carray(pointer(shape_list), count, np.int64)
     rank, inputs = ranks[0], config.inputs
     axis = config.axis + rank if config.axis < 0 else config.axis
-    if rank < 2 or not 0 <= axis < rank or (config.rank and rank != config.rank):
+    if rank < 2 + config.within or not config.within <= axis < rank or (config.rank and rank != config.rank):
         return _python_shape(count, rank_list, shape_list, state)
     channels = carray(pointer(shapes[0]), rank, np.int32)[axis]
     if not 0 < channels < config.saved_shapes_count:

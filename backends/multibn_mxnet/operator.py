@@ -60,6 +60,7 @@ class _Operator:
             "center": spec.center,
             "axis": layer.axis,
             "rank": layer.rank or 0,
+            "within": layer.within,
             "unbiased": spec.moving_variance == "unbiased",
             "normalize_with_batch": spec.normalize_with == "batch",
             "update": spec.update_statistics,
