@@ -355,11 +355,11 @@ def _propagate_blocks(
             row, piece = 4 * (step // plan.pieces), step % plan.pieces
             i, w = _chunk(plan, group, row * plan.pieces + piece)
             if through and row + 3 < plan.rows and plan.groups > 1:
-                for i in range(i, i + 4 * plan.row, 2 * plan.row):
-                    j = i + plan.row
+                for j in range(i, i + 4 * plan.row, 2 * plan.row):
+                    k = j + plan.row
                     _propagate2(
-                        flat[i : i + w], flat[j : j + w], dy[i : i + w], dy[j : j + w], dx[i : i + w], dx[j : j + w], lanes
-                    )
+                        flat[j : j + w], flat[k : k + w], dy[j : j + w], dy[k : k + w], dx[j : j + w], dx[k : k + w], lanes
+                    )  # fmt: skip
             else:
                 for r in range(row, min(row + 4, plan.rows)):
                     i, w = _chunk(plan, group, r * plan.pieces + piece)

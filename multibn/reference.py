@@ -144,8 +144,8 @@ def statistics(values: Array) -> tuple[Array, Array]:
     Each block of BN-15 takes its deviations from a pivot of its own, the mean of its first chunks. Then the blocks move to the
     mean of all: with shift = pivot - mean, sum((x-mean)^2) = sum((d+shift)^2) = sum(d^2) + 2*shift*sum(d) + count*shift^2. That
     loses nothing however far the values lie from 0, for a pivot is never far from its block: it is the mean of about 1/16 of it
-    or more, so that (pivot - mean)^2 <= 15 var. The sum of the deviations from the mean, which would be 0 if the mean were not rounded,
-    corrects mean and variance.
+    or more, so that (pivot - mean)^2 <= 15 var. The sum of the deviations from the mean, which would be 0 if the mean were not
+    rounded, corrects mean and variance.
     """
     m = values.shape[0] * values.shape[2]
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import abstractmethod
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mxnet as mx
@@ -38,7 +38,7 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         """The layer as the operator knows it; found at the first need."""
         if "_layer" not in self.__dict__:
             self._layer = self._describe()
-            self._attribute = self._layer.attribute()
+            self._attribute, self._attribute_in_graph = self._layer.attribute(), self._layer.in_graph().attribute()
             self._names = (*self._layer.parameters, *self._layer.states)
         return self._layer
 
@@ -78,7 +78,9 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         problem = _objection(layer, x.shape, x.dtype, autograd.is_training(), self.running_mean.shape[0], kinds)
         if problem is not None:
             raise MXNetError(problem)
-        if self._active:
+        direct = _direct()
+        directly = direct.takes(layer, x)
+        if self._active and not (directly and self._cached_graph):  # that of ``export`` is made at the first call
             return super().forward(x)
         context = x.context
         try:
@@ -88,7 +90,10 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
             for parameter in parameters:
                 parameter._finish_deferred_init()
             arrays = [parameter.data(context) for parameter in parameters]
-        return self._normalize(mx.nd, x, arrays)
+        if not directly:
+            return self._normalize(mx.nd, x, arrays)
+        y = direct.normalize(layer, self._attribute, x, arrays)
+        return _relu(y) if self.fuse_relu else y
 
     def hybrid_forward(self, F: Any, x: Any, **parameters: Any) -> Any:
         """The same as a part of a graph."""
@@ -99,8 +104,14 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         is_np = mx.util.is_np_array()
         if is_np:  # there is no npx.Custom
             x, arrays = x.as_nd_ndarray(), [array.as_nd_ndarray() for array in arrays]
-        x = _plain(F, x)
-        y = _plain_gradient(F, F.Custom(x, *arrays, op_type=NAME, layer=self._attribute, name="fwd")[0])
+        # What oneDNN makes has a layout of its own. MXNet hands a Custom operator a plain copy of it, but frees that before it
+        # has run. What these operators give, in backward too, is plain. A graph runs expand_dims in place where it can.
+        if F is mx.nd:
+            y = F.Custom(_plain(x), *arrays, op_type=NAME, layer=self._attribute)[0]
+            y = y.reshape(y.shape) if _on_cpu(y) else y  # in backward a copy, and plain
+        else:
+            x = F.expand_dims(x, axis=0)
+            y = F.squeeze(F.Custom(x, *arrays, op_type=NAME, layer=self._attribute_in_graph, name="fwd")[0], axis=0)
         y = F.relu(y) if self.fuse_relu else y
         return y.as_np_ndarray() if is_np else y
 
@@ -118,24 +129,28 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
                 parameter.cast("float32" if np.dtype(dtype).name == "float16" else dtype)
 
 
-def _plain(F: Any, array: Any) -> Any:
-    """The same values in the plain layout.
+@cache
+def _direct() -> Any:
+    """Numba, which that needs, takes a while to import."""
+    from . import direct
 
-    What oneDNN makes has a layout of its own. MXNet hands a Custom operator a plain copy of it, but frees that before it has
-    run. What these two operators give is plain, and a graph runs them in place where that is so already. An array they would
-    always copy; but it can be made plain where it is, once it is there.
-    """
-    if F is not mx.nd:
-        return F.squeeze(F.expand_dims(array, axis=0), axis=0)
-    if type(array) is mx.nd.NDArray and array.context.device_type == "cpu":
+    return direct
+
+
+def _relu(y: Any) -> Any:
+    return (mx.nd if type(y) is mx.nd.NDArray else mx.npx).relu(y)
+
+
+def _plain(array: Any) -> Any:
+    """The array, in the plain layout from now on."""
+    if _on_cpu(array):
         array.wait_to_read()
         check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(ctypes.c_void_p())))
     return array
 
 
-def _plain_gradient(F: Any, array: Any) -> Any:
-    """The same values, whose gradient will come in the plain layout; no copy in forward."""
-    return array.reshape(array.shape) if F is mx.nd else _plain(F, array)
+def _on_cpu(array: Any) -> bool:
+    return type(array) is mx.nd.NDArray and array.context.device_type == "cpu"
 
 
 @lru_cache(maxsize=4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def forward(
         _begin(layer, x, parameters, mean, var)
     batches = view(states[2], (1,)) if len(states) == 3 else np.zeros(1, np.int64)
     kernel.run_forward(
-        view(x, shape), out, _vector(layer, parameters, "gamma", x), _vector(layer, parameters, "beta", x), mean, var,
+        view(x, shape), out, vector(layer, parameters, "gamma", x), vector(layer, parameters, "beta", x), mean, var,
         its_saved[:2], spec.eps, spec.weight_of_old(int(batches[0])), spec.moving_variance == "unbiased", use_batch, update,
     )  # fmt: skip
     its_saved[2] = use_batch
@@ -55,7 +56,7 @@ def backward(
         memory.advise(dx.ctypes.data, dx.nbytes)
     sums = {"gamma": np.zeros(shape[1], kind), "beta": np.zeros(shape[1], kind)}
     kernel.run_backward(
-        view(x, shape), view(dy, shape), dx, _vector(layer, parameters, "gamma", x), its_saved[:2],
+        view(x, shape), view(dy, shape), dx, vector(layer, parameters, "gamma", x), its_saved[:2],
         sums["gamma"], sums["beta"], bool(its_saved[2].any()),
     )  # fmt: skip
     if wanted["x"] == ADD:
@@ -79,13 +80,18 @@ def _begin(layer: Layer, x: Any, parameters: dict[str, Any], mean: Array, var: A
 
 
 def view(array: Any, shape: tuple[int, ...]) -> Array:
-    """A CPU NDArray as NumPy sees it, without a copy, halves as their bits. For callbacks: it waits for no pending writes."""
+    """A CPU NDArray as NumPy sees it, without a copy, halves as their bits. For callbacks: it waits for no pending writes.
+
+    What is a NumPy array already stays as it is.
+    """
+    if isinstance(array, np.ndarray):
+        return array
     dtype = np.dtype(values_type(array))
     if 0 in shape:
         return np.empty(shape, dtype)
     address = ctypes.c_void_p()
     check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(address)))
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     memory: Any = (ctypes.c_char * size).from_address(address.value or 0)
     return np.ndarray(shape, dtype, memory)
 
@@ -108,7 +114,8 @@ def _wide(bits: Array) -> Array:
 
 def values_type(array: Any) -> str:
     """The type of the array's values in the kernel."""
-    return _BITS.get(type_name(array), type_name(array))
+    name = type_name(array)
+    return _BITS.get(name, name)
 
 
 def state_type(x: Any) -> str:
@@ -122,7 +129,8 @@ def values_per_channel(layer: Layer, x: Any) -> int:
     return before * after
 
 
-def _vector(layer: Layer, parameters: dict[str, Any], name: str, x: Any) -> Array:
+def vector(layer: Layer, parameters: dict[str, Any], name: str, x: Any) -> Array:
+    """gamma or beta for an input x, or what stands for one that there is not or that does not count."""
     counts = layer.spec.scale if name == "gamma" else layer.spec.center
     channels = x.shape[layer.axis]
     if name in parameters and counts:

@@ -52,7 +52,7 @@ def _infer_shape(count: int, rank_list: int, shape_list: int, state: int) -> Non
     ranks = (_int * count).from_address(rank_list)
     shapes = (_pointer * count).from_address(shape_list)
     shape = tuple((_int * ranks[0]).from_address(shapes[0] or 0)) if ranks[0] else ()
-    channels = shape[layer.axis] if -ranks[0] <= layer.axis < ranks[0] else 1
+    channels = shape[layer.axis] if -len(shape) <= layer.axis < len(shape) else 1
     wanted = channels
     for i in range(1, 1 + len(layer.parameters)):
         known = _int.from_address(shapes[i] or 0).value if ranks[i] == 1 else 0
@@ -76,7 +76,7 @@ def _infer_type(count: int, type_list: int, state: int) -> None:
     its = {name: types[i] for i, name in enumerate(layer.parameters, 1)}
     its.update({name: types[inputs + 2 + i] for i, name in enumerate(layer.states[:2])})
     parameters = {name: ((2,), _TYPES[code]) for name, code in its.items() if code >= 0}
-    raise MXNetError(layer.objection((2,) * (layer.rank or 2), _TYPES[types[0]], False, 2, parameters))
+    raise MXNetError(layer.objection((2,) * (layer.rank or 2 + layer.within), _TYPES[types[0]], False, 2, parameters))
 
 
 def _forward(count: int, handles: int, tags: int, requests: int, train: int, state: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class Layer:
         rank: of the input; None for any >= 2.
         parameters: which of gamma and beta the layer has; the spec says whether they count (BN-04).
         init: how gamma and beta begin: ``multibn.identity``.
+        within: whether the input, and so axis and rank, has an axis more, in front, of length 1 (``in_graph``).
     """
 
     spec: BatchNormSpec
@@ -33,10 +35,16 @@ class Layer:
     rank: int | None
     parameters: tuple[str, ...]
     init: Init = "standard"
+    within: bool = False
+
+    def in_graph(self) -> Layer:
+        """The same layer for an operator whose input has an axis more, in front."""
+        axis, rank = self.axis + (self.axis >= 0), None if self.rank is None else self.rank + 1
+        return replace(self, axis=axis, rank=rank, within=True)
 
     def attribute(self) -> str:
         """The layer as JSON."""
-        return json.dumps({**self.__dict__, "spec": self.spec.to_dict()})
+        return json.dumps({field.name: getattr(self, field.name) for field in fields(self)} | {"spec": self.spec.to_dict()})
 
     @classmethod
     def parse(cls, text: str) -> Layer:
@@ -45,6 +53,13 @@ class Layer:
         values["spec"] = BatchNormSpec.from_dict(values["spec"])
         values["parameters"] = tuple(values["parameters"])
         return cls(**values)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.attribute())
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -55,8 +70,10 @@ class Layer:
         self, shape: tuple[int, ...], dtype: str, training: bool, channels: int, parameters: dict[str, Any] | None = None
     ) -> str | None:
         """What is wrong with an input of the layer, or None; see ``multibn.layer.objection``."""
+        more = self.within
         problem = objection(
-            shape, dtype, num_features=channels, ranks=None if self.rank is None else (self.rank,), channel_axis=self.axis,
+            shape[more:], dtype, num_features=channels, ranks=None if self.rank is None else (self.rank - more,),
+            channel_axis=self.axis - (more and self.axis >= 0),
             needs_batch=self.spec.uses_batch(training), parameters=parameters,
         )  # fmt: skip
         return None if problem is None else problem.message
@@ -69,5 +86,10 @@ class Layer:
 
 def type_name(array: Any) -> str:
     """The type of an NDArray by NumPy's name; MXNet writes bfloat16 as a structure."""
-    dtype = np.dtype(array.dtype)
+    return _name(array.dtype)
+
+
+@cache
+def _name(kind: Any) -> str:
+    dtype = np.dtype(kind)
     return dtype.names[0] if dtype.names else dtype.name

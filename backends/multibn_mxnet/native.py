@@ -1,31 +1,37 @@
-"""The Custom operator's callbacks for small CPU input, compiled: no Python, so no GIL, between MXNet and the kernel.
+"""MXNet's callbacks for small CPU input, compiled: no Python, so no GIL, between MXNet and the kernel.
 
-MXNet calls an operator's callbacks through C function pointers (``CustomOpPropCallbacks`` and ``CustomOpCallbacks`` of its
-``c_api.h``), from its own threads. Pointers are taken as integers here. What is rare, or large enough not to mind, goes to
-``callbacks.py``: every error, types other than float32, input worth threads, channel counts beyond the table.
+These are the Custom operator's, and the backward of ``direct.py``. MXNet calls an operator's callbacks through C function
+pointers (``CustomOpPropCallbacks`` and ``CustomOpCallbacks`` of its ``c_api.h``), from its own threads. Pointers are taken as
+integers here. What is rare, or large enough not to mind, goes to ``callbacks.py``: every error, types other than float32, input
+worth threads, channel counts beyond the table.
 """
 
-# mypy: disable-error-code="attr-defined, import-untyped, no-any-return, call-arg, call-overload"
+# mypy: disable-error-code="attr-defined, import-untyped, no-any-return, call-arg, call-overload, no-untyped-call"
 # Numba's decorators change what their functions take and return.
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+from contextlib import suppress
+from pkgutil import get_data
 from typing import Any
 
 import llvmlite.binding
 import numpy as np
 from mxnet.base import _LIB
-from numba import carray, cfunc, types
+from numba import carray, types
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 
-from multibn.compiled import compiled
+from multibn import compiled as kernel_compiled
 from multibn.kernel import SERIAL
 from multibn.loops import backward_serial, forward_serial, pointer
 
 CONFIG = np.dtype(
     [(name, np.int64) for name in ("arguments", "outputs", "states", "dependencies")]  # where the answers to the lists are
     + [("operator", np.int64, 3), ("python_operator", np.int64, 3)]  # an MXCallbackList each
-    + [(name, np.int64) for name in ("dependency_count", "inputs", "gamma", "beta", "scale", "center", "axis", "rank")]
+    + [(name, np.int64) for name in ("dependency_count", "inputs", "gamma", "beta", "scale", "center", "axis", "rank", "within")]
     + [
         (name, np.int64)
         for name in ("unbiased", "normalize_with_batch", "update", "average", "saved_shapes", "saved_shapes_count")
@@ -34,6 +40,24 @@ CONFIG = np.dtype(
 )
 """A layer's configuration, at the address that MXNet hands the callbacks as their state. ``gamma`` and ``beta`` are places among
 the inputs, 0 if there is none; ``rank`` is 0 where any will do; ``average`` says that momentum is None."""
+
+
+class Record(ctypes.Structure):
+    """What a call of ``direct.py`` keeps for its backward begins with this; then come ``saved`` and a copy of gamma.
+
+    First the MXCallbackList that MXNet is handed; ``at`` is twice the record's own address, the state of both callbacks.
+    ``configuration`` is the address of a CONFIG, ``x`` a handle.
+    """
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("count", "functions", "contexts")),
+        ("at", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64) for name in ("configuration", "n", "channels", "s", "x")),
+    )
+
+
+RECORD = np.dtype(Record)
+RECORD_SIZE = ctypes.sizeof(Record)
 
 _ADDRESS = types.intp
 
@@ -44,6 +68,7 @@ _RUN = types.int32(types.int32, _ADDRESS, _ADDRESS, _ADDRESS, types.int32, _ADDR
 _get_data = types.ExternalFunction("MXNDArrayGetData", types.int32(_ADDRESS, _ADDRESS))
 _get_shape = types.ExternalFunction("MXNDArrayGetShapeEx", types.int32(_ADDRESS, _ADDRESS, _ADDRESS))
 _get_type = types.ExternalFunction("MXNDArrayGetDType", types.int32(_ADDRESS, _ADDRESS))
+_release = types.ExternalFunction("free", types.void(_ADDRESS))
 _free = types.ExternalFunction("MXNDArrayFree", types.int32(_ADDRESS))
 _python_shape = types.ExternalFunction("multibn_mxnet_infer_shape", _SHAPE)
 _python_type = types.ExternalFunction("multibn_mxnet_infer_type", _TYPE)
@@ -60,6 +85,25 @@ def link(callbacks: dict[str, int]) -> None:
         llvmlite.binding.add_symbol(name, ctypes.cast(getattr(_LIB, name), ctypes.c_void_p).value)
     for name, address in callbacks.items():
         llvmlite.binding.add_symbol("multibn_mxnet_" + name, address)
+
+
+_SOURCES = hashlib.sha256(
+    kernel_compiled._SOURCES.encode()
+    + b"".join(get_data(*file) or b"" for file in ((__package__, "native.py"), ("multibn", "kernel.py")))
+).hexdigest()
+"""Numba compiles anew when a function's own file has changed. Its code also holds what it calls, and the constants, of these."""
+
+
+def _stamp(function: Any) -> Any:
+    with suppress(AttributeError):  # no cache
+        cache = function._cache._cache_file
+        cache._source_stamp = (cache._source_stamp, _SOURCES)
+    return function
+
+
+def compiled(function: Any) -> Any:
+    """``multibn.compiled.compiled`` for the functions of this file."""
+    return _stamp(kernel_compiled.compiled(function))
 
 
 # Compiled, so that coverage cannot see the lines run.
@@ -104,13 +148,14 @@ def _vector(handles: Any, place: int, channels: int, absent: float, slot: Any) -
 
 
 @compiled
-def _saved(handle: int, channels: int, row: int, slot: Any) -> Any:  # pragma: no cover
-    """Rows 0 and 1 of ``saved``, or rows 2 and 3, of which 3 is not there."""
-    return carray(pointer(_address(handle, slot) + 8 * row * channels), (2, channels), np.float64)
+def _rows(address: int, channels: int) -> Any:  # pragma: no cover
+    """``saved`` at an address."""
+    return carray(pointer(address), (3, channels), np.float64)
 
 
 @compiled
-def _normalize(config: Any, handles: Any, keep: bool, train: bool, shape: Any, slot: Any) -> None:  # pragma: no cover
+def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, slot: Any) -> None:  # pragma: no cover
+    """The forward; handles are in the operator's order, that of ``saved`` is not looked at."""
     inputs, channels = config.inputs, shape[1]
     x, y = _view(handles[0], shape, slot), _view(handles[inputs], shape, slot)
     gamma = _vector(handles, config.gamma if config.scale else 0, channels, 1.0, slot)
@@ -123,22 +168,23 @@ def _normalize(config: Any, handles: Any, keep: bool, train: bool, shape: Any, s
         batches = carray(pointer(_address(handles[inputs + 4], slot)), (1,), np.int64)
         old = batches[0] / (batches[0] + 1)
         batches[0] += 1
-    saved = _saved(handles[inputs + 1], channels, 0, slot) if keep else np.empty((2, channels))
-    forward_serial(x, y, gamma, beta, mean, var, saved, config.eps, old, config.unbiased != 0, use_batch, update)
-    if keep:
-        _saved(handles[inputs + 1], channels, 2, slot)[0] = 1.0 if use_batch else 0.0
+    forward_serial(x, y, gamma, beta, mean, var, saved[:2], config.eps, old, config.unbiased != 0, use_batch, update)
+    saved[2] = 1.0 if use_batch else 0.0
 
 
 @compiled
-def _differentiate(config: Any, handles: Any, requests: Any, shape: Any, slot: Any) -> None:  # pragma: no cover
-    inputs, channels = config.inputs, shape[1]
-    dy, x = _view(handles[0], shape, slot), _view(handles[2], shape, slot)
-    gamma = _vector(handles, 2 + config.gamma if config.gamma and config.scale else 0, channels, 1.0, slot)
-    saved, through = _saved(handles[inputs + 3], channels, 0, slot), _saved(handles[inputs + 3], channels, 2, slot)[0, 0] != 0
-    gradients = handles[inputs + 4 :]
-    dx = np.empty(shape, np.float32) if requests[0] == NULL else _view(gradients[0], shape, slot)
+def _differentiate(
+    config: Any, dy: int, x: int, gamma: Any, saved: Any, gradients: Any, requests: Any, shape: Any, slot: Any
+) -> None:  # pragma: no cover
+    """The backward; dy, x and gradients are handles, the latter of x and then of the parameters."""
+    channels = shape[1]
+    into = requests[0] != NULL and requests[0] != ADD
+    dx = _view(gradients[0], shape, slot) if into else np.empty(shape, np.float32)
     dgamma, dbeta = np.empty(channels, np.float32), np.empty(channels, np.float32)
-    backward_serial(x, dy, dx, gamma, saved, dgamma, dbeta, through)
+    backward_serial(_view(x, shape, slot), _view(dy, shape, slot), dx, gamma, saved[:2], dgamma, dbeta, saved[2, 0] != 0)
+    if requests[0] == ADD:
+        total = _view(gradients[0], shape, slot)
+        total += dx
     for place, counts, gradient in ((config.gamma, config.scale, dgamma), (config.beta, config.center, dbeta)):
         if place > 0 and requests[place] != NULL:
             out = _view(gradients[place], (channels,), slot)
@@ -156,7 +202,9 @@ def _forward(count: int, handle_list: int, tags: int, request_list: int, train: 
     kind, m = np.int32(slot[0]), shape[0] * shape[2]
     if kind != FLOAT32 or m < 2 or m * shape[1] >= SERIAL or requests[0] in (NULL, ADD):
         return _python_forward(count, handle_list, tags, request_list, train, state)
-    _normalize(config, handles, requests[1] != NULL, train != 0, shape, slot)
+    keep = requests[1] != NULL
+    saved = _rows(_address(handles[config.inputs + 1], slot), shape[1]) if keep else np.empty((3, shape[1]))
+    _normalize(config, handles, saved, train != 0, shape, slot)
     for handle in handles:
         _free(handle)
     return 1
@@ -170,11 +218,53 @@ def _backward(count: int, handle_list: int, tags: int, request_list: int, train:
     slot[:] = 0
     _get_type(handles[2], slot.ctypes.data)
     kind, m = np.int32(slot[0]), shape[0] * shape[2]
-    if kind != FLOAT32 or m == 0 or m * shape[1] >= SERIAL or requests[0] == ADD:
+    if kind != FLOAT32 or m == 0 or m * shape[1] >= SERIAL:
         return _python_backward(count, handle_list, tags, request_list, train, state)
-    _differentiate(config, handles, requests, shape, slot)
+    inputs, channels = config.inputs, shape[1]
+    gamma = _vector(handles, 2 + config.gamma if config.gamma and config.scale else 0, channels, 1.0, slot)
+    saved = _rows(_address(handles[inputs + 3], slot), channels)
+    _differentiate(config, handles[0], handles[2], gamma, saved, handles[inputs + 4 :], requests, shape, slot)
     for handle in handles:
         _free(handle)
+    return 1
+
+
+@compiled
+def _record(at: int) -> Any:  # pragma: no cover
+    return carray(pointer(at), 1, RECORD)[0]
+
+
+@compiled
+def _gamma(at: int, channels: int) -> Any:  # pragma: no cover
+    """The copy of gamma behind a record and its ``saved``."""
+    return carray(pointer(at + RECORD_SIZE + 24 * channels), channels, np.float32)
+
+
+def _call_forward(handle_list: int, train: int, at: int) -> None:  # pragma: no cover
+    record, slot = _record(at), np.zeros(2, np.int64)
+    config, channels = _config(record.configuration), record.channels
+    handles = carray(pointer(handle_list), config.inputs + (5 if config.average else 4), np.int64)
+    _gamma(at, channels)[:] = _vector(handles, config.gamma if config.scale else 0, channels, 1.0, slot)
+    _normalize(config, handles, _rows(at + RECORD_SIZE, channels), train != 0, (record.n, channels, record.s), slot)
+
+
+def _call_backward(
+    outputs: int, inputs: int, handle_list: int, request_list: int, train: int, at: int
+) -> int:  # pragma: no cover
+    record, slot = _record(at), np.zeros(2, np.int64)
+    config, channels = _config(record.configuration), record.channels
+    handles = carray(pointer(handle_list), outputs + inputs, np.int64)
+    requests = carray(pointer(request_list), inputs, np.int32)
+    gamma, saved, shape = _gamma(at, channels), _rows(at + RECORD_SIZE, channels), (record.n, channels, record.s)
+    _differentiate(config, handles[0], record.x, gamma, saved, handles[1:], requests, shape, slot)
+    for handle in handles:
+        _free(handle)
+    return 1
+
+
+def _call_end(at: int) -> int:  # pragma: no cover
+    _free(_record(at).x)
+    _release(at)
     return 1
 
 
@@ -184,7 +274,7 @@ def _infer_shape(count: int, rank_list: int, shape_list: int, state: int) -> int
     shapes = carray(pointer(shape_list), count, np.int64)
     rank, inputs = ranks[0], config.inputs
     axis = config.axis + rank if config.axis < 0 else config.axis
-    if rank < 2 or not 0 <= axis < rank or (config.rank and rank != config.rank):
+    if rank < 2 + config.within or not config.within <= axis < rank or (config.rank and rank != config.rank):
         return _python_shape(count, rank_list, shape_list, state)
     channels = carray(pointer(shapes[0]), rank, np.int32)[axis]
     if not 0 < channels < config.saved_shapes_count:
@@ -275,8 +365,19 @@ def compile_callbacks() -> tuple[list[Any], list[Any]]:
     return [_callback(*each) for each in description], [_callback(*each) for each in operator]
 
 
+def compile_calls() -> tuple[Any, Any, Any]:
+    """The compiled forward, backward and end of a call of ``direct.py``."""
+    backward = types.int32(types.int32, types.int32, _ADDRESS, _ADDRESS, types.int32, _ADDRESS)
+    return (
+        _callback(types.void(_ADDRESS, types.int32, _ADDRESS), _call_forward), _callback(backward, _call_backward),
+        _callback(types.int32(_ADDRESS), _call_end),
+    )  # fmt: skip
+
+
 def _callback(signature: Any, function: Any) -> Any:
-    try:
-        return cfunc(signature, nopython=True, cache=True)(function)
-    except RuntimeError:  # Numba found no directory that it may write
-        return cfunc(signature, nopython=True)(function)
+    """The function compiled for C, kept on disk where there is a place for it."""
+    made = CFunc(function, normalize_signature(signature), {}, {"nopython": True})
+    with suppress(RuntimeError):  # Numba found no directory that it may write
+        made.enable_caching()
+    _stamp(made).compile()
+    return made

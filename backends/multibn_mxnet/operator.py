@@ -39,8 +39,8 @@ class _Operator:
 
         self._kept: list[Any] = []
         self._config = np.zeros((), native.CONFIG)
-        self._address = self._config.ctypes.data
-        layers[self._address] = layer
+        self.address = self._config.ctypes.data
+        layers[self.address] = layer
         spec, inputs = layer.spec, 1 + len(layer.parameters)
         place = {name: 1 + i for i, name in enumerate(layer.parameters)}
         dependencies = [0, 2, inputs + 3] + [2 + place[name] for name in layer.parameters if name == "gamma" and spec.scale]
@@ -61,6 +61,7 @@ class _Operator:
             "center": spec.center,
             "axis": layer.axis,
             "rank": layer.rank or 0,
+            "within": layer.within,
             "unbiased": spec.moving_variance == "unbiased",
             "normalize_with_batch": spec.normalize_with == "batch",
             "update": spec.update_statistics,
@@ -84,7 +85,7 @@ class _Operator:
     def _list(self, callbacks: list[int]) -> list[int]:
         """An MXCallbackList: how many, the functions, and what each is handed as its state."""
         many = _pointer * len(callbacks)
-        return [len(callbacks), self._keep(many(*callbacks)), self._keep(many(*[self._address] * len(callbacks)))]
+        return [len(callbacks), self._keep(many(*callbacks)), self._keep(many(*[self.address] * len(callbacks)))]
 
 
 @cache
@@ -104,21 +105,40 @@ def _callbacks() -> tuple[list[int], list[int], list[int]]:
 
 
 @cache
+def calls() -> tuple[Any, Any, Any]:
+    """The compiled forward, backward and end of a call of ``direct.py``."""
+    from . import native
+
+    _callbacks()
+    return native.compile_calls()
+
+
+@cache
 def _saved_shapes() -> Any:
     """The shape (3, C) at row C."""
     return np.array([np.full(_SHAPES, 3), np.arange(_SHAPES)], np.int32).T.copy()
 
 
-_compiled: list[Any] = []  # kept, for MXNet has their addresses
-_by_text: dict[bytes, _Operator] = {}
+_compiled: list[Any] = []  # kept, for MXNet has the addresses
+_by_attribute: dict[str, _Operator] = {}
+
+
+def configuration(attribute: str) -> int:
+    """Where the configuration of the layer is that an attribute describes: the state of its callbacks."""
+    return _operator(attribute).address
+
+
+def _operator(attribute: str) -> _Operator:
+    operator = _by_attribute.get(attribute)
+    if operator is None:
+        operator = _by_attribute.setdefault(attribute, _Operator(Layer.parse(attribute)))
+    return operator
 
 
 def _create(_: bytes, count: int, keys: Any, values: Any, out: int) -> None:
     ctypes.memmove(out, _nothing.ctypes.data, _nothing.nbytes)  # where we fail, MXNet deletes what it finds there
     text = next(values[i] for i in range(count) if keys[i] == b"layer")
-    operator = _by_text.get(text)
-    if operator is None:
-        operator = _by_text.setdefault(text, _Operator(Layer.parse(text.decode())))
+    operator = _operator(text.decode())
     ctypes.memmove(out, operator.description.ctypes.data, operator.description.nbytes)
 
 
