@@ -585,67 +585,6 @@ def test_a_gradient_that_is_added_to_that_of_a_convolution(way: str) -> None:
             np.testing.assert_allclose(ours, its, rtol=0, atol=1e-5 * np.abs(its).max())
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("side", [8, 40])
-def test_between_convolutions_whose_memory_has_a_layout_of_its_own(side: int, way: str) -> None:
-    # MXNet frees what it makes of such memory for a Custom operator too early, which shows now and then.
-    x, dy, weight = random(8, 16, side, side), random(8, 16, side, side, seed=100), random(16, 16, 3, 3, seed=7) - np.float32(1)
-    convolve = {"num_filter": 16, "kernel": (3, 3), "pad": (1, 1), "no_bias": True}
-    before = mx.nd.Convolution(array(x), array(weight), **convolve)
-    head = array(np.zeros_like(x))
-    head.attach_grad()
-    with mx.autograd.record():
-        last = mx.nd.Convolution(head, array(weight), **convolve)
-    last.backward(array(dy))
-    ones, zeros = np.ones(16, "f"), np.zeros(16, "f")
-    done = reference.forward(before.asnumpy(), ones, zeros, zeros, ones, BatchNormSpec(), True)
-    gradients = reference.backward(head.grad.asnumpy(), done.saved)
-    for _ in range(10):
-        net = mx.gluon.nn.HybridSequential()
-        block = multibn_mxnet.GluonBatchNorm(in_channels=16)
-        first, second = (mx.gluon.nn.Conv2D(16, 3, padding=1, in_channels=16, use_bias=False) for _ in range(2))
-        net.add(first, block, second)
-        net.initialize()
-        for convolution in (first, second):
-            convolution.weight.set_data(array(weight))
-        if (options := WAYS[way]) is not None:
-            net.hybridize(**options)
-        train(net, x, dy)
-        same(gradient(block, "gamma"), gradients.dgamma)
-        same(gradient(block, "beta"), gradients.dbeta)
-        same(block.running_var.data().asnumpy(), done.moving_var)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_gradient_that_is_added_to_that_of_a_convolution(way: str) -> None:
-    class Fork(mx.gluon.HybridBlock):  # type: ignore[misc,name-defined]
-        def __init__(self, block: Any) -> None:
-            super().__init__()
-            with self.name_scope():
-                self.head, self.left, self.right = (
-                    mx.gluon.nn.Conv2D(16, 3, padding=1, in_channels=16, use_bias=False) for _ in range(3)
-                )
-            self.block = block
-
-        def hybrid_forward(self, F: Any, x: Any) -> Any:
-            x = self.head(x)
-            return self.left(x) + self.block(x) + self.right(x)
-
-    def run(block: Any, way: str) -> tuple[Array, Array]:
-        net = Fork(block)
-        net.initialize()
-        for seed, parameter in enumerate(net.collect_params(".*weight").values()):
-            parameter.set_data(array(random(*parameter.shape, seed=seed)))
-        if (options := WAYS[way]) is not None:
-            net.hybridize(**options)
-        return train(net, random(4, 16, 20, 20), random(4, 16, 20, 20, seed=100) - np.float32(1))
-
-    expected = run(multibn_mxnet.BatchNorm(16, 4, implementation="framework"), "imperative")
-    for _ in range(3):
-        for ours, its in zip(run(multibn_mxnet.GluonBatchNorm(in_channels=16), way), expected, strict=True):
-            np.testing.assert_allclose(ours, its, rtol=0, atol=1e-5 * np.abs(its).max())
-
-
 def test_text() -> None:
     spec = BatchNormSpec(eps=1e-12, scale=False)
     assert repr(multibn_mxnet.BatchNorm(3, 4, spec)) == "BatchNorm(3, 4, eps=1e-12, momentum=0.9, scale=False)"

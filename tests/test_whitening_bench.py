@@ -93,7 +93,7 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = CliRunner().invoke(app, ["bench", "--whitening", "--framework", "mxnet"])
     assert (wrong.exit_code, wrong.stderr) == (
         2,
-        "multibn: --whitening is measured in torch and draws no picture. Leave --framework and --picture out.\n",
+        "multibn: --whitening is measured in torch and draws no picture. Leave --framework, --model and --picture out.\n",
     )
 
 

@@ -81,7 +81,7 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         direct = _direct()
         directly = direct.takes(layer, x)
         if self._active and not (directly and self._cached_graph):  # that of ``export`` is made at the first call
-            return super().forward(x)
+            return self._begun(super().forward(x))
         context = x.context
         try:
             arrays = [parameter.data(context) for parameter in parameters]
@@ -91,9 +91,15 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
                 parameter._finish_deferred_init()
             arrays = [parameter.data(context) for parameter in parameters]
         if not directly:
-            return self._normalize(mx.nd, x, arrays)
+            return self._begun(self._normalize(mx.nd, x, arrays))
         y = direct.normalize(layer, self._attribute, x, arrays)
         return _relu(y) if self.fuse_relu else y
+
+    def _begun(self, y: Any) -> Any:
+        """y, there already where gamma and beta may have been set beside it, which MXNet does not wait for when they are read."""
+        if self.init == "identity" and autograd.is_training():
+            y.wait_to_read()
+        return y
 
     def hybrid_forward(self, F: Any, x: Any, **parameters: Any) -> Any:
         """The same as a part of a graph."""
