@@ -28,7 +28,7 @@ SERIAL = 1 << 15
 def run_forward(
     x: Array, y: Array, gamma: Array, beta: Array, moving_mean: Array, moving_var: Array, saved: Array,
     eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, threads: int | None = None,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Normalise x into y; fill saved; update the moving statistics in place.
 
     Args:
@@ -39,14 +39,16 @@ def run_forward(
         use_batch: normalise with the batch statistics, else with the moving ones as they were before.
         update: update the moving statistics with those of the batch.
         threads: at most so many; None for ``threads.limit()``.
+
+    Returns:
+        How many channels' moving statistics were left as they were (BN-11).
     """
     if x.size == 0:  # BN-12
-        return
+        return 0
     if x.dtype.char not in _ready:
         prepare(x.dtype)
     if x.size < SERIAL:
-        forward_serial(x, y, gamma, beta, moving_mean, moving_var, saved, eps, old, unbiased, use_batch, update)
-        return
+        return int(forward_serial(x, y, gamma, beta, moving_mean, moving_var, saved, eps, old, unbiased, use_batch, update))
     threads = pool.limit() if threads is None else pool.within(threads)
     plan = plan_of(x.shape)
     channels, groups, tasks = plan.channels, plan.groups, plan.groups * plan.blocks
@@ -55,12 +57,12 @@ def run_forward(
         eps, old, unbiased, use_batch, update,
     )  # fmt: skip
     if groups >= _PIECES * threads or threads == 1:
-        _share(forward_stage, 0, groups, rest, threads)
-        return
+        return _share(forward_stage, 0, groups, rest, threads)
     if use_batch or update:
         _share(forward_stage, 1, tasks, rest, threads)
-    forward_stage(2, 0, channels, *rest)
+    left = int(forward_stage(2, 0, channels, *rest))
     _share(forward_stage, 3, tasks, rest, threads)
+    return left
 
 
 def run_backward(
@@ -101,11 +103,12 @@ _PIECES = 2
 """Pieces of work for each thread, so that one that starts late does less."""
 
 
-def _share(function: Any, stage: int, count: int, rest: tuple[Any, ...], threads: int) -> None:
+def _share(function: Any, stage: int, count: int, rest: tuple[Any, ...], threads: int) -> int:
+    """The sum of what the pieces return, None counting for nothing."""
     if threads == 1:
-        function(stage, 0, count, *rest)
-    else:
-        pool.run(lambda first, last: function(stage, first, last, *rest), pool.split(count, _PIECES * threads), threads)
+        return function(stage, 0, count, *rest) or 0
+    pieces = pool.split(count, _PIECES * threads)
+    return sum(each or 0 for each in pool.run(lambda first, last: function(stage, first, last, *rest), pieces, threads))
 
 
 _ready: set[str] = set()

@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compiled import compiled, inner, load, store
-from .spec import BLOCK, LANES, PIVOT
+from .spec import BLOCK, JOINED, LANES, PIVOT
 
 # One scratch array per call holds five vectors of LANES values at constant distances: the compiler sees that they do not overlap.
 _PAD = 24
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
 def plan_of(shape: tuple[int, int, int]) -> Plan:
     """The plan for an array of this shape."""
     n, channels, s = shape
-    joined = min(max(1, LANES // (channels * s)), n)
+    joined = max(1, min(LANES // (channels * s), n // JOINED))
     rows = math.ceil(n / joined)
     pieces = math.ceil(s / LANES)
     together = max(1, LANES // s)
@@ -412,8 +412,12 @@ def _batch_statistics(plan: Plan, m: int, sums: Any, saved: Any, first: int, las
 def _statistics(
     plan: Plan, m: int, sums: Any, saved: Any, moving_mean: Any, moving_var: Any, eps: float, old: float,
     unbiased: bool, use_batch: bool, update: bool, first: int, last: int,
-) -> None:  # fmt: skip
-    """saved: the mean and 1/sqrt(var+eps) that normalise; the moving statistics are updated in place (BN-05, BN-06, BN-11)."""
+) -> int:  # fmt: skip
+    """saved: the mean and 1/sqrt(var+eps) that normalise; the moving statistics are updated in place (BN-05, BN-06, BN-11).
+
+    Returns how many channels' moving statistics were left as they were.
+    """
+    left = 0
     if use_batch or update:
         _batch_statistics(plan, m, sums, saved, first, last)
     for c in range(first, last):
@@ -425,10 +429,12 @@ def _statistics(
             moving_var[c] = estimate if old == 0 else old * var + (1 - old) * estimate
             if not (np.isfinite(moving_mean[c]) and np.isfinite(moving_var[c])):
                 moving_mean[c], moving_var[c] = kept
+                left += 1
         if use_batch:
             mean, var = saved[0, c], saved[1, c]
         saved[0, c] = mean
         saved[1, c] = 1.0 / np.sqrt(var + eps) if np.isfinite(var) else np.nan
+    return left
 
 
 @inner
@@ -449,15 +455,19 @@ def _gradients(m: int, sums: Any, saved: Any, gamma: Any, dgamma: Any, dbeta: An
 def forward_stage(
     stage: int, first: int, last: int, x: Any, y: Any, gamma: Any, beta: Any, moving_mean: Any, moving_var: Any, saved: Any,
     sums: Any, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
-) -> None:  # fmt: skip
-    """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last."""
+) -> int:  # fmt: skip
+    """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last.
+
+    Returns how many channels' moving statistics were left as they were (BN-11).
+    """
+    left = 0
     plan = plan_of(x.shape)
     flat, out = x.reshape(x.size), y.reshape(x.size)
     lanes = np.empty(5 * (LANES + _PAD))
     if stage == 1:
         _describe_blocks(plan, flat, sums, first, last, lanes)
     elif stage == 2:
-        _statistics(
+        left = _statistics(
             plan, x.size // x.shape[1], sums, saved, moving_mean, moving_var, eps, old, unbiased, use_batch, update, first, last
         )
     elif stage == 3:
@@ -468,10 +478,11 @@ def forward_stage(
             c, c_end = _channels(plan, group)
             if use_batch or update:
                 _describe_blocks(plan, flat, sums, begin, end, lanes)
-            _statistics(
+            left += _statistics(
                 plan, x.size // x.shape[1], sums, saved, moving_mean, moving_var, eps, old, unbiased, use_batch, update, c, c_end
             )
             _normalise_blocks(plan, flat, out, gamma, beta, saved, begin, end, lanes)
+    return left
 
 
 @compiled
@@ -502,11 +513,11 @@ def backward_stage(
 def forward_serial(
     x: Any, y: Any, gamma: Any, beta: Any, moving_mean: Any, moving_var: Any, saved: Any,
     eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
-) -> None:  # fmt: skip
-    """The forward of ``run_forward`` on the caller's thread."""
+) -> int:  # fmt: skip
+    """The forward of ``run_forward`` on the caller's thread; returns the same."""
     plan = plan_of(x.shape)
     sums = np.empty((3, plan.blocks, plan.channels))
-    forward_stage(
+    return forward_stage(
         0, 0, plan.groups, x, y, gamma, beta, moving_mean, moving_var, saved, sums, eps, old, unbiased, use_batch, update
     )
 
@@ -535,11 +546,16 @@ def pointer(_: Any, address: Any) -> Any:  # pragma: no cover - runs in the comp
 @compiled
 def forward_at(
     like: Any, parameter: Any, shape: Any, x: int, y: int, gamma: int, beta: int, moving_mean: int, moving_var: int, saved: int,
-    eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
-) -> None:  # fmt: skip  # pragma: no cover - needs addresses, which only compiled code can follow
-    """``forward_serial`` on addresses; like and parameter are any arrays of the types of x and gamma, shape is (N, C, S)."""
+    batches: int, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
+) -> int:  # fmt: skip  # pragma: no cover - needs addresses, which only compiled code can follow
+    """``forward_serial`` on addresses; like and parameter are any arrays of the types of x and gamma, shape is (N, C, S).
+
+    batches is where an int64 counts the updates, 0 for nowhere.
+    """
     channels = shape[1]
-    forward_serial(
+    if update and batches != 0:
+        carray(pointer(batches), 1, np.int64)[0] += 1
+    return forward_serial(
         carray(pointer(x), shape, like.dtype), carray(pointer(y), shape, like.dtype),
         carray(pointer(gamma), channels, parameter.dtype), carray(pointer(beta), channels, parameter.dtype),
         carray(pointer(moving_mean), channels, parameter.dtype), carray(pointer(moving_var), channels, parameter.dtype),

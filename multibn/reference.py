@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .layer import Array, objection
-from .spec import BLOCK, LANES, PIVOT, BatchNormSpec
+from .spec import BLOCK, JOINED, LANES, PIVOT, BatchNormSpec
 
 
 class Saved(NamedTuple):
@@ -180,7 +180,7 @@ def ordered_sum(values: Array) -> Array:
 def _blocks(values: Array) -> Array:
     """(N, C, S) as (blocks, chunks of a block, C, joined samples, width), with zeros where the last ones are not full."""
     n, channels, s = values.shape
-    joined = min(max(1, LANES // (channels * s)), n)
+    joined = max(1, min(LANES // (channels * s), n // JOINED))
     pieces = math.ceil(s / LANES)
     width = math.ceil(s / pieces)
     rows = _padded(_padded(values, 2, width), 0, joined).reshape(-1, joined, channels, pieces, width)

@@ -18,6 +18,9 @@ LANES: Final = 2048
 BLOCK: Final = 64
 """BN-15: this many chunks are added, position by position and in order, before the positions are folded in halves."""
 
+JOINED: Final = 8
+"""BN-15: joined samples are at most one in so many of the batch, for lanes that are used once cost more than they save."""
+
 PIVOT: Final = 4
 """BN-15: the mean of so many chunks, the first of a block, is what the deviations of the block are taken from."""
 
@@ -58,9 +61,10 @@ CLAUSES: Final[Mapping[str, str]] = {
     "BN-15": (
         "Reproducible: on CPU the same input gives the same bits in NumPy, PyTorch and MXNet, for every number of threads, in "
         "every run, and on every IEEE-754 machine. The order of summation is therefore part of the specification: samples of "
-        f"C*S <= {LANES // 2} values are joined, {LANES}//(C*S) at a time; each row of S values lies in ceil(S/{LANES}) chunks "
-        f"of equal length (the last may be shorter); {BLOCK} chunks at a time are added position by position, the joined samples "
-        "folded in halves, then the positions, then the sums of these blocks. Deviations are taken from the mean of the first "
+        f"C*S <= {LANES // 2} values are joined, {LANES}//(C*S) or N//{JOINED} at a time, whichever is less; each row of S "
+        f"values lies in ceil(S/{LANES}) chunks of equal length (the last may be shorter); {BLOCK} chunks at a time are added "
+        "position by position, the joined samples folded in halves, then the positions, then the sums of these blocks. Deviations "
+        "are taken from the mean of the first "
         f"{PIVOT} chunks of their block, and moved to the mean of all when the blocks are put together. float64, no fast-math, "
         "no contraction."
     ),

@@ -40,19 +40,21 @@ def _at_most(variable: str, count: int) -> int:
     return min(count, int(value)) if value.isdigit() and int(value) > 0 else count
 
 
-def run(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]], threads: int) -> None:
-    """Call ``function(*piece)`` for every piece, on the caller's thread and up to ``threads - 1`` others."""
+def run(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]], threads: int) -> list[Any]:
+    """Call ``function(*piece)`` for every piece, on the caller's thread and up to ``threads - 1`` others.
+
+    Returns:
+        What it returned, in any order.
+    """
     waiting = iter(pieces)  # next() on it is atomic under the GIL
-    done: SimpleQueue[BaseException | None] = SimpleQueue()
+    done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
     def help_out(_: object = None) -> None:
         for piece in waiting:
             try:
-                function(*piece)
+                done.put((function(*piece), None))
             except BaseException as error:
-                done.put(error)
-            else:
-                done.put(None)
+                done.put((None, error))
 
     threads = min(threads, len(pieces))
     if threads > 1 and (parallel := _openmp()) is not None:
@@ -62,9 +64,11 @@ def run(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]], threads
         for _ in range(threads - 1):
             _queue.put(help_out)
     help_out()  # a helper that comes too late finds nothing left, and nobody waits for it
-    errors = [error for _ in pieces if (error := done.get()) is not None]
-    if errors:
-        raise errors[0]
+    results = [done.get() for _ in pieces]
+    for _, error in results:
+        if error is not None:
+            raise error
+    return [result for result, _ in results]
 
 
 def split(count: int, parts: int) -> list[tuple[int, int]]:

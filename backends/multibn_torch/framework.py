@@ -77,7 +77,7 @@ def _of_batch(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _copied(moving: Moving) -> tuple[Tensor, Tensor]:
     """The moving statistics that normalise: backward needs them as they are now, whatever is done to them until then."""
-    mean, var, _ = moving
+    mean, var = moving.mean, moving.var
     assert mean is not None
     assert var is not None
     return mean.clone(), var.clone()

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from multibn.layer import PARAMETER_TYPE, Array
 from multibn.memory import LENT, take
 
-from . import formulas
+from . import formulas, poison
 from .formulas import How, Moving
 
 _CPU = torch.device("cpu")  # named, since there may be another default
@@ -26,18 +26,21 @@ ALONE = 8
 first and comes too late, as measured on the 7x7 stages of a DenseNet-121."""
 
 
-def by_kernel(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
+def by_kernel(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, layer: poison.Named | None = None
+) -> Tensor:
     """y, on CPU tensors, without copying them; the moving statistics are updated in place (BN-05).
 
-    Bits as BN-15 fixes them, accuracy as BN-16 says.
+    Bits as BN-15 fixes them, accuracy as BN-16 says. The layer is named where the batch is poisoned.
     """
     y: Tensor
+    refused: list[Tensor] = []
     if torch.is_grad_enabled():
-        y = _Kernel.apply(x, gamma, beta, moving, how)  # type: ignore[no-untyped-call]
+        y = _Kernel.apply(x, gamma, beta, moving, how, refused)  # type: ignore[no-untyped-call]
     else:
-        y, _ = kernel_forward(x, gamma, beta, moving, how)
-    if how.update:
-        moving.batches.add_(1)  # type: ignore[union-attr]  # here, since within ``apply`` it takes four times as long
+        y, _ = kernel_forward(x, gamma, beta, moving, how, refused)
+    if refused and layer is not None:
+        poison.tell(layer, x)
     return y
 
 
@@ -58,8 +61,10 @@ def recomputed() -> bool:
 
 class _Kernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
-        y, ctx.statistics = kernel_forward(x, gamma, beta, moving, how)
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor]
+    ) -> Tensor:
+        y, ctx.statistics = kernel_forward(x, gamma, beta, moving, how, refused)
         ctx.save_for_backward(x, gamma)
         ctx.how, ctx.has_beta = how, beta is not None
         return y
@@ -72,18 +77,23 @@ class _Kernel(torch.autograd.Function):
         else:
             gradients = kernel_backward(dy, x, gamma, ctx.statistics, ctx.how.use_batch)
         dx, dgamma, dbeta = gradients
-        return dx, None if gamma is None else dgamma, dbeta if ctx.has_beta else None, None, None
+        return dx, None if gamma is None else dgamma, dbeta if ctx.has_beta else None, None, None, None
 
 
-def kernel_forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> tuple[Tensor, Tensor]:
-    """y and, for ``kernel_backward``, the statistics that normalised; the caller counts the batch."""
+def kernel_forward(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """y and, for ``kernel_backward``, the statistics that normalised.
+
+    x is put into ``refused`` where the moving statistics of a channel do not take it in (BN-11).
+    """
     kernel = _kernel()
     eps, old, unbiased, use_batch, update = how
     mean, var, batches = moving
     if old is None:
         n = int(batches)  # type: ignore[arg-type]
         old = n / (n + 1)
-    statistics = torch.empty((2, x.shape[1]), dtype=torch.float64, device=_CPU)
+    statistics = torch.from_numpy(np.empty((2, x.shape[1])))  # half the time of torch.empty
     x = dense(x)
     y = output_like(x)
     size = x.numel()
@@ -92,20 +102,26 @@ def kernel_forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving:
     if 0 < size < ALONE * kernel.SERIAL:
         like, parameter, one, zero = _kind(x.dtype, x.shape[1])
         none = zero.data_ptr()
-        kernel.forward_at(
+        left = kernel.forward_at(
             like, parameter, _shape(x), x.data_ptr(), y.data_ptr(),
             one.data_ptr() if gamma is None else gamma.data_ptr(), none if beta is None else beta.data_ptr(),
             none if whole_mean is None else whole_mean.data_ptr(), none if whole_var is None else whole_var.data_ptr(),
-            statistics.data_ptr(), eps, old, unbiased, use_batch, update,
+            statistics.data_ptr(), 0 if batches is None else batches.data_ptr(), eps, old, unbiased, use_batch, update,
         )  # fmt: skip
     else:
         parameters = _arrays(x, gamma, beta, whole_mean, whole_var)
         threads = torch.get_num_threads()
-        kernel.run_forward(_rows(x), _rows(y), *parameters, statistics.numpy(), eps, old, unbiased, use_batch, update, threads)
+        left = kernel.run_forward(
+            _rows(x), _rows(y), *parameters, statistics.numpy(), eps, old, unbiased, use_batch, update, threads
+        )
+        if update and size:
+            batches.add_(1)  # type: ignore[union-attr]
     if update:
         for given, whole in ((mean, whole_mean), (var, whole_var)):
             if given is not whole:
                 given.copy_(whole)  # type: ignore[union-attr, arg-type]
+    if left and refused is not None:
+        refused.append(x)
     return y, statistics
 
 
@@ -119,11 +135,10 @@ def kernel_backward(
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     size, channels = x.numel(), x.shape[1]
-    dgamma = torch.empty(channels, dtype=PARAMETER[x.dtype], device=_CPU)
-    dbeta = torch.empty_like(dgamma)
+    like, parameter, one, _ = _kind(x.dtype, channels)
+    dgamma, dbeta = torch.from_numpy(np.empty(channels, parameter.dtype)), torch.from_numpy(np.empty(channels, parameter.dtype))
     gamma = _whole(gamma)
     if 0 < size < ALONE * kernel.SERIAL:
-        like, parameter, one, _ = _kind(x.dtype, channels)
         kernel.backward_at(
             like, parameter, _shape(x), x.data_ptr(), dy.data_ptr(), dx.data_ptr(),
             one.data_ptr() if gamma is None else gamma.data_ptr(), statistics.data_ptr(),

@@ -18,7 +18,6 @@ from multibn.spec import BatchNormSpec
 from .begin import begin
 from .formulas import How, Moving
 from .function import PARAMETER
-from .poison import watch
 from .switches import Switches
 from .ways import normalise
 
@@ -120,10 +119,7 @@ class Layer(Switches, _BatchNorm):
         on_kernel = on_cpu if self.implementation == "auto" else self.implementation == "kernel"
         how = How(self.eps, self._old() if update else 0.0, self.moving_variance == "unbiased", use_batch, update)
         moving = Moving(mean, var, buffers["num_batches_tracked"])
-        y = normalise(input, weight, bias, moving, how, on_kernel, mask)
-        if update:
-            watch(self, input, y, mask)
-        return y
+        return normalise(input, weight, bias, moving, how, on_kernel, mask, self)
 
     def extra_repr(self) -> str:
         """PyTorch's text, and what differs from PyTorch."""

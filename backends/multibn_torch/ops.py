@@ -48,8 +48,6 @@ def _forward(
     happens = update and values.numel() > 0 and not recomputed()
     how = How(eps, weight_of_old, unbiased, use_batch, happens)
     y, statistics = kernel_forward(values, gamma, beta, news if update else Moving(moving_mean, moving_var, batches), how)
-    if happens:
-        news.batches.add_(1)  # type: ignore[union-attr]
     return y if mask is None else unpack(y, mask, x), statistics, *news
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import formulas, masked
+from . import formulas, masked, poison
 from .formulas import How, Moving
 from .framework import by_framework, by_operators
 from .function import PARAMETER, by_kernel, recomputed, transformed
@@ -17,11 +17,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def normalise(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool, mask: Tensor | None = None
-) -> Tensor:
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
+    mask: Tensor | None = None, layer: poison.Named | None = None,
+) -> Tensor:  # fmt: skip
     """y; the moving statistics are updated in place, once for each forward that is not a checkpoint's second one (BN-05)."""
     if mask is not None:
-        return _masked(x, gamma, beta, moving, how, on_kernel, mask)
+        return _masked(x, gamma, beta, moving, how, on_kernel, mask, layer)
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return (by_operator if on_kernel and not _exported() else by_operators)(x, gamma, beta, moving, how)
     if how.update and recomputed():
@@ -35,15 +36,21 @@ def normalise(
             raise RuntimeError(
                 f"implementation='kernel' computes on cpu, got input on {x.device}. Move the input, or use 'auto'."
             )
-        return (by_operator if looked_at else by_kernel)(x, gamma, beta, moving, how)
-    return (by_operators if looked_at else by_framework)(x, gamma, beta, moving, how)
+        return by_operator(x, gamma, beta, moving, how) if looked_at else by_kernel(x, gamma, beta, moving, how, layer)
+    if looked_at:
+        return by_operators(x, gamma, beta, moving, how)
+    y = by_framework(x, gamma, beta, moving, how)
+    if how.update and layer is not None:
+        poison.watch(layer, x, y if how.use_batch else None)
+    return y
 
 
 def _masked(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool, mask: Tensor
-) -> Tensor:
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool, mask: Tensor,
+    layer: poison.Named | None,
+) -> Tensor:  # fmt: skip
     masked.check(mask, x)
-    function = partial(normalise, gamma=gamma, beta=beta, moving=moving, on_kernel=on_kernel)
+    function = partial(normalise, gamma=gamma, beta=beta, moving=moving, on_kernel=on_kernel, layer=layer)
     if not (how.use_batch or how.update):
         return masked.each_alone(x, mask, partial(function, how=how))
     if torch.compiler.is_compiling() and on_kernel and not _exported():  # how many values count is not known yet
