@@ -63,8 +63,8 @@ CLAUSES: Final[Mapping[str, str]] = {
         "every run, and on every IEEE-754 machine. The order of summation is therefore part of the specification: samples of "
         f"C*S <= {LANES // 2} values are joined, {LANES}//(C*S) or N//{JOINED} at a time, whichever is less; each row of S "
         f"values lies in ceil(S/{LANES}) chunks of equal length (the last may be shorter); {BLOCK} chunks at a time are added "
-        "position by position, the joined samples folded in halves, then the positions, then the sums of these blocks. Deviations "
-        "are taken from the mean of the first "
+        "position by position, the joined samples folded in halves, then the positions, then the sums of these blocks. "
+        "Deviations are taken from the mean of the first "
         f"{PIVOT} chunks of their block, and moved to the mean of all when the blocks are put together. float64, no fast-math, "
         "no contraction."
     ),
