@@ -9,12 +9,17 @@ atlas: .venv/ready
 	$(PY) -m multibn_conformance.atlas
 
 test: .venv/ready lint
-	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered
+	$(PY) -m pytest -n auto --cov --cov-report=term-missing:skip-covered
 
 docs/report.png: .venv/ready  # the picture in the README; needs chromium
 	mkdir -p build
 	.venv/bin/multibn conform --html build/report.html
 	$(PY) docs/screenshot.py build/report.html
+
+docs/article.png: .venv/ready  # another; trains networks for some minutes
+	mkdir -p build
+	.venv/bin/multibn article --out build/article.html
+	$(PY) docs/article_screenshot.py build/article.html
 
 lint: .venv/ready
 	.venv/bin/ruff check .
