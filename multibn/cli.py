@@ -72,7 +72,7 @@ def conform(
         publish.check(files)
         others = [name for name, given in (("--case", case), ("--clause", clause), ("--quick", quick)) if given]
         check_tier(random, others, self_test, subject is not None)
-        case, clause, whitening_cases = whitening.split(case or (), clause or ())
+        case, clause, whitening_cases = whitening.split(case or (), clause or (), quick or random is not None)
         only_whitening = bool(whitening_cases and others and not (case or clause or quick))
         if only_whitening and (subject or own or any(files.values())):
             raise WrongCall("whitening is judged in the backends, and told on the terminal alone. Choose cases of BatchNorm.")

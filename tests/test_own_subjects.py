@@ -38,7 +38,7 @@ FRAMEWORKS = {
     "torch_nn": {"torch"},
     "gluon_nn": {"mxnet"},
     "mxnet_op": {"mxnet"},
-    "keras3": {"keras", "jax", "tensorflow", "torch"},
+    "keras3": {"keras", "jax", "tensorflow", "torch", "h5py"},
     "keras2": {"tensorflow", "tf_keras"},
     "tf_fused": {"tensorflow"},
     "flax_nnx": {"jax", "flax"},

@@ -145,6 +145,7 @@ def test_vmap_takes_each_sample_as_a_batch(implementation: Any) -> None:
     torch.testing.assert_close(gradients["bias"], 2 * layer(x[0]))
 
 
+@pytest.mark.filterwarnings("ignore::multibn.layer.PoisonedBatch")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_vmap_trains_many_layers_at_once(momentum: Any, implementation: Any) -> None:

@@ -77,6 +77,7 @@ def judged() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # 1e30 as float16 is inf: garbage too
+@pytest.mark.filterwarnings("ignore::multibn.layer.PoisonedBatch")
 @pytest.mark.parametrize("case", list(judged()))
 def test_values_among_padding_are_judged_like_all_others(case: Any) -> None:
     judgement = judge_maker(Padded, case, "torch/masked", "exact")

@@ -56,9 +56,14 @@ def chosen_by(config: pytest.Config) -> tuple[list[Candidate], list[Absent], lis
     from .whitening.run import split
 
     backends, devices, ids, clauses = (config.getoption(name) for name in OPTIONS)
-    cases, of, whitening = split(ids, clauses)
+    cases, of, whitening = split(ids, clauses, other_tier(config))
     none = (ids or clauses) and whitening and not (cases or of)
     return *candidates(backends, devices), [] if none else chosen_cases(CASES, cases, of, config.getoption("--quick"))
+
+
+def other_tier(config: pytest.Config) -> bool:
+    """Whether the quick or the random tier runs, not the fixed cases."""
+    return bool(config.getoption("--quick") or config.getoption("--random"))
 
 
 def seeds_by(config: pytest.Config) -> range:

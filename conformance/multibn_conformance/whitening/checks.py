@@ -9,7 +9,7 @@ import pytest
 if find_spec("mpmath") is None:
     pytest.skip("the oracle needs mpmath: pip install 'multibn[conformance]'", allow_module_level=True)
 
-from multibn_conformance.plugin import OPTIONS
+from multibn_conformance.plugin import OPTIONS, other_tier
 from multibn_conformance.subjects import Candidate, candidates
 from multibn_conformance.whitening.case import WhiteningCase
 from multibn_conformance.whitening.judge import judge
@@ -20,7 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Subjects that whiten, and cases, as the options choose them."""
     backends, devices, ids, clauses = (metafunc.config.getoption(name) for name in OPTIONS)
     able = [each for each in candidates(backends, devices)[0] if each.backend.whitening is not None]
-    cases = split(ids, clauses)[2]
+    cases = split(ids, clauses, other_tier(metafunc.config))[2]
     checks = [pytest.param(each, case, id=f"{each.name}-{case.id}".replace("/", "-")) for each in able for case in cases]
     none = pytest.param(None, None, id="none", marks=pytest.mark.skip(reason="no case of whitening was chosen"))
     metafunc.parametrize(("candidate", "case"), checks or [none])

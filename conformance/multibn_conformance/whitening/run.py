@@ -21,15 +21,20 @@ from .cases import CASES
 from .judge import judge
 
 
-def split(ids: Sequence[str], clauses: Sequence[str]) -> tuple[list[str], list[str], list[WhiteningCase]]:
+def split(
+    ids: Sequence[str], clauses: Sequence[str], other_tier: bool = False
+) -> tuple[list[str], list[str], list[WhiteningCase]]:
     """The case ids and clauses that are BatchNorm's, and whitening's cases: those that were chosen, all if nothing is.
+
+    Args:
+        other_tier: whether the quick or the random tier runs, in which whitening has no cases of its own.
 
     Raises:
         WrongCall: an unknown case or clause of whitening.
     """
     its_ids, its_clauses = ([name for name in names if name.startswith("WH")] for names in (ids, clauses))
     others = [name for name in ids if name not in its_ids], [name for name in clauses if name not in its_clauses]
-    if (ids or clauses) and not (its_ids or its_clauses):
+    if (ids or clauses or other_tier) and not (its_ids or its_clauses):
         return *others, []
     of = chosen("clause", its_clauses, list(CLAUSES))
     return *others, [CASES[each] for each in chosen("case", its_ids, list(CASES)) if CASES[each].clause in of]
