@@ -268,7 +268,7 @@ class _GluonNormalization(_Normalization):
             normalize_with="moving" if its["use_global_stats"] else "batch",
             update_statistics=not its["use_global_stats"],
         )
-        init = getattr(self, "init", "standard")  # ``swap`` asks for Gluon's own blocks
+        init: identity.Init = getattr(self, "init", "standard")  # ``swap`` asks for Gluon's own blocks
         return Layer(spec, "auto", its["axis"], None, ("gamma", "beta"), init)
 
 
