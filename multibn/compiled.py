@@ -11,8 +11,13 @@ from pkgutil import get_data
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
-from numba.extending import overload
+from numba.core import cgutils
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
+from numba.extending import intrinsic, overload
+from numba.np import arrayobj
 
 
 def compiled(function: Any) -> Any:
@@ -25,21 +30,106 @@ def inner(function: Any) -> Any:
     return _compile(function, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
 
 
+def inlined(function: Any) -> Any:
+    """For a function that one other calls: compiled as a part of it, not once more alone."""
+    return _compile(function, {"inline": "always"})
+
+
 def _compile(function: Any, options: dict[str, Any]) -> Any:
     try:
         dispatcher = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
     except RuntimeError:  # Numba found no directory that it may write
         return njit(nogil=True, error_model="numpy", **options)(function)
+    return stamp(dispatcher, SOURCES)
+
+
+def c_function(signature: Any, function: Any, sources: str) -> Any:
+    """The function compiled for C to call (``address``), kept on disk like those of ``compiled``; sources: see ``stamp``."""
+    made = CFunc(function, normalize_signature(signature), {}, {"nopython": True, "error_model": "numpy"})
+    with suppress(RuntimeError):  # Numba found no directory that it may write
+        made.enable_caching()
+    stamp(made, sources).compile()
+    return made
+
+
+def stamp(function: Any, sources: str) -> Any:
+    """Let what is kept of a function on disk be for these sources alone.
+
+    Numba compiles anew when a function's own file has changed. Its code also holds what it calls, and the constants, of others.
+    """
     with suppress(AttributeError):  # no cache where NUMBA_DISABLE_JIT is set, or perhaps another one in a later Numba
-        cache = dispatcher._cache._cache_file
-        cache._source_stamp = (cache._source_stamp, _SOURCES)
-    return dispatcher
+        cache = function._cache._cache_file
+        cache._source_stamp = (cache._source_stamp, sources)
+    return function
 
 
-_SOURCES = hashlib.sha256(
-    b"".join(get_data(__package__, f"{name}.py") or b"" for name in ("compiled", "loops", "spec"))
+SOURCES = hashlib.sha256(
+    b"".join(get_data(__package__, f"{name}.py") or b"" for name in ("calls", "compiled", "loops", "spec"))
 ).hexdigest()
-"""Numba compiles anew when a function's own file has changed. Its code also holds what it calls, and the constants, of these."""
+"""Of the kernel."""
+
+
+# What compiled code does with addresses.
+
+
+@inner
+def keep(arrays: Any) -> None:
+    """Numba frees an array after its last use, which its address is not: this is one, after the address was used."""
+
+
+@intrinsic
+def pointer(_: Any, address: Any) -> Any:  # pragma: no cover - runs in the compiler
+    """An address as a pointer, for ``numba.carray``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.intp), generate
+
+
+@intrinsic
+def part(_: Any, array: Any, start: Any, width: Any) -> Any:  # pragma: no cover - runs in the compiler
+    """``array[start : start + width]`` of a contiguous array of one axis, where that is known to be inside: much less code."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        given = arrayobj.make_array(signature.args[0])(context, builder, arguments[0])
+        made = arrayobj.make_array(signature.return_type)(context, builder)
+        place = builder.gep(given.data, [arguments[1]])
+        arrayobj.populate_array(
+            made, data=place, shape=[arguments[2]], strides=[given.itemsize], itemsize=given.itemsize, meminfo=None
+        )
+        return made._getvalue()
+
+    return array(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def call(_: Any, address: Any, arguments: Any) -> Any:  # pragma: no cover - runs in the compiler
+    """Call the C function at an address with a tuple of integers or addresses."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        word = ir.IntType(64)
+        given = cgutils.unpack_tuple(builder, values[1])
+        function = ir.FunctionType(word, [word] * len(given)).as_pointer()
+        builder.call(builder.inttoptr(values[0], function), given)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), generate
+
+
+@intrinsic
+def fetch_add(_: Any, address: Any, count: Any) -> Any:  # pragma: no cover - runs in the compiler
+    """Add to the int64 at an address, as one step for all threads; returns what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+unsigned = np.uint64
+"""For an index: whether a signed one is negative, compiled code has to look each time."""
 
 
 def load(value: Any) -> Any:

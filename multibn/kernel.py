@@ -11,23 +11,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import threads as pool
+from . import threads
+from .calls import Bodies, Team, bodies
+from .calls import backward_at as backward_at
+from .calls import forward_at as forward_at
 from .layer import PARAMETER_TYPE, Array
-from .loops import backward_at as backward_at
-from .loops import backward_serial as backward_serial
-from .loops import backward_stage, forward_stage, plan_of
-from .loops import forward_at as forward_at
-from .loops import forward_serial as forward_serial
-from .loops import pointer as pointer
 from .spec import BatchNormSpec
 
 SERIAL = 1 << 15
 """Inputs of fewer values than this are done by the caller alone: waking a thread takes longer."""
 
 
+def team(body: int, size: int, asked: int | None = None) -> Team:
+    """The threads that run a body (an address) on input of so many values.
+
+    Args:
+        asked: at most so many threads; None for ``threads.limit()``.
+    """
+    count = 1 if size < SERIAL else threads.limit() if asked is None else threads.within(asked)
+    return body, threads.starters(), count
+
+
 def run_forward(
     x: Array, y: Array, gamma: Array, beta: Array, moving_mean: Array, moving_var: Array, saved: Array,
-    eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, threads: int | None = None,
+    eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
 ) -> int:  # fmt: skip
     """Normalise x into y; fill saved; update the moving statistics in place.
 
@@ -38,37 +45,18 @@ def run_forward(
         old: weight of the old moving statistics.
         use_batch: normalise with the batch statistics, else with the moving ones as they were before.
         update: update the moving statistics with those of the batch.
-        threads: at most so many; None for ``threads.limit()``.
 
     Returns:
         How many channels' moving statistics were left as they were (BN-11).
     """
     if x.size == 0:  # BN-12
         return 0
-    if x.dtype.char not in _ready:
-        prepare(x.dtype)
-    if x.size < SERIAL:
-        return int(forward_serial(x, y, gamma, beta, moving_mean, moving_var, saved, eps, old, unbiased, use_batch, update))
-    threads = pool.limit() if threads is None else pool.within(threads)
-    plan = plan_of(x.shape)
-    channels, groups, tasks = plan.channels, plan.groups, plan.groups * plan.blocks
-    rest = (
-        x, y, gamma, beta, moving_mean, moving_var, saved, np.empty((3, plan.blocks, channels)),
-        eps, old, unbiased, use_batch, update,
-    )  # fmt: skip
-    if groups >= _PIECES * threads or threads == 1:
-        return _share(forward_stage, 0, groups, rest, threads)
-    if use_batch or update:
-        _share(forward_stage, 1, tasks, rest, threads)
-    left = int(forward_stage(2, 0, channels, *rest))
-    _share(forward_stage, 3, tasks, rest, threads)
-    return left
+    places = (a.ctypes.data for a in (x, y, gamma, beta, moving_mean, moving_var, saved))
+    body = prepare(x.dtype).forward.address
+    return int(forward_at(team(body, x.size), x.shape, *places, 0, eps, old, unbiased, use_batch, update))
 
 
-def run_backward(
-    x: Array, dy: Array, dx: Array, gamma: Array, saved: Array, dgamma: Array, dbeta: Array, through: bool,
-    threads: int | None = None,
-) -> None:  # fmt: skip
+def run_backward(x: Array, dy: Array, dx: Array, gamma: Array, saved: Array, dgamma: Array, dbeta: Array, through: bool) -> None:
     """Fill dx, dgamma and dbeta.
 
     Args:
@@ -80,38 +68,11 @@ def run_backward(
     if x.size == 0:
         dgamma[:] = dbeta[:] = 0
         return
-    if x.dtype.char not in _ready:
-        prepare(x.dtype)
-    if x.size < SERIAL:
-        backward_serial(x, dy, dx, gamma, saved, dgamma, dbeta, through)
-        return
-    threads = pool.limit() if threads is None else pool.within(threads)
-    plan = plan_of(x.shape)
-    channels, groups, tasks = plan.channels, plan.groups, plan.groups * plan.blocks
-    rest = (
-        x, dy, dx, gamma, saved, dgamma, dbeta, np.empty((2, plan.blocks, channels)), np.empty((3, channels)), through,
-    )  # fmt: skip
-    if groups >= _PIECES * threads or threads == 1:
-        _share(backward_stage, 0, groups, rest, threads)
-        return
-    _share(backward_stage, 1, tasks, rest, threads)
-    backward_stage(2, 0, channels, *rest)
-    _share(backward_stage, 3, tasks, rest, threads)
+    body = prepare(x.dtype).backward.address
+    backward_at(team(body, x.size), x.shape, *(a.ctypes.data for a in (x, dy, dx, gamma, saved, dgamma, dbeta)), through)
 
 
-_PIECES = 2
-"""Pieces of work for each thread, so that one that starts late does less."""
-
-
-def _share(function: Any, stage: int, count: int, rest: tuple[Any, ...], threads: int) -> int:
-    """The sum of what the pieces return, None counting for nothing."""
-    if threads == 1:
-        return function(stage, 0, count, *rest) or 0
-    pieces = pool.split(count, _PIECES * threads)
-    return sum(each or 0 for each in pool.run(lambda first, last: function(stage, first, last, *rest), pieces, threads))
-
-
-_ready: set[str] = set()
+_ready: dict[Any, Bodies] = {}
 _preparing = threading.Lock()
 
 
@@ -125,27 +86,25 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def prepare(dtype: Any) -> None:
+def prepare(kind: Any) -> Bodies:
     """Compile the kernel for a type of input, or load it from disk; says so on stderr when that takes over a second."""
-    dtype = np.dtype(dtype)
+    kind = np.dtype(kind)
+    if kind in _ready:
+        return _ready[kind]
     with _preparing:
-        if dtype.char in _ready:
-            return
-        notice = threading.Timer(1.0, _say_compiling, [dtype.name])
-        notice.start()
-        try:
-            x, saved = np.zeros((2, 1, 1), dtype), np.empty((2, 1))
-            a, b, c, d = np.zeros((4, 1), np.float64 if dtype == np.float64 else np.float32)
-            forward_serial(x, x.copy(), a, b, c, d, saved, 1.0, 0.5, False, True, True)
-            backward_serial(x, x, x.copy(), a, saved, b, c, True)
-        finally:
-            notice.cancel()
-        _ready.add(dtype.char)
+        if kind not in _ready:
+            notice = threading.Timer(1.0, _say_compiling, [kind.name])
+            notice.start()
+            try:
+                _ready[kind] = bodies(kind.name)
+            finally:
+                notice.cancel()
+        return _ready[kind]
 
 
 def _say_compiling(kind: str) -> None:
     kind = {"int16": "float16", "uint16": "bfloat16"}.get(kind, kind)
-    kept = "; later runs find it on disk" if forward_serial.stats.cache_path else ""
+    kept = "; later runs find it on disk" if forward_at.stats.cache_path else ""
     print(f"multibn: compiling the CPU kernel for {kind}{kept}", file=sys.stderr)
 
 

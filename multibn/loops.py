@@ -17,17 +17,18 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from .compiled import compiled, inner, load, store
+from .compiled import compiled, inlined, inner, load, part, store, unsigned
 from .spec import BLOCK, JOINED, LANES, PIVOT
 
 # One scratch array per call holds five vectors of LANES values at constant distances: the compiler sees that they do not overlap.
 _PAD = 24
 """Values between them: at a distance of a power of two they would meet in the same few lines of the cache."""
 _A, _B, _MEAN, _SCALE, _BETA = (i * (LANES + _PAD) for i in range(5))
+
+
+SIDE_BY_SIDE = 8
+"""Channels that are enough to fold them together."""
 
 
 class Plan(NamedTuple):
@@ -100,9 +101,10 @@ def _spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
         for j in range(last - first):
             lanes[j] = values[first + j]
     else:
-        for k in range(last - first):
-            value = values[first + k]
-            for j in range(k * plan.width, (k + 1) * plan.width):
+        width = unsigned(plan.width)
+        for k in range(unsigned(last - first)):
+            value = values[unsigned(first) + k]
+            for j in range(k * width, (k + unsigned(1)) * width):
                 lanes[j] = value
     sample = plan.row // plan.joined
     for j in range(sample, plan.joined * sample):
@@ -110,28 +112,48 @@ def _spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
 
 
 @inner
-def _fold(lanes: Any, start: int, width: int, each: int) -> float:
+def _fold(lanes: Any, first: int, width: int, each: int) -> None:
     """The sum of so many vectors of ``each`` lanes, in the first: the second half is added to the first until one is left."""
-    while width > 1:
-        half = (width + 1) // 2
-        for j in range((width - half) * each):
-            lanes[start + j] += lanes[start + half * each + j]
-        width = half
-    return lanes[start]
+    start, count = unsigned(first), unsigned(width)
+    while count > 1:
+        half = (count + unsigned(1)) // unsigned(2)
+        there = start + half * unsigned(each)
+        for j in range((count - half) * unsigned(each)):
+            lanes[start + j] += lanes[there + j]
+        count = half
 
 
 @inner
 def _fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> None:
-    """The sum of each channel of the group over its lanes, which begin at ``start``."""
+    """The sum of each channel of the group over its lanes, which begin at ``start``; those at _SCALE are spoilt."""
     first, last = _channels(plan, group)
     if plan.joined > 1:
         _fold(lanes, start, plan.joined, plan.row // plan.joined)
-    if plan.width == 1:
+    if plan.width > 1 and last - first >= SIDE_BY_SIDE:
+        _lay_side_by_side(lanes, start, last - first, plan.width)
+        _fold(lanes, _SCALE, (plan.width + 1) // 2, last - first)
+        for j in range(last - first):
+            sums[first + j] = lanes[_SCALE + j]
+    elif plan.width == 1:
         for j in range(last - first):
             sums[first + j] = lanes[start + j]
     else:
         for k in range(last - first):
-            sums[first + k] = _fold(lanes, start + k * plan.width, plan.width, 1)
+            _fold(lanes, start + k * plan.width, plan.width, 1)
+            sums[first + k] = lanes[start + k * plan.width]
+
+
+@inner
+def _lay_side_by_side(lanes: Any, start: int, channels: int, lanes_each: int) -> None:
+    """The first step of folding each channel, to _SCALE, where the channels are neighbours."""
+    begin, out, count, width = unsigned(start), unsigned(_SCALE), unsigned(channels), unsigned(lanes_each)
+    half = (width + unsigned(1)) // unsigned(2)
+    for j in range(width - half):
+        for k in range(count):
+            lanes[out + j * count + k] = lanes[begin + k * width + j] + lanes[begin + k * width + j + half]
+    for j in range(width - half, half):
+        for k in range(count):
+            lanes[out + j * count + k] = lanes[begin + k * width + j]
 
 
 @inner
@@ -250,7 +272,7 @@ def _four(plan: Plan, group: int, chunk: int, end: int) -> tuple[bool, int, int,
     return width == width_j == width_k == width_m, j, k, m
 
 
-@inner
+@inlined
 def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
     """sums: the pivot of each block, the sum of the deviations from it, and of the squares of these."""
     used = _lanes_in_use(plan)
@@ -262,7 +284,7 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
         few = min(begin + PIVOT, end)
         for chunk in range(begin, few):
             i, width = _chunk(plan, group, chunk)
-            _add(flat[i : i + width], lanes)
+            _add(part(flat, i, width), lanes)
         _fold_lanes(lanes, _A, plan, group, sums[0, block])
         first_channel, last_channel = _channels(plan, group)
         count = _count(plan, begin, few)
@@ -277,27 +299,24 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
             i, width = _chunk(plan, group, chunk)
             four, j, k, m = _four(plan, group, chunk, end)
             if four:
-                _deviate4(flat[i : i + width], flat[j : j + width], flat[k : k + width], flat[m : m + width], lanes)
+                _deviate4(part(flat, i, width), part(flat, j, width), part(flat, k, width), part(flat, m, width), lanes)
             else:
-                _deviate(flat[i : i + width], lanes)
+                _deviate(part(flat, i, width), lanes)
             chunk += 4 if four else 1
         _fold_lanes(lanes, _A, plan, group, sums[1, block])
         _fold_lanes(lanes, _B, plan, group, sums[2, block])
 
 
-@inner
+@inlined
 def _normalise_blocks(
-    plan: Plan, flat: Any, y: Any, gamma: Any, beta: Any, saved: Any, first: int, last: int, lanes: Any
+    plan: Plan, flat: Any, y: Any, scale: Any, beta: Any, saved: Any, first: int, last: int, lanes: Any
 ) -> None:
-    used = _lanes_in_use(plan)
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
-        _spread(saved[0], plan, group, lanes[_MEAN:])
-        _spread(gamma, plan, group, lanes[_SCALE:])
-        _spread(saved[1], plan, group, lanes[_A:])
-        for lane in range(used):
-            lanes[_SCALE + lane] *= lanes[_A + lane]
-        _spread(beta, plan, group, lanes[_BETA:])
+        if task == first or block == 0:
+            _spread(saved[0], plan, group, lanes[_MEAN:])
+            _spread(scale, plan, group, lanes[_SCALE:])
+            _spread(beta, plan, group, lanes[_BETA:])
         first_step, last_step = _steps(plan, block)
         for step in range(first_step, last_step):
             row, piece = 4 * (step // plan.pieces), step % plan.pieces
@@ -305,22 +324,23 @@ def _normalise_blocks(
             if row + 3 < plan.rows and plan.groups > 1:
                 j, k, m = i + plan.row, i + 2 * plan.row, i + 3 * plan.row
                 _normalise4(
-                    flat[i : i + w], flat[j : j + w], flat[k : k + w], flat[m : m + w],
-                    y[i : i + w], y[j : j + w], y[k : k + w], y[m : m + w], lanes,
+                    part(flat, i, w), part(flat, j, w), part(flat, k, w), part(flat, m, w),
+                    part(y, i, w), part(y, j, w), part(y, k, w), part(y, m, w), lanes,
                 )  # fmt: skip
             else:
                 for r in range(row, min(row + 4, plan.rows)):
                     i, w = _chunk(plan, group, r * plan.pieces + piece)
-                    _normalise(flat[i : i + w], y[i : i + w], lanes)
+                    _normalise(part(flat, i, w), part(y, i, w), lanes)
 
 
-@inner
+@inlined
 def _correlate_blocks(plan: Plan, flat: Any, dy: Any, saved: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
     """sums[0], sums[1]: of dy, and of dy*(x-mean)."""
     used = _lanes_in_use(plan)
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
-        _spread(saved[0], plan, group, lanes[_MEAN:])
+        if task == first or block == 0:
+            _spread(saved[0], plan, group, lanes[_MEAN:])
         lanes[_A : _A + used] = 0.0
         lanes[_B : _B + used] = 0.0
         chunk, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
@@ -329,27 +349,28 @@ def _correlate_blocks(plan: Plan, flat: Any, dy: Any, saved: Any, sums: Any, fir
             four, j, k, m = _four(plan, group, chunk, end)
             if four:
                 _correlate4(
-                    flat[i : i + w], flat[j : j + w], flat[k : k + w], flat[m : m + w],
-                    dy[i : i + w], dy[j : j + w], dy[k : k + w], dy[m : m + w], lanes,
+                    part(flat, i, w), part(flat, j, w), part(flat, k, w), part(flat, m, w),
+                    part(dy, i, w), part(dy, j, w), part(dy, k, w), part(dy, m, w), lanes,
                 )  # fmt: skip
             else:
-                _correlate(flat[i : i + w], dy[i : i + w], lanes)
+                _correlate(part(flat, i, w), part(dy, i, w), lanes)
             chunk += 4 if four else 1
         _fold_lanes(lanes, _A, plan, group, sums[0, block])
         _fold_lanes(lanes, _B, plan, group, sums[1, block])
 
 
-@inner
+@inlined
 def _propagate_blocks(
     plan: Plan, flat: Any, dy: Any, dx: Any, saved: Any, means: Any, through: bool, first: int, last: int, lanes: Any
 ) -> None:
     """means: what is taken from dy for each channel, what goes with x-mean, and gamma*invstd."""
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
-        _spread(saved[0], plan, group, lanes[_MEAN:])
-        _spread(means[0], plan, group, lanes[_A:])
-        _spread(means[1], plan, group, lanes[_B:])
-        _spread(means[2], plan, group, lanes[_SCALE:])
+        if task == first or block == 0:
+            _spread(saved[0], plan, group, lanes[_MEAN:])
+            _spread(means[0], plan, group, lanes[_A:])
+            _spread(means[1], plan, group, lanes[_B:])
+            _spread(means[2], plan, group, lanes[_SCALE:])
         first_step, last_step = _steps(plan, block)
         for step in range(first_step, last_step):
             row, piece = 4 * (step // plan.pieces), step % plan.pieces
@@ -358,15 +379,15 @@ def _propagate_blocks(
                 for j in range(i, i + 4 * plan.row, 2 * plan.row):
                     k = j + plan.row
                     _propagate2(
-                        flat[j : j + w], flat[k : k + w], dy[j : j + w], dy[k : k + w], dx[j : j + w], dx[k : k + w], lanes
+                        part(flat, j, w), part(flat, k, w), part(dy, j, w), part(dy, k, w), part(dx, j, w), part(dx, k, w), lanes
                     )  # fmt: skip
             else:
                 for r in range(row, min(row + 4, plan.rows)):
                     i, w = _chunk(plan, group, r * plan.pieces + piece)
                     if through:
-                        _propagate(flat[i : i + w], dy[i : i + w], dx[i : i + w], lanes)
+                        _propagate(part(flat, i, w), part(dy, i, w), part(dx, i, w), lanes)
                     else:
-                        _scale(dy[i : i + w], dx[i : i + w], lanes)
+                        _scale(part(dy, i, w), part(dx, i, w), lanes)
 
 
 # Between the passes: what the sums of a channel say.
@@ -410,10 +431,12 @@ def _batch_statistics(plan: Plan, m: int, sums: Any, saved: Any, first: int, las
 
 @inner
 def _statistics(
-    plan: Plan, m: int, sums: Any, saved: Any, moving_mean: Any, moving_var: Any, eps: float, old: float,
+    plan: Plan, m: int, sums: Any, saved: Any, gamma: Any, moving_mean: Any, moving_var: Any, eps: float, old: float,
     unbiased: bool, use_batch: bool, update: bool, first: int, last: int,
 ) -> int:  # fmt: skip
     """saved: the mean and 1/sqrt(var+eps) that normalise; the moving statistics are updated in place (BN-05, BN-06, BN-11).
+
+    The first block's first sums become gamma/sqrt(var+eps).
 
     Returns how many channels' moving statistics were left as they were.
     """
@@ -434,6 +457,7 @@ def _statistics(
             mean, var = saved[0, c], saved[1, c]
         saved[0, c] = mean
         saved[1, c] = 1.0 / np.sqrt(var + eps) if np.isfinite(var) else np.nan
+        sums[0, 0, c] = gamma[c] * saved[1, c]
     return left
 
 
@@ -451,7 +475,16 @@ def _gradients(m: int, sums: Any, saved: Any, gamma: Any, dgamma: Any, dbeta: An
 # are in the cache; the other stages are the passes one by one, for input with too few groups to give each thread some.
 
 
-@compiled
+@inner
+def _tasks(plan: Plan, stage: int, first: int, last: int, i: int) -> tuple[int, int, int, int]:
+    """Tasks and channels of the i-th round of a stage: group by group at stage 0, else all in one."""
+    if stage == 0:
+        begin, end = _channels(plan, first + i)
+        return (first + i) * plan.blocks, (first + i + 1) * plan.blocks, begin, end
+    return first, last, first, last
+
+
+@inlined
 def forward_stage(
     stage: int, first: int, last: int, x: Any, y: Any, gamma: Any, beta: Any, moving_mean: Any, moving_var: Any, saved: Any,
     sums: Any, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
@@ -460,127 +493,36 @@ def forward_stage(
 
     Returns how many channels' moving statistics were left as they were (BN-11).
     """
-    left = 0
-    plan = plan_of(x.shape)
+    plan, m, left = plan_of(x.shape), x.size // x.shape[1], 0
     flat, out = x.reshape(x.size), y.reshape(x.size)
     lanes = np.empty(5 * (LANES + _PAD))
-    if stage == 1:
-        _describe_blocks(plan, flat, sums, first, last, lanes)
-    elif stage == 2:
-        left = _statistics(
-            plan, x.size // x.shape[1], sums, saved, moving_mean, moving_var, eps, old, unbiased, use_batch, update, first, last
-        )
-    elif stage == 3:
-        _normalise_blocks(plan, flat, out, gamma, beta, saved, first, last, lanes)
-    else:
-        for group in range(first, last):
-            begin, end = group * plan.blocks, (group + 1) * plan.blocks
-            c, c_end = _channels(plan, group)
-            if use_batch or update:
-                _describe_blocks(plan, flat, sums, begin, end, lanes)
+    for i in range(last - first if stage == 0 else 1):
+        begin, end, c, c_end = _tasks(plan, stage, first, last, i)
+        if stage <= 1 and (use_batch or update):
+            _describe_blocks(plan, flat, sums, begin, end, lanes)
+        if stage == 0 or stage == 2:
             left += _statistics(
-                plan, x.size // x.shape[1], sums, saved, moving_mean, moving_var, eps, old, unbiased, use_batch, update, c, c_end
+                plan, m, sums, saved, gamma, moving_mean, moving_var, eps, old, unbiased, use_batch, update, c, c_end
             )
-            _normalise_blocks(plan, flat, out, gamma, beta, saved, begin, end, lanes)
+        if stage == 0 or stage == 3:
+            _normalise_blocks(plan, flat, out, sums[0, 0], beta, saved, begin, end, lanes)
     return left
 
 
-@compiled
+@inlined
 def backward_stage(
     stage: int, first: int, last: int, x: Any, dy: Any, dx: Any, gamma: Any, saved: Any, dgamma: Any, dbeta: Any,
     sums: Any, means: Any, through: bool,
 ) -> None:  # fmt: skip
     """One stage of a backward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last."""
-    plan = plan_of(x.shape)
+    plan, m = plan_of(x.shape), x.size // x.shape[1]
     flat, flat_dy, flat_dx = x.reshape(x.size), dy.reshape(x.size), dx.reshape(x.size)
     lanes = np.empty(5 * (LANES + _PAD))
-    if stage == 1:
-        _correlate_blocks(plan, flat, flat_dy, saved, sums, first, last, lanes)
-    elif stage == 2:
-        _gradients(x.size // x.shape[1], sums, saved, gamma, dgamma, dbeta, means, first, last)
-    elif stage == 3:
-        _propagate_blocks(plan, flat, flat_dy, flat_dx, saved, means, through, first, last, lanes)
-    else:
-        for group in range(first, last):
-            begin, end = group * plan.blocks, (group + 1) * plan.blocks
-            c, c_end = _channels(plan, group)
+    for i in range(last - first if stage == 0 else 1):
+        begin, end, c, c_end = _tasks(plan, stage, first, last, i)
+        if stage <= 1:
             _correlate_blocks(plan, flat, flat_dy, saved, sums, begin, end, lanes)
-            _gradients(x.size // x.shape[1], sums, saved, gamma, dgamma, dbeta, means, c, c_end)
+        if stage == 0 or stage == 2:
+            _gradients(m, sums, saved, gamma, dgamma, dbeta, means, c, c_end)
+        if stage == 0 or stage == 3:
             _propagate_blocks(plan, flat, flat_dy, flat_dx, saved, means, through, begin, end, lanes)
-
-
-@compiled
-def forward_serial(
-    x: Any, y: Any, gamma: Any, beta: Any, moving_mean: Any, moving_var: Any, saved: Any,
-    eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
-) -> int:  # fmt: skip
-    """The forward of ``run_forward`` on the caller's thread; returns the same."""
-    plan = plan_of(x.shape)
-    sums = np.empty((3, plan.blocks, plan.channels))
-    return forward_stage(
-        0, 0, plan.groups, x, y, gamma, beta, moving_mean, moving_var, saved, sums, eps, old, unbiased, use_batch, update
-    )
-
-
-@compiled
-def backward_serial(x: Any, dy: Any, dx: Any, gamma: Any, saved: Any, dgamma: Any, dbeta: Any, through: bool) -> None:
-    """The backward of ``run_backward`` on the caller's thread."""
-    plan = plan_of(x.shape)
-    sums, means = np.empty((2, plan.blocks, plan.channels)), np.empty((3, plan.channels))
-    backward_stage(0, 0, plan.groups, x, dy, dx, gamma, saved, dgamma, dbeta, sums, means, through)
-
-
-# Small input by its addresses: making NumPy arrays of a framework's tensors takes longer than the work itself.
-
-
-@intrinsic
-def pointer(_: Any, address: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """An address as a pointer, for ``numba.carray``."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.intp), generate
-
-
-@compiled
-def forward_at(
-    like: Any, parameter: Any, shape: Any, x: int, y: int, gamma: int, beta: int, moving_mean: int, moving_var: int, saved: int,
-    batches: int, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
-) -> int:  # fmt: skip  # pragma: no cover - needs addresses, which only compiled code can follow
-    """``forward_serial`` on addresses; like and parameter are any arrays of the types of x and gamma, shape is (N, C, S).
-
-    batches is where an int64 counts the updates, 0 for nowhere.
-    """
-    channels = shape[1]
-    if update and batches != 0:
-        carray(pointer(batches), 1, np.int64)[0] += 1
-    return forward_serial(
-        carray(pointer(x), shape, like.dtype), carray(pointer(y), shape, like.dtype),
-        carray(pointer(gamma), channels, parameter.dtype), carray(pointer(beta), channels, parameter.dtype),
-        carray(pointer(moving_mean), channels, parameter.dtype), carray(pointer(moving_var), channels, parameter.dtype),
-        carray(pointer(saved), (2, channels), np.float64), eps, old, unbiased, use_batch, update,
-    )  # fmt: skip
-
-
-@compiled
-def backward_at(
-    like: Any,
-    parameter: Any,
-    shape: Any,
-    x: int,
-    dy: int,
-    dx: int,
-    gamma: int,
-    saved: int,
-    dgamma: int,
-    dbeta: int,
-    through: bool,
-) -> None:  # pragma: no cover - needs addresses, which only compiled code can follow
-    """``backward_serial`` on addresses."""
-    channels = shape[1]
-    backward_serial(
-        carray(pointer(x), shape, like.dtype), carray(pointer(dy), shape, like.dtype), carray(pointer(dx), shape, like.dtype),
-        carray(pointer(gamma), channels, parameter.dtype), carray(pointer(saved), (2, channels), np.float64),
-        carray(pointer(dgamma), channels, parameter.dtype), carray(pointer(dbeta), channels, parameter.dtype), through,
-    )  # fmt: skip

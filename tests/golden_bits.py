@@ -30,6 +30,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "fully connected": (300, 3),  # two blocks
     "last group smaller": (4, 200, 2, 3),
     "a row in uneven chunks": (2, 2, 1300),
+    "joined": (100, 3, 2),  # nine times as many short samples as one chunk takes
+    "four samples at a time": (5, 2, 1100),
     "many groups": (2, 17, 31, 67),
     "staged": (70, 3, 19, 37),  # fewer groups than pieces of work, and above kernel.SERIAL
 }
@@ -87,13 +89,13 @@ def main(*dtypes: str) -> None:
     kernel.prepare(dtypes[0])
     seconds = time.monotonic() - start
     bits = golden(KernelSubject, list(dtypes), SHAPES)
-    stats, functions = kernel.forward_serial.stats, (kernel.forward_serial, kernel.backward_serial)
-    loaded = sum(stats.cache_hits.values())
-    code = "" if loaded else "".join(text for function in functions for text in function.inspect_asm().values())
+    bodies, stats = kernel.prepare(dtypes[0]), kernel.forward_at.stats
+    loaded = sum(body.cache_hits for body in bodies)
+    code = "" if loaded else "".join(body._library.get_asm_str() for body in bodies)
     facts = {
         "registers": sorted(set(re.findall(r"\b([xyz]mm)\d", code))),
         "contracted": sorted(set(re.findall(r"\bv?fn?m(?:add|sub)\w*", code))),
-        "compiled": sum(stats.cache_misses.values()),
+        "compiled": len(bodies) - loaded,
         "loaded": loaded,
         "cache": stats.cache_path,
         "seconds": seconds,

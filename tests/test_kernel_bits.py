@@ -11,7 +11,7 @@ import golden_bits as golden
 import numpy as np
 import pytest
 
-from multibn import BLOCK, LANES, BatchNormSpec, kernel, loops, reference, threads
+from multibn import BLOCK, LANES, BatchNormSpec, calls, kernel, loops, reference, threads
 from multibn.layer import PARAMETER_TYPE, Array
 
 KEPT = json.loads(golden.FILE.read_text())
@@ -64,7 +64,7 @@ def test_shapes_of_the_golden_bits_take_every_path() -> None:
     for shape in golden.SHAPES.values():
         rows = kernel.by_channel(np.zeros(shape, np.float32), 1)
         plan = loops.plan_of(rows.shape)
-        how = "serial" if rows.size < kernel.SERIAL else "groups" if plan.groups >= kernel._PIECES * 2 else "staged"
+        how = "serial" if rows.size < kernel.SERIAL else "groups" if plan.groups >= calls.GROUPS * 2 else "staged"
         paths |= {how, f"together {plan.together > 1}", f"blocks {plan.blocks > 1}", f"pieces {plan.chunks > shape[0]}"}
         paths |= {f"last group full {shape[1] % plan.together == 0}"}
     assert paths == {

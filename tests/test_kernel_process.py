@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from typing import Any
 
 import numpy as np
@@ -61,12 +62,12 @@ def busy():
 
 expected, stop = step(layer()), threading.Event()
 other = threading.Thread(target=busy)
-other.start()  # the forks happen while the pool works
+other.start()  # the forks happen while threads work
 for _ in range(3):
     child = os.fork()
     if child == 0:
         same = step(layer()) == step(layer()) == expected
-        os._exit(0 if same and any(worker.is_alive() for worker in threads._workers) else 1)
+        os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 stop.set()
 other.join()
@@ -90,16 +91,17 @@ def test_a_forked_child_works_and_gives_the_same_bits(module: str, more: str) ->
 
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of threads that the pool is asked for from now on."""
-    asked: list[int] = []
-    run = threads.run
+    """How many threads do each call from now on."""
+    counts: list[int] = []
+    team = kernel.team
 
-    def recorded(function: Any, pieces: Any, count: int) -> list[Any]:
-        asked.append(count)
-        return run(function, pieces, count)
+    def recorded(*arguments: Any) -> Any:
+        found = team(*arguments)
+        counts.append(found[2])
+        return found
 
-    monkeypatch.setattr(threads, "run", recorded)
-    return asked
+    monkeypatch.setattr(kernel, "team", recorded)
+    return counts
 
 
 def test_numpy_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +110,7 @@ def test_numpy_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threads, "limit", lambda count=count: count)
         asked.clear()
         step(0)
-        assert set(asked) == ({count} if count > 1 else set())
+        assert asked == [count, count]
 
 
 def test_torch_keeps_to_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,14 +124,12 @@ def test_torch_keeps_to_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.set_num_threads(count)
             asked.clear()
             BatchNorm(3, 4)(torch.ones(LARGE, requires_grad=True)).sum().backward()
-            assert set(asked) == ({count} if count > 1 else set())
+            assert asked == [count, count]
     finally:
         torch.set_num_threads(before)
 
 
 def test_denormals_and_rounding_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the caller's thread and on those of the pool."""
-
     def arithmetic() -> list[float]:
         """Flushing denormals to zero, on either side, and every other rounding mode would change one of these."""
         tiny, third = np.array([2.0**-1074, 2.0**-1060]), np.array([1.0, -1.0]) / 3
@@ -141,45 +141,35 @@ def test_denormals_and_rounding_stay_as_they_were(monkeypatch: pytest.MonkeyPatc
             *(np.float32(2) ** -140 * np.ones(2, np.float32)),
         ]
 
-    found: list[list[float]] = []
     exact = [3 * 2.0**-1074, 3 * 2.0**-1060, 0.0, 2.0**-1061, 1 / 3, -1 / 3, 1.0, -1.0 + 2.0**-53, 2.0**-140, 2.0**-140]
     assert arithmetic() == exact
     monkeypatch.setattr(threads, "limit", lambda: 2)
     step(0)
     step(0, np.float64)
-    threads.run(lambda: found.append(arithmetic()), [()] * 8, 2)
-    assert found == [exact] * 8
     assert arithmetic() == exact
 
 
-def test_denormal_input_and_output_are_not_flushed() -> None:
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("openmp", [False, True])
+def test_denormal_input_and_output_are_not_flushed(count: int, openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By no thread."""
+    monkeypatch.setattr(threads, "limit", lambda: count)
+    without = np.array([0, *threads._starters[1:]])
+    if not openmp:
+        monkeypatch.setattr(threads, "starters", lambda: without.ctypes.data)
     x = np.array([1, 3, 5, 7], np.float32).reshape(4, 1) * np.float32(2.0**-147)  # mean 4, deviations -3, -1, 1, 3
-    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    x = np.repeat(x, 40_000, 1)
+    one, zero = np.ones(40_000, np.float32), np.zeros(40_000, np.float32)
     spec = BatchNormSpec(normalize_with="moving", eps=2.0**-60)
-    var = np.array([1 - 2.0**-24], np.float32)
-    mean = np.array([4 * 2.0**-147], np.float32)
+    var = np.full(40_000, 1 - 2.0**-24, np.float32)
+    mean = np.full(40_000, 4 * 2.0**-147, np.float32)
     y, _ = kernel.forward(x, one, zero, mean, var, spec, False)
-    assert (y.ravel().astype(np.float64) * 2.0**147).tolist() == [-3.0, -1.0, 1.0, 3.0]
-
-
-def slow(seconds: float) -> Any:
-    return lambda *arguments: time.sleep(seconds)
+    assert (y.astype(np.float64) * 2.0**147).T.tolist() == [[-3.0, -1.0, 1.0, 3.0]] * 40_000
 
 
 @pytest.fixture
 def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_ready", set())
-    monkeypatch.setattr(kernel, "backward_serial", slow(0))
-
-
-class Compiler:
-    """Stands in for a compiled function whose first call takes long."""
-
-    def __init__(self, seconds: float, cache_path: str | None) -> None:
-        self.seconds, self.stats = seconds, type("Stats", (), {"cache_path": cache_path})
-
-    def __call__(self, *arguments: Any) -> None:
-        time.sleep(self.seconds)
+    monkeypatch.setattr(kernel, "_ready", {})
 
 
 @pytest.mark.usefixtures("unprepared")
@@ -188,7 +178,8 @@ class Compiler:
 def test_one_line_when_compiling_takes_over_a_second(
     kind: str, name: str, folder: str | None, ending: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernel, "forward_serial", Compiler(1.2, folder))
+    monkeypatch.setattr(kernel, "bodies", lambda kind: time.sleep(1.2))
+    monkeypatch.setattr(kernel.forward_at, "_cache", types.SimpleNamespace(cache_path=folder))
     kernel.prepare(kind)
     kernel.prepare(kind)  # at once: it is ready
     assert capsys.readouterr() == ("", f"multibn: compiling the CPU kernel for {name}{ending}\n")
@@ -196,13 +187,13 @@ def test_one_line_when_compiling_takes_over_a_second(
 
 @pytest.mark.usefixtures("unprepared")
 def test_no_line_when_it_is_quick_or_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(kind: str) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(kernel, "forward_serial", fail)
+    monkeypatch.setattr(kernel, "bodies", fail)
     with pytest.raises(MemoryError):
         kernel.prepare("float32")
-    monkeypatch.setattr(kernel, "forward_serial", Compiler(0, None))
+    monkeypatch.setattr(kernel, "bodies", lambda kind: None)
     kernel.prepare("float32")
     time.sleep(1.2)
     assert capsys.readouterr() == ("", "")

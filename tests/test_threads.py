@@ -1,4 +1,4 @@
-"""The pool: every piece is done, errors reach the caller, several callers and forked children are served, limits are kept to."""
+"""Threads of compiled code: as many as are asked for, OpenMP's or the system's, and limits are kept to."""
 
 from __future__ import annotations
 
@@ -7,95 +7,87 @@ import os
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from multibn import threads
+from multibn import calls, kernel, threads
+from multibn.layer import Array
+
+GROUPS, STAGED = (2, 4096, 64), (70, 3, 37 * 39)
+"""Enough groups to give each thread some, and too few."""
+STAGE = calls.CALL.fields["stage"][1] if calls.CALL.fields else 0
+BODY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
 
 
-@pytest.fixture(params=["our own", "OpenMP's"], autouse=True)
-def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs on each kind of threads."""
-    if request.param == "our own":
-        monkeypatch.setattr(threads, "_openmp", lambda: None)
-    elif threads._openmp() is None:
+@pytest.fixture(params=["the system's", "OpenMP's"])
+def starters(request: pytest.FixtureRequest) -> Array:
+    """The addresses of what starts each kind of threads."""
+    here = np.ctypeslib.as_array((ctypes.c_int64 * len(threads.STARTERS)).from_address(threads.starters())).copy()
+    if request.param == "the system's":
+        here[0] = 0
+    elif here[0] == 0:
         pytest.importorskip("torch", reason="nothing here brings GNU OpenMP")
-        if threads._openmp() is None:
+        here[0] = ctypes.c_int64.from_address(threads.starters()).value
+        if here[0] == 0:
             pytest.skip("PyTorch has not loaded GNU OpenMP")
+    return here
 
 
-def test_every_piece_is_done_once_by_no_more_threads_than_allowed() -> None:
-    done: list[tuple[int, int, int]] = []
-
-    def work(first: int, last: int) -> None:
-        time.sleep(0.001)
-        done.append((first, last, threading.get_ident()))
-
-    pieces = threads.split(100, 16)
-    for count in (1, 2, 3):
-        done.clear()
-        threads.run(work, pieces, count)
-        assert sorted((first, last) for first, last, _ in done) == pieces
-        assert len({who for _, _, who in done}) == count
+def forward(body: int, starters: Array, count: int, shape: tuple[int, int, int], use_batch: bool = True) -> Array:
+    """y, saved and the moving statistics of a forward by a body and so many threads."""
+    x = np.random.default_rng(0).normal(3, 2, shape).astype(np.float32)
+    y, (gamma, beta, mean, var) = np.empty_like(x), np.ones((4, shape[1]), np.float32)
+    saved = np.empty((2, shape[1]))
+    places = (a.ctypes.data for a in (x, y, gamma, beta, mean, var, saved))
+    calls.forward_at((body, starters.ctypes.data, count), shape, *places, 0, 1e-5, 0.9, True, use_batch, use_batch)
+    return np.concatenate([y.ravel(), saved.ravel(), mean, var])
 
 
-def test_caller_waits_for_pieces_that_others_hold() -> None:
-    done = []
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("shape", "use_batch", "stages"), [(GROUPS, True, [0]), (STAGED, True, [1, 2, 3]), (STAGED, False, [2, 3])]
+)
+def test_every_stage_is_run_by_so_many_threads(
+    starters: Array, count: int, shape: tuple[int, int, int], use_batch: bool, stages: list[int]
+) -> None:
+    seen: list[tuple[int, int]] = []
 
-    def work(seconds: float) -> None:
-        time.sleep(seconds)
-        done.append(seconds)
+    def body(address: int) -> int:
+        stage = ctypes.c_int64.from_address(address + STAGE).value
+        seen.append((stage, threading.get_native_id()))
+        time.sleep(0.02)  # so that the others begin before this one could be used again
+        return 0
 
-    threads.run(work, [(0.0,), (0.1,), (0.0,)], 2)
-    assert sorted(done) == [0.0, 0.0, 0.1]
-
-
-@pytest.mark.parametrize(("count", "parts", "expected"), [
-    (0, 4, [(0, 0)]),
-    (1, 4, [(0, 1)]),
-    (7, 3, [(0, 2), (2, 4), (4, 7)]),
-    (8, 2, [(0, 4), (4, 8)]),
-])  # fmt: skip
-def test_split(count: int, parts: int, expected: list[tuple[int, int]]) -> None:
-    assert threads.split(count, parts) == expected
-
-
-@pytest.mark.parametrize("error", [ValueError("no good"), SystemExit(3)])
-@pytest.mark.parametrize("count", [1, 2])
-def test_an_error_is_raised_to_the_caller_and_the_pool_goes_on(error: BaseException, count: int) -> None:
-    done = []
-
-    def work(piece: int) -> None:
-        if piece == 1:
-            raise error
-        done.append(piece)
-
-    with pytest.raises(type(error)) as caught:
-        threads.run(work, [(0,), (1,), (2,), (3,)], count)
-    assert caught.value is error
-    assert sorted(done) == [0, 2, 3]
-    threads.run(done.append, [(5,), (6,)], count)
-    assert sorted(done) == [0, 2, 3, 5, 6]
+    wrapped = BODY(body)
+    forward(ctypes.cast(wrapped, ctypes.c_void_p).value or 0, starters, count, shape, use_batch)
+    expected = [0] if count == 1 else [stage for stage in stages for _ in range(1 if stage == 2 else count)]
+    assert [stage for stage, _ in seen] == expected, "a stage begins when all have done the one before"
+    for stage in stages if count > 1 else [0]:
+        who = [thread for at, thread in seen if at == stage]
+        assert len(set(who)) == len(who)
 
 
-def test_several_callers_at_once() -> None:
-    results: dict[int, list[int]] = {i: [] for i in range(6)}
-
-    def call(i: int) -> None:
-        for _ in range(20):
-            threads.run(results[i].append, [(j,) for j in range(10)], 3)
-
-    callers = [threading.Thread(target=call, args=(i,)) for i in results]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert all(sorted(found) == sorted([*range(10)] * 20) for found in results.values())
+@pytest.mark.parametrize("shape", [GROUPS, STAGED])
+@pytest.mark.parametrize("count", [2, 3, 16])
+def test_threads_give_the_bits_of_one(starters: Array, count: int, shape: tuple[int, int, int]) -> None:
+    body = kernel.prepare(np.float32).forward.address
+    alone, together = forward(body, starters, 1, shape), forward(body, starters, count, shape)
+    assert alone.tobytes() == together.tobytes()
 
 
-def test_a_piece_may_share_out_pieces_of_its_own() -> None:
-    done: list[int] = []
-    threads.run(lambda i: threads.run(done.append, [(i,), (i + 10,)], 2), [(0,), (1,), (2,)], 2)
-    assert sorted(done) == [0, 1, 2, 10, 11, 12]
+def test_one_does_it_all_where_no_thread_can_be_started() -> None:
+    body, nobody = kernel.prepare(np.float32).forward.address, np.zeros(3, np.int64)
+    assert forward(body, nobody, 3, STAGED).tobytes() == forward(body, nobody, 1, STAGED).tobytes()
+
+
+def test_all_channels_left_by_all_threads_are_counted(starters: Array) -> None:
+    """BN-11, across pieces that several threads did."""
+    x = np.full(GROUPS, np.nan, np.float32)
+    y, (gamma, beta, mean, var) = np.empty_like(x), np.ones((4, x.shape[1]), np.float32)
+    saved = np.empty((2, x.shape[1]))
+    places = (a.ctypes.data for a in (x, y, gamma, beta, mean, var, saved))
+    team = (kernel.prepare(np.float32).forward.address, starters.ctypes.data, 3)
+    assert calls.forward_at(team, x.shape, *places, 0, 1e-5, 0.9, True, True, True) == x.shape[1]
 
 
 @pytest.mark.parametrize(("variables", "expected"), [
@@ -122,28 +114,32 @@ def test_limit(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expec
 
 
 def test_a_forked_child_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What os.fork calls in the child, called here: the threads of before are not counted on. test_kernel_process.py forks."""
-    for name in ("_queue", "_growing", "_parallel", "_forked"):
-        monkeypatch.setattr(threads, name, getattr(threads, name))  # to be as they were afterwards
-    threads.run(lambda piece: None, [(0,), (1,)], 2)
-    before = list(threads._workers)
-    threads._forget()
-    assert threads._workers == []
-    done: list[int] = []
-    threads.run(done.append, [(0,), (1,), (2,)], 3)
-    assert sorted(done) == [0, 1, 2]
-    assert len(threads._workers) == 2, "a forked child has threads of its own, not OpenMP's"
-    assert not set(before) & set(threads._workers)
-    threads._workers.clear()  # they wait on this test's queue
+    """What os.fork calls in the child, called here: OpenMP is not counted on. test_kernel_process.py forks."""
+    monkeypatch.setattr(threads, "_openmp", threads._openmp)  # to be as it was afterwards
+    place = ctypes.c_int64.from_address(threads.starters())
+    before = place.value
+    try:
+        threads._forget()
+        assert threads.starters() == ctypes.addressof(place), "compiled code has this address"
+        assert place.value == 0
+    finally:
+        place.value = before
 
 
-@pytest.mark.parametrize("team", ["our own"], indirect=True)
-def test_without_openmp_the_threads_are_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(threads, "_parallel", None)
-
+def test_without_openmp_there_is_no_address_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: object) -> None:
         raise OSError("libgomp.so.1: cannot open shared object file")
 
+    before = threads._starters[0]
+    monkeypatch.setattr(threads, "_openmp", None)
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert threads._openmp() is None
+    try:
+        threads._starters[0] = 0
+        threads.starters()
+        assert threads._starters[0] == 0
+    finally:
+        threads._starters[0] = before
+
+
+def test_a_library_without_the_function_has_no_address_of_it() -> None:
+    assert threads._address(ctypes.CDLL(None), "no_such_function") == 0

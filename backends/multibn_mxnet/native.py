@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from contextlib import suppress
 from pkgutil import get_data
 from typing import Any
 
@@ -21,12 +20,11 @@ import llvmlite.binding
 import numpy as np
 from mxnet.base import _LIB
 from numba import carray, types
-from numba.core.ccallback import CFunc
-from numba.core.sigutils import normalize_signature
 
 from multibn import compiled as kernel_compiled
+from multibn.calls import backward_at, forward_at
+from multibn.compiled import c_function, keep, pointer, stamp
 from multibn.kernel import SERIAL
-from multibn.loops import backward_serial, forward_serial, pointer
 
 CONFIG = np.dtype(
     [(name, np.int64) for name in ("arguments", "outputs", "states", "dependencies")]  # where the answers to the lists are
@@ -37,9 +35,11 @@ CONFIG = np.dtype(
         for name in ("unbiased", "normalize_with_batch", "update", "average", "saved_shapes", "saved_shapes_count")
     ]
     + [("eps", np.float64), ("momentum", np.float64)]
+    + [(name, np.int64) for name in ("starters", "forward", "backward")]
 )
 """A layer's configuration, at the address that MXNet hands the callbacks as their state. ``gamma`` and ``beta`` are places among
-the inputs, 0 if there is none; ``rank`` is 0 where any will do; ``average`` says that momentum is None."""
+the inputs, 0 if there is none; ``rank`` is 0 where any will do; ``average`` says that momentum is None. ``forward`` and
+``backward`` are the addresses of the kernel's bodies for float32."""
 
 
 class Record(ctypes.Structure):
@@ -88,22 +88,14 @@ def link(callbacks: dict[str, int]) -> None:
 
 
 _SOURCES = hashlib.sha256(
-    kernel_compiled._SOURCES.encode()
+    kernel_compiled.SOURCES.encode()
     + b"".join(get_data(*file) or b"" for file in ((__package__, "native.py"), ("multibn", "kernel.py")))
 ).hexdigest()
-"""Numba compiles anew when a function's own file has changed. Its code also holds what it calls, and the constants, of these."""
-
-
-def _stamp(function: Any) -> Any:
-    with suppress(AttributeError):  # no cache
-        cache = function._cache._cache_file
-        cache._source_stamp = (cache._source_stamp, _SOURCES)
-    return function
 
 
 def compiled(function: Any) -> Any:
     """``multibn.compiled.compiled`` for the functions of this file."""
-    return _stamp(kernel_compiled.compiled(function))
+    return stamp(kernel_compiled.compiled(function), _SOURCES)
 
 
 # Compiled, so that coverage cannot see the lines run.
@@ -157,10 +149,10 @@ def _rows(address: int, channels: int) -> Any:  # pragma: no cover
 def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, slot: Any) -> None:  # pragma: no cover
     """The forward; handles are in the operator's order, that of ``saved`` is not looked at."""
     inputs, channels = config.inputs, shape[1]
-    x, y = _view(handles[0], shape, slot), _view(handles[inputs], shape, slot)
+    x, y = _address(handles[0], slot), _address(handles[inputs], slot)
     gamma = _vector(handles, config.gamma if config.scale else 0, channels, 1.0, slot)
     beta = _vector(handles, config.beta if config.center else 0, channels, 0.0, slot)
-    mean, var = _view(handles[inputs + 2], (channels,), slot), _view(handles[inputs + 3], (channels,), slot)
+    mean, var = _address(handles[inputs + 2], slot), _address(handles[inputs + 3], slot)
     use_batch = train and config.normalize_with_batch != 0
     update = train and config.update != 0
     old = config.momentum
@@ -168,7 +160,11 @@ def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, s
         batches = carray(pointer(_address(handles[inputs + 4], slot)), (1,), np.int64)
         old = batches[0] / (batches[0] + 1)
         batches[0] += 1
-    forward_serial(x, y, gamma, beta, mean, var, saved[:2], config.eps, old, config.unbiased != 0, use_batch, update)
+    forward_at(
+        (config.forward, config.starters, 1), shape, x, y, gamma.ctypes.data, beta.ctypes.data, mean, var, saved.ctypes.data, 0,
+        config.eps, old, config.unbiased != 0, use_batch, update,
+    )  # fmt: skip
+    keep((gamma, beta))
     saved[2] = 1.0 if use_batch else 0.0
 
 
@@ -181,7 +177,11 @@ def _differentiate(
     into = requests[0] != NULL and requests[0] != ADD
     dx = _view(gradients[0], shape, slot) if into else np.empty(shape, np.float32)
     dgamma, dbeta = np.empty(channels, np.float32), np.empty(channels, np.float32)
-    backward_serial(_view(x, shape, slot), _view(dy, shape, slot), dx, gamma, saved[:2], dgamma, dbeta, saved[2, 0] != 0)
+    backward_at(
+        (config.backward, config.starters, 1), shape, _address(x, slot), _address(dy, slot), dx.ctypes.data, gamma.ctypes.data,
+        saved.ctypes.data, dgamma.ctypes.data, dbeta.ctypes.data, saved[2, 0] != 0,
+    )  # fmt: skip
+    keep((dx, gamma))
     if requests[0] == ADD:
         total = _view(gradients[0], shape, slot)
         total += dx
@@ -375,9 +375,4 @@ def compile_calls() -> tuple[Any, Any, Any]:
 
 
 def _callback(signature: Any, function: Any) -> Any:
-    """The function compiled for C, kept on disk where there is a place for it."""
-    made = CFunc(function, normalize_signature(signature), {}, {"nopython": True})
-    with suppress(RuntimeError):  # Numba found no directory that it may write
-        made.enable_caching()
-    _stamp(made).compile()
-    return made
+    return c_function(signature, function, _SOURCES)

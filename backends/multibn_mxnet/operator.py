@@ -35,9 +35,12 @@ class _Operator:
     """The configuration of one Layer and its callback lists, as MXNet sees them. They live as long as the process: graphs may."""
 
     def __init__(self, layer: Layer) -> None:
+        from multibn import kernel, threads
+
         from . import native
 
         self._kept: list[Any] = []
+        bodies = kernel.prepare("float32")
         self._config = np.zeros((), native.CONFIG)
         self.address = self._config.ctypes.data
         layers[self.address] = layer
@@ -70,6 +73,9 @@ class _Operator:
             "saved_shapes_count": _SHAPES,
             "eps": spec.eps,
             "momentum": 0 if spec.momentum is None else spec.momentum,
+            "starters": threads.starters(),
+            "forward": bodies.forward.address,
+            "backward": bodies.backward.address,
         }
         for name, value in values.items():
             self._config[name] = value
@@ -91,11 +97,8 @@ class _Operator:
 @cache
 def _callbacks() -> tuple[list[int], list[int], list[int]]:
     """Addresses of the callbacks: of the operator's description, of the operator, and of the operator in Python."""
-    from multibn import kernel
-
     from . import native
 
-    kernel.prepare("float32")  # says so where it takes long
     addresses = {name: ctypes.cast(function, _pointer).value or 0 for name, function in CALLBACKS.items()}
     native.link(addresses)
     compiled = native.compile_callbacks()

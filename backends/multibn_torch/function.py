@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from multibn.layer import PARAMETER_TYPE, Array
+from multibn.layer import PARAMETER_TYPE
 from multibn.memory import LENT, take
 
 from . import formulas, poison
@@ -20,10 +19,6 @@ _CPU = torch.device("cpu")  # named, since there may be another default
 
 PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PARAMETER_TYPE.items()}
 """Type of the input -> type of gamma, beta and the moving statistics (BN-10)."""
-
-ALONE = 8
-"""Times ``kernel.SERIAL``: inputs of fewer values are done by the caller alone. A second thread has to wait for Python's lock
-first and comes too late, as measured on the 7x7 stages of a DenseNet-121."""
 
 
 def by_kernel(
@@ -87,41 +82,31 @@ def kernel_forward(
 
     x is put into ``refused`` where the moving statistics of a channel do not take it in (BN-11).
     """
-    kernel = _kernel()
     eps, old, unbiased, use_batch, update = how
     mean, var, batches = moving
     if old is None:
         n = int(batches)  # type: ignore[arg-type]
         old = n / (n + 1)
-    statistics = torch.from_numpy(np.empty((2, x.shape[1])))  # half the time of torch.empty
+    kind = _kind(x.dtype, x.shape[1])
+    statistics = torch.empty_like(kind.statistics)  # half the time of torch.empty
     x = dense(x)
     y = output_like(x)
-    size = x.numel()
-    gamma, beta = _whole(gamma), _whole(beta)
-    whole_mean, whole_var = _whole(mean), _whole(var)
-    if 0 < size < ALONE * kernel.SERIAL:
-        like, parameter, one, zero = _kind(x.dtype, x.shape[1])
-        none = zero.data_ptr()
-        left = kernel.forward_at(
-            like, parameter, _shape(x), x.data_ptr(), y.data_ptr(),
-            one.data_ptr() if gamma is None else gamma.data_ptr(), none if beta is None else beta.data_ptr(),
-            none if whole_mean is None else whole_mean.data_ptr(), none if whole_var is None else whole_var.data_ptr(),
+    gamma, beta, whole_mean, whole_var = _whole(gamma), _whole(beta), _whole(mean), _whole(var)
+    if size := x.numel():
+        one, zero = kind.one, kind.zero
+        left = kind.kernel.forward_at(
+            kind.kernel.team(kind.forward, size, torch.get_num_threads()), _shape(x, size), x.data_ptr(), y.data_ptr(),
+            one if gamma is None else gamma.data_ptr(), zero if beta is None else beta.data_ptr(),
+            zero if whole_mean is None else whole_mean.data_ptr(), one if whole_var is None else whole_var.data_ptr(),
             statistics.data_ptr(), 0 if batches is None else batches.data_ptr(), eps, old, unbiased, use_batch, update,
         )  # fmt: skip
-    else:
-        parameters = _arrays(x, gamma, beta, whole_mean, whole_var)
-        threads = torch.get_num_threads()
-        left = kernel.run_forward(
-            _rows(x), _rows(y), *parameters, statistics.numpy(), eps, old, unbiased, use_batch, update, threads
-        )
-        if update and size:
-            batches.add_(1)  # type: ignore[union-attr]
+        if left and refused is not None:
+            refused.append(x)
     if update:
-        for given, whole in ((mean, whole_mean), (var, whole_var)):
-            if given is not whole:
-                given.copy_(whole)  # type: ignore[union-attr, arg-type]
-    if left and refused is not None:
-        refused.append(x)
+        if mean is not whole_mean:
+            mean.copy_(whole_mean)  # type: ignore[union-attr, arg-type]
+        if var is not whole_var:
+            var.copy_(whole_var)  # type: ignore[union-attr, arg-type]
     return y, statistics
 
 
@@ -129,42 +114,47 @@ def kernel_backward(
     dy: Tensor, x: Tensor, gamma: Tensor | None, statistics: Tensor, through: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dgamma and dbeta of ``kernel_forward``; through: whether it used batch statistics (BN-08)."""
-    kernel = _kernel()
+    kind = _kind(x.dtype, x.shape[1])
     x = dense(x)
     dx = output_like(x)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
-    size, channels = x.numel(), x.shape[1]
-    like, parameter, one, _ = _kind(x.dtype, channels)
-    dgamma, dbeta = torch.from_numpy(np.empty(channels, parameter.dtype)), torch.from_numpy(np.empty(channels, parameter.dtype))
-    gamma = _whole(gamma)
-    if 0 < size < ALONE * kernel.SERIAL:
-        kernel.backward_at(
-            like, parameter, _shape(x), x.data_ptr(), dy.data_ptr(), dx.data_ptr(),
-            one.data_ptr() if gamma is None else gamma.data_ptr(), statistics.data_ptr(),
-            dgamma.data_ptr(), dbeta.data_ptr(), through,
-        )  # fmt: skip
-    else:
-        scale, sum_dy_xhat, sum_dy = _arrays(x, gamma, dgamma, dbeta)
-        rows = _rows(x), _rows(dy), _rows(dx)
-        kernel.run_backward(*rows, scale, statistics.numpy(), sum_dy_xhat, sum_dy, through, torch.get_num_threads())
+    size = x.numel()
+    if size == 0:
+        return dx, torch.zeros_like(kind.parameter), torch.zeros_like(kind.parameter)
+    dgamma, dbeta, gamma = torch.empty_like(kind.parameter), torch.empty_like(kind.parameter), _whole(gamma)
+    kind.kernel.backward_at(
+        kind.kernel.team(kind.backward, size, torch.get_num_threads()), _shape(x, size), x.data_ptr(), dy.data_ptr(),
+        dx.data_ptr(), kind.one if gamma is None else gamma.data_ptr(), statistics.data_ptr(),
+        dgamma.data_ptr(), dbeta.data_ptr(), through,
+    )  # fmt: skip
     return dx, dgamma, dbeta
 
 
-@cache
-def _kernel() -> Any:
-    from multibn import kernel  # Numba is loaded when it is first needed
+class _Kind(NamedTuple):
+    """The kernel for a type of input and so many channels."""
 
-    return kernel
+    kernel: Any
+    forward: int
+    backward: int
+    one: int
+    """Where ones stand, for a gamma that there is not."""
+    zero: int
+    parameter: Tensor
+    """Like gamma."""
+    statistics: Tensor
+    kept: Any
 
 
 @lru_cache(maxsize=256)
-def _kind(dtype: torch.dtype, channels: int) -> tuple[Array, Array, Tensor, Tensor]:
-    """Arrays of the kernel's types for x and for gamma, and ones and zeros for a gamma and beta that are not there."""
-    like = np.empty(0, {torch.float16: np.int16, torch.bfloat16: np.uint16}.get(dtype) or str(dtype).removeprefix("torch."))
-    _kernel().prepare(like.dtype)
+def _kind(dtype: torch.dtype, channels: int) -> _Kind:
+    from multibn import kernel  # Numba is loaded when it is first needed
+
+    bodies = kernel.prepare({torch.float16: "int16", torch.bfloat16: "uint16"}.get(dtype) or str(dtype).removeprefix("torch."))
     one = torch.ones(channels, dtype=PARAMETER[dtype], device=_CPU)
-    return like, np.empty(0, one.numpy().dtype), one, torch.zeros_like(one)
+    zero, statistics = torch.zeros_like(one), torch.empty((2, channels), dtype=torch.float64, device=_CPU)
+    addresses = bodies.forward.address, bodies.backward.address, one.data_ptr(), zero.data_ptr()
+    return _Kind(kernel, *addresses, zero, statistics, (bodies, one))
 
 
 def dense(x: Tensor) -> Tensor:
@@ -185,29 +175,9 @@ def output_like(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
 
 
-def _shape(x: Tensor) -> tuple[int, int, int]:
-    """(N, C, S) of a dense tensor; S is 1 for channels-last memory."""
+def _shape(x: Tensor, size: int) -> tuple[int, int, int]:
+    """(N, C, S) of a dense tensor of so many values; S is 1 for channels-last memory."""
     shape = x.shape
     if x.is_contiguous():
-        return shape[0], shape[1], x.numel() // (shape[0] * shape[1])
-    return x.numel() // shape[1], shape[1], 1
-
-
-def _rows(x: Tensor) -> Array:
-    """A dense tensor as the (N, C, S) array that the kernel takes; it shares the memory."""
-    x = x.detach()
-    if x.numel() == 0:
-        return np.empty((0, x.shape[1], 1), np.float32)
-    shape = _shape(x)
-    x = (x if x.is_contiguous() else x.movedim(1, -1)).view(shape)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        array: Array = x.view(torch.int16).numpy()
-        return array.view(np.uint16) if x.dtype == torch.bfloat16 else array
-    return x.numpy()
-
-
-def _arrays(x: Tensor, gamma: Tensor | None, *others: Tensor | None) -> list[Array]:
-    """Tensors of one value per channel as arrays."""
-    *_, one, zero = _kind(x.dtype, x.shape[1])
-    first = one if gamma is None else gamma.detach()
-    return [first.numpy(), *((zero if t is None else t.detach()).numpy() for t in others)]
+        return shape[0], shape[1], size // (shape[0] * shape[1])
+    return size // shape[1], shape[1], 1
