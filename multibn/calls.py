@@ -25,7 +25,7 @@ _INTEGERS = (
     *("next", "left", "pieces", "stage", "count"),  # the piece that nobody has begun; see BN-11; tasks of the stage
     *("n", "channels", "s"),
     *("x", "y", "dy", "dx", "gamma", "beta", "moving_mean", "moving_var", "dgamma", "dbeta", "saved", "sums", "means"),
-    *("blocks", "unbiased", "use_batch", "update", "through"),
+    *("blocks", "unbiased", "use_batch", "update", "through", "rectify"),
 )
 CALL = np.dtype([*((name, np.int64) for name in _INTEGERS), ("eps", np.float64), ("old", np.float64)])
 """The description of a call, forward or backward; ``next`` and ``left`` come first, for threads count with them."""
@@ -70,7 +70,7 @@ def _forward_body(values: Any, parameters: Any) -> Any:
             first, last = its.count * piece // its.pieces, its.count * (piece + 1) // its.pieces
             left = forward_stage(
                 its.stage, first, last, x, y, gamma, beta, mean, var, saved, sums,
-                its.eps, its.old, its.unbiased != 0, its.use_batch != 0, its.update != 0,
+                its.eps, its.old, its.unbiased != 0, its.use_batch != 0, its.update != 0, its.rectify != 0,
             )  # fmt: skip
             fetch_add(address + _LEFT, left)
             piece = fetch_add(address, 1)
@@ -85,6 +85,7 @@ def _backward_body(values: Any, parameters: Any) -> Any:
         shape, channels = (its.n, its.channels, its.s), its.channels
         x, dy = carray(pointer(its.x), shape, values), carray(pointer(its.dy), shape, values)
         dx, gamma = carray(pointer(its.dx), shape, values), carray(pointer(its.gamma), channels, parameters)
+        beta = carray(pointer(its.beta), channels, parameters)
         dgamma, dbeta = carray(pointer(its.dgamma), channels, parameters), carray(pointer(its.dbeta), channels, parameters)
         saved = carray(pointer(its.saved), (2, channels), np.float64)
         sums = carray(pointer(its.sums), (2, its.blocks, channels), np.float64)
@@ -92,7 +93,10 @@ def _backward_body(values: Any, parameters: Any) -> Any:
         piece = fetch_add(address, 1)
         while piece < its.pieces:
             first, last = its.count * piece // its.pieces, its.count * (piece + 1) // its.pieces
-            backward_stage(its.stage, first, last, x, dy, dx, gamma, saved, dgamma, dbeta, sums, means, its.through != 0)
+            backward_stage(
+                its.stage, first, last, x, dy, dx, gamma, beta, saved, dgamma, dbeta, sums, means,
+                its.through != 0, its.rectify != 0,
+            )  # fmt: skip
             piece = fetch_add(address, 1)
         return 0
 
@@ -142,11 +146,11 @@ def _stages(team: Team, address: int, plan: Plan, sums_needed: bool) -> None:
 @compiled
 def forward_at(
     team: Team, shape: tuple[int, int, int], x: int, y: int, gamma: int, beta: int, moving_mean: int, moving_var: int, saved: int,
-    batches: int, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
+    batches: int, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
 ) -> int:  # fmt: skip
     """The forward of ``kernel.run_forward`` on addresses; returns the same.
 
-    batches is where an int64 counts the updates, 0 for nowhere.
+    batches is where an int64 counts the updates, 0 for nowhere; rectify: whether y goes through a ReLU.
     """
     if update and batches != 0:
         carray(pointer(batches), 1, np.int64)[0] += 1
@@ -156,7 +160,7 @@ def forward_at(
     its.n, its.channels, its.s = shape
     its.x, its.y, its.gamma, its.beta, its.moving_mean, its.moving_var = x, y, gamma, beta, moving_mean, moving_var
     its.saved, its.sums, its.blocks = saved, sums.ctypes.data, plan.blocks
-    its.unbiased, its.use_batch, its.update, its.eps, its.old = unbiased, use_batch, update, eps, old
+    its.unbiased, its.use_batch, its.update, its.rectify, its.eps, its.old = unbiased, use_batch, update, rectify, eps, old
     _stages(team, memory.ctypes.data, plan, use_batch or update)
     keep(sums)
     return memory[_LEFT // 8]
@@ -164,15 +168,15 @@ def forward_at(
 
 @compiled
 def backward_at(
-    team: Team, shape: tuple[int, int, int], x: int, dy: int, dx: int, gamma: int, saved: int, dgamma: int, dbeta: int,
-    through: bool,
+    team: Team, shape: tuple[int, int, int], x: int, dy: int, dx: int, gamma: int, beta: int, saved: int, dgamma: int, dbeta: int,
+    through: bool, rectify: bool,
 ) -> None:  # fmt: skip
-    """The backward of ``kernel.run_backward`` on addresses."""
+    """The backward of ``kernel.run_backward`` on addresses; beta counts only where y went through a ReLU."""
     plan = plan_of(shape)
     memory, sums, means = np.zeros(_SIZE, np.int64), np.empty((2, plan.blocks, plan.channels)), np.empty((3, plan.channels))
     its = described(memory.ctypes.data)
     its.n, its.channels, its.s = shape
-    its.x, its.dy, its.dx, its.gamma, its.saved, its.dgamma, its.dbeta = x, dy, dx, gamma, saved, dgamma, dbeta
-    its.sums, its.means, its.blocks, its.through = sums.ctypes.data, means.ctypes.data, plan.blocks, through
+    its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, dx, gamma, beta, saved, dgamma, dbeta
+    its.sums, its.means, its.blocks, its.through, its.rectify = sums.ctypes.data, means.ctypes.data, plan.blocks, through, rectify
     _stages(team, memory.ctypes.data, plan, True)
     keep((memory, sums, means))

@@ -149,6 +149,20 @@ def store(out: Any, j: int, value: Any) -> None:
         out[j] = value
 
 
+_VANISHES = {"int16": 2.0**-25, "uint16": 2.0**-134, "float32": 2.0**-150, "float64": 0.0}
+
+
+def vanishes(values: Any) -> Any:
+    """The largest value that is rounded to 0 in the type of an array."""
+    return _VANISHES[values.dtype.name]
+
+
+@overload(vanishes, strict=False)
+def _vanishes_for(values: Any) -> Any:
+    largest = _VANISHES[values.dtype.name]
+    return lambda values: largest
+
+
 @overload(load, strict=False)
 def _load_for(value: Any) -> Any:
     if value == types.int16:

@@ -53,7 +53,7 @@ def run_forward(
         return 0
     places = (a.ctypes.data for a in (x, y, gamma, beta, moving_mean, moving_var, saved))
     body = prepare(x.dtype).forward.address
-    return int(forward_at(team(body, x.size), x.shape, *places, 0, eps, old, unbiased, use_batch, update))
+    return int(forward_at(team(body, x.size), x.shape, *places, 0, eps, old, unbiased, use_batch, update, False))
 
 
 def run_backward(x: Array, dy: Array, dx: Array, gamma: Array, saved: Array, dgamma: Array, dbeta: Array, through: bool) -> None:
@@ -69,7 +69,9 @@ def run_backward(x: Array, dy: Array, dx: Array, gamma: Array, saved: Array, dga
         dgamma[:] = dbeta[:] = 0
         return
     body = prepare(x.dtype).backward.address
-    backward_at(team(body, x.size), x.shape, *(a.ctypes.data for a in (x, dy, dx, gamma, saved, dgamma, dbeta)), through)
+    backward_at(
+        team(body, x.size), x.shape, *(a.ctypes.data for a in (x, dy, dx, gamma, gamma, saved, dgamma, dbeta)), through, False
+    )
 
 
 _ready: dict[Any, Bodies] = {}

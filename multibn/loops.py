@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .compiled import compiled, inlined, inner, load, part, store, unsigned
+from .compiled import compiled, inlined, inner, load, part, store, unsigned, vanishes
 from .spec import BLOCK, JOINED, LANES, PIVOT
 
 # One scratch array per call holds five vectors of LANES values at constant distances: the compiler sees that they do not overlap.
@@ -199,20 +199,36 @@ def _deviate4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
 
 
 @inner
-def _normalise(a: Any, y: Any, lanes: Any) -> None:
+def _normalise(a: Any, y: Any, least: float, lanes: Any) -> None:
+    """least: 0 for a ReLU, else -inf."""
     for j in range(a.shape[0]):
-        store(y, j, (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _SCALE] + lanes[j + _BETA])
+        store(y, j, _at_least((load(a[j]) - lanes[j + _MEAN]) * lanes[j + _SCALE] + lanes[j + _BETA], least))
 
 
 @inner
-def _normalise4(a: Any, b: Any, c: Any, d: Any, ya: Any, yb: Any, yc: Any, yd: Any, lanes: Any) -> None:
+def _at_least(value: float, least: float) -> float:
+    """NaN stays."""
+    return least if value < least else value
+
+
+@inner
+def _normalise4(a: Any, b: Any, c: Any, d: Any, ya: Any, yb: Any, yc: Any, yd: Any, least: float, lanes: Any) -> None:
     for j in range(a.shape[0]):
         mean, scale, beta = lanes[j + _MEAN], lanes[j + _SCALE], lanes[j + _BETA]
         p, q, r, s = load(a[j]), load(b[j]), load(c[j]), load(d[j])
-        store(ya, j, (p - mean) * scale + beta)
-        store(yb, j, (q - mean) * scale + beta)
-        store(yc, j, (r - mean) * scale + beta)
-        store(yd, j, (s - mean) * scale + beta)
+        store(ya, j, _at_least((p - mean) * scale + beta, least))
+        store(yb, j, _at_least((q - mean) * scale + beta, least))
+        store(yc, j, _at_least((r - mean) * scale + beta, least))
+        store(yd, j, _at_least((s - mean) * scale + beta, least))
+
+
+@inner
+def _rectify(a: Any, da: Any, dx: Any, lanes: Any) -> None:
+    """dx from dy where a ReLU follows: 0 where y, which is made anew, is not positive."""
+    least = vanishes(a)
+    for j in range(a.shape[0]):
+        y = (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _SCALE] + lanes[j + _BETA]
+        store(dx, j, 0.0 if y <= least else load(da[j]))
 
 
 @inner
@@ -248,6 +264,18 @@ def _propagate2(a: Any, b: Any, da: Any, db: Any, dxa: Any, dxb: Any, lanes: Any
         p, q, dp, dq = load(a[j]), load(b[j]), load(da[j]), load(db[j])
         store(dxa, j, ((dp - offset) - (p - mean) * slope) * scale)
         store(dxb, j, ((dq - offset) - (q - mean) * slope) * scale)
+
+
+@inner
+def _propagate_in_place(a: Any, dx: Any, through: bool, lanes: Any) -> None:
+    """The same where dx holds what a ReLU has left of dy: where arrays overlap, the other loops go value by value."""
+    if through:
+        for j in range(a.shape[0]):
+            along = (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _B]
+            store(dx, j, ((load(dx[j]) - lanes[j + _A]) - along) * lanes[j + _SCALE])
+    else:
+        for j in range(a.shape[0]):
+            store(dx, j, load(dx[j]) * lanes[j + _SCALE])
 
 
 @inner
@@ -309,8 +337,9 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
 
 @inlined
 def _normalise_blocks(
-    plan: Plan, flat: Any, y: Any, scale: Any, beta: Any, saved: Any, first: int, last: int, lanes: Any
+    plan: Plan, flat: Any, y: Any, scale: Any, beta: Any, saved: Any, rectify: bool, first: int, last: int, lanes: Any
 ) -> None:
+    least = 0.0 if rectify else -np.inf
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
         if task == first or block == 0:
@@ -325,35 +354,51 @@ def _normalise_blocks(
                 j, k, m = i + plan.row, i + 2 * plan.row, i + 3 * plan.row
                 _normalise4(
                     part(flat, i, w), part(flat, j, w), part(flat, k, w), part(flat, m, w),
-                    part(y, i, w), part(y, j, w), part(y, k, w), part(y, m, w), lanes,
+                    part(y, i, w), part(y, j, w), part(y, k, w), part(y, m, w), least, lanes,
                 )  # fmt: skip
             else:
                 for r in range(row, min(row + 4, plan.rows)):
                     i, w = _chunk(plan, group, r * plan.pieces + piece)
-                    _normalise(part(flat, i, w), part(y, i, w), lanes)
+                    _normalise(part(flat, i, w), part(y, i, w), least, lanes)
 
 
 @inlined
-def _correlate_blocks(plan: Plan, flat: Any, dy: Any, saved: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
-    """sums[0], sums[1]: of dy, and of dy*(x-mean)."""
+def _correlate_blocks(
+    plan: Plan, flat: Any, dy: Any, dx: Any, gamma: Any, beta: Any, saved: Any, sums: Any, means: Any, rectify: bool,
+    first: int, last: int, lanes: Any,
+) -> None:  # fmt: skip
+    """sums[0], sums[1]: of dy, and of dy*(x-mean). Where a ReLU follows, dy has gone through it first, to dx."""
     used = _lanes_in_use(plan)
+    given = dx if rectify else dy
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
         if task == first or block == 0:
             _spread(saved[0], plan, group, lanes[_MEAN:])
+        if rectify:
+            first_channel, last_channel = _channels(plan, group)
+            for c in range(first_channel, last_channel):
+                means[2, c] = gamma[c] * saved[1, c]
+            _spread(means[2], plan, group, lanes[_SCALE:])
+            _spread(beta, plan, group, lanes[_BETA:])
         lanes[_A : _A + used] = 0.0
         lanes[_B : _B + used] = 0.0
         chunk, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
         while chunk < end:
             i, w = _chunk(plan, group, chunk)
             four, j, k, m = _four(plan, group, chunk, end)
+            if rectify:
+                _rectify(part(flat, i, w), part(dy, i, w), part(dx, i, w), lanes)
+                if four:
+                    _rectify(part(flat, j, w), part(dy, j, w), part(dx, j, w), lanes)
+                    _rectify(part(flat, k, w), part(dy, k, w), part(dx, k, w), lanes)
+                    _rectify(part(flat, m, w), part(dy, m, w), part(dx, m, w), lanes)
             if four:
                 _correlate4(
                     part(flat, i, w), part(flat, j, w), part(flat, k, w), part(flat, m, w),
-                    part(dy, i, w), part(dy, j, w), part(dy, k, w), part(dy, m, w), lanes,
+                    part(given, i, w), part(given, j, w), part(given, k, w), part(given, m, w), lanes,
                 )  # fmt: skip
             else:
-                _correlate(part(flat, i, w), part(dy, i, w), lanes)
+                _correlate(part(flat, i, w), part(given, i, w), lanes)
             chunk += 4 if four else 1
         _fold_lanes(lanes, _A, plan, group, sums[0, block])
         _fold_lanes(lanes, _B, plan, group, sums[1, block])
@@ -361,8 +406,9 @@ def _correlate_blocks(plan: Plan, flat: Any, dy: Any, saved: Any, sums: Any, fir
 
 @inlined
 def _propagate_blocks(
-    plan: Plan, flat: Any, dy: Any, dx: Any, saved: Any, means: Any, through: bool, first: int, last: int, lanes: Any
-) -> None:
+    plan: Plan, flat: Any, dy: Any, dx: Any, saved: Any, means: Any, through: bool, rectify: bool,
+    first: int, last: int, lanes: Any,
+) -> None:  # fmt: skip
     """means: what is taken from dy for each channel, what goes with x-mean, and gamma*invstd."""
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
@@ -375,7 +421,7 @@ def _propagate_blocks(
         for step in range(first_step, last_step):
             row, piece = 4 * (step // plan.pieces), step % plan.pieces
             i, w = _chunk(plan, group, row * plan.pieces + piece)
-            if through and row + 3 < plan.rows and plan.groups > 1:
+            if through and not rectify and row + 3 < plan.rows and plan.groups > 1:
                 for j in range(i, i + 4 * plan.row, 2 * plan.row):
                     k = j + plan.row
                     _propagate2(
@@ -384,7 +430,9 @@ def _propagate_blocks(
             else:
                 for r in range(row, min(row + 4, plan.rows)):
                     i, w = _chunk(plan, group, r * plan.pieces + piece)
-                    if through:
+                    if rectify:
+                        _propagate_in_place(part(flat, i, w), part(dx, i, w), through, lanes)
+                    elif through:
                         _propagate(part(flat, i, w), part(dy, i, w), part(dx, i, w), lanes)
                     else:
                         _scale(part(dy, i, w), part(dx, i, w), lanes)
@@ -487,7 +535,7 @@ def _tasks(plan: Plan, stage: int, first: int, last: int, i: int) -> tuple[int, 
 @inlined
 def forward_stage(
     stage: int, first: int, last: int, x: Any, y: Any, gamma: Any, beta: Any, moving_mean: Any, moving_var: Any, saved: Any,
-    sums: Any, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool,
+    sums: Any, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
 ) -> int:  # fmt: skip
     """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last.
 
@@ -505,14 +553,14 @@ def forward_stage(
                 plan, m, sums, saved, gamma, moving_mean, moving_var, eps, old, unbiased, use_batch, update, c, c_end
             )
         if stage == 0 or stage == 3:
-            _normalise_blocks(plan, flat, out, sums[0, 0], beta, saved, begin, end, lanes)
+            _normalise_blocks(plan, flat, out, sums[0, 0], beta, saved, rectify, begin, end, lanes)
     return left
 
 
 @inlined
 def backward_stage(
-    stage: int, first: int, last: int, x: Any, dy: Any, dx: Any, gamma: Any, saved: Any, dgamma: Any, dbeta: Any,
-    sums: Any, means: Any, through: bool,
+    stage: int, first: int, last: int, x: Any, dy: Any, dx: Any, gamma: Any, beta: Any, saved: Any, dgamma: Any, dbeta: Any,
+    sums: Any, means: Any, through: bool, rectify: bool,
 ) -> None:  # fmt: skip
     """One stage of a backward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last."""
     plan, m = plan_of(x.shape), x.size // x.shape[1]
@@ -521,8 +569,8 @@ def backward_stage(
     for i in range(last - first if stage == 0 else 1):
         begin, end, c, c_end = _tasks(plan, stage, first, last, i)
         if stage <= 1:
-            _correlate_blocks(plan, flat, flat_dy, saved, sums, begin, end, lanes)
+            _correlate_blocks(plan, flat, flat_dy, flat_dx, gamma, beta, saved, sums, means, rectify, begin, end, lanes)
         if stage == 0 or stage == 2:
             _gradients(m, sums, saved, gamma, dgamma, dbeta, means, c, c_end)
         if stage == 0 or stage == 3:
-            _propagate_blocks(plan, flat, flat_dy, flat_dx, saved, means, through, begin, end, lanes)
+            _propagate_blocks(plan, flat, flat_dy, flat_dx, saved, means, through, rectify, begin, end, lanes)

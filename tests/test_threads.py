@@ -39,7 +39,7 @@ def forward(body: int, starters: Array, count: int, shape: tuple[int, int, int],
     y, (gamma, beta, mean, var) = np.empty_like(x), np.ones((4, shape[1]), np.float32)
     saved = np.empty((2, shape[1]))
     places = (a.ctypes.data for a in (x, y, gamma, beta, mean, var, saved))
-    calls.forward_at((body, starters.ctypes.data, count), shape, *places, 0, 1e-5, 0.9, True, use_batch, use_batch)
+    calls.forward_at((body, starters.ctypes.data, count), shape, *places, 0, 1e-5, 0.9, True, use_batch, use_batch, False)
     return np.concatenate([y.ravel(), saved.ravel(), mean, var])
 
 
@@ -87,7 +87,7 @@ def test_all_channels_left_by_all_threads_are_counted(starters: Array) -> None:
     saved = np.empty((2, x.shape[1]))
     places = (a.ctypes.data for a in (x, y, gamma, beta, mean, var, saved))
     team = (kernel.prepare(np.float32).forward.address, starters.ctypes.data, 3)
-    assert calls.forward_at(team, x.shape, *places, 0, 1e-5, 0.9, True, True, True) == x.shape[1]
+    assert calls.forward_at(team, x.shape, *places, 0, 1e-5, 0.9, True, True, True, False) == x.shape[1]
 
 
 @pytest.mark.parametrize(("variables", "expected"), [

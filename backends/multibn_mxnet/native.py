@@ -162,7 +162,7 @@ def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, s
         batches[0] += 1
     forward_at(
         (config.forward, config.starters, 1), shape, x, y, gamma.ctypes.data, beta.ctypes.data, mean, var, saved.ctypes.data, 0,
-        config.eps, old, config.unbiased != 0, use_batch, update,
+        config.eps, old, config.unbiased != 0, use_batch, update, False,
     )  # fmt: skip
     keep((gamma, beta))
     saved[2] = 1.0 if use_batch else 0.0
@@ -179,7 +179,7 @@ def _differentiate(
     dgamma, dbeta = np.empty(channels, np.float32), np.empty(channels, np.float32)
     backward_at(
         (config.backward, config.starters, 1), shape, _address(x, slot), _address(dy, slot), dx.ctypes.data, gamma.ctypes.data,
-        saved.ctypes.data, dgamma.ctypes.data, dbeta.ctypes.data, saved[2, 0] != 0,
+        gamma.ctypes.data, saved.ctypes.data, dgamma.ctypes.data, dbeta.ctypes.data, saved[2, 0] != 0, False,
     )  # fmt: skip
     keep((dx, gamma))
     if requests[0] == ADD:

@@ -76,6 +76,15 @@ def gradients(
     return (dx * _along(scale, x)).to(x.dtype), dgamma.to(kind), dbeta.to(kind)
 
 
+def positive(x: Tensor, gamma: Tensor | None, beta: Tensor | None, normalised_by: Any) -> Tensor:
+    """1 where the output is positive or NaN, else 0: what a ReLU after it multiplies its gradient with."""
+    mean, invstd = (each.detach() for each in normalised_by)
+    scale = invstd if gamma is None else invstd * gamma.detach().to(mean.dtype)
+    y = (x.detach().to(mean.dtype) - _along(mean, x)) * _along(scale, x)
+    y = y if beta is None else y + _along(beta.detach().to(mean.dtype), x)
+    return ~(y.to(x.dtype) <= 0)
+
+
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel (BN-02)."""
     axes = _reduced(x)

@@ -22,18 +22,19 @@ PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PA
 
 
 def by_kernel(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, layer: poison.Named | None = None
-) -> Tensor:
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, layer: poison.Named | None = None,
+    rectify: bool = False,
+) -> Tensor:  # fmt: skip
     """y, on CPU tensors, without copying them; the moving statistics are updated in place (BN-05).
 
-    Bits as BN-15 fixes them, accuracy as BN-16 says. The layer is named where the batch is poisoned.
+    Bits as BN-15 fixes them, accuracy as BN-16 says. The layer is named where the batch is poisoned. rectify: y is max(y, 0).
     """
     y: Tensor
     refused: list[Tensor] = []
     if torch.is_grad_enabled():
-        y = _Kernel.apply(x, gamma, beta, moving, how, refused)  # type: ignore[no-untyped-call]
+        y = _Kernel.apply(x, gamma, beta, moving, how, refused, rectify)  # type: ignore[no-untyped-call]
     else:
-        y, _ = kernel_forward(x, gamma, beta, moving, how, refused)
+        y, _ = kernel_forward(x, gamma, beta, moving, how, refused, rectify)
     if refused and layer is not None:
         poison.tell(layer, x)
     return y
@@ -57,28 +58,32 @@ def recomputed() -> bool:
 class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor]
-    ) -> Tensor:
-        y, ctx.statistics = kernel_forward(x, gamma, beta, moving, how, refused)
-        ctx.save_for_backward(x, gamma)
-        ctx.how, ctx.has_beta = how, beta is not None
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor],
+        rectify: bool,
+    ) -> Tensor:  # fmt: skip
+        y, ctx.statistics = kernel_forward(x, gamma, beta, moving, how, refused, rectify)
+        ctx.save_for_backward(x, gamma, beta if rectify else None)
+        ctx.how, ctx.has_beta, ctx.rectify = how, beta is not None, rectify
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, gamma = ctx.saved_tensors
+        x, gamma, beta = ctx.saved_tensors
+        eps, _, _, through, _ = ctx.how
         if looked_through(dy):
-            gradients = formulas.gradients(dy, x, gamma, ctx.statistics, ctx.how.eps, ctx.how.use_batch)
+            if ctx.rectify:
+                dy = dy * formulas.positive(x, gamma, beta, ctx.statistics)
+            dx, dgamma, dbeta = formulas.gradients(dy, x, gamma, ctx.statistics, eps, through)
         else:
-            gradients = kernel_backward(dy, x, gamma, ctx.statistics, ctx.how.use_batch)
-        dx, dgamma, dbeta = gradients
-        return dx, None if gamma is None else dgamma, dbeta if ctx.has_beta else None, None, None, None
+            dx, dgamma, dbeta = kernel_backward(dy, x, gamma, ctx.statistics, through, beta, ctx.rectify)
+        return dx, None if gamma is None else dgamma, dbeta if ctx.has_beta else None, None, None, None, None
 
 
 def kernel_forward(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """y and, for ``kernel_backward``, the statistics that normalised.
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None = None,
+    rectify: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (for rectify max(y, 0)) and, for ``kernel_backward``, the statistics that normalised.
 
     x is put into ``refused`` where the moving statistics of a channel do not take it in (BN-11).
     """
@@ -98,7 +103,7 @@ def kernel_forward(
             kind.kernel.team(kind.forward, size, torch.get_num_threads()), _shape(x, size), x.data_ptr(), y.data_ptr(),
             one if gamma is None else gamma.data_ptr(), zero if beta is None else beta.data_ptr(),
             zero if whole_mean is None else whole_mean.data_ptr(), one if whole_var is None else whole_var.data_ptr(),
-            statistics.data_ptr(), 0 if batches is None else batches.data_ptr(), eps, old, unbiased, use_batch, update,
+            statistics.data_ptr(), 0 if batches is None else batches.data_ptr(), eps, old, unbiased, use_batch, update, rectify,
         )  # fmt: skip
         if left and refused is not None:
             refused.append(x)
@@ -111,8 +116,9 @@ def kernel_forward(
 
 
 def kernel_backward(
-    dy: Tensor, x: Tensor, gamma: Tensor | None, statistics: Tensor, through: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, gamma: Tensor | None, statistics: Tensor, through: bool, beta: Tensor | None = None,
+    rectify: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dgamma and dbeta of ``kernel_forward``; through: whether it used batch statistics (BN-08)."""
     kind = _kind(x.dtype, x.shape[1])
     x = dense(x)
@@ -122,11 +128,12 @@ def kernel_backward(
     size = x.numel()
     if size == 0:
         return dx, torch.zeros_like(kind.parameter), torch.zeros_like(kind.parameter)
-    dgamma, dbeta, gamma = torch.empty_like(kind.parameter), torch.empty_like(kind.parameter), _whole(gamma)
+    dgamma, dbeta = torch.empty_like(kind.parameter), torch.empty_like(kind.parameter)
+    gamma, beta = _whole(gamma), _whole(beta)
     kind.kernel.backward_at(
         kind.kernel.team(kind.backward, size, torch.get_num_threads()), _shape(x, size), x.data_ptr(), dy.data_ptr(),
-        dx.data_ptr(), kind.one if gamma is None else gamma.data_ptr(), statistics.data_ptr(),
-        dgamma.data_ptr(), dbeta.data_ptr(), through,
+        dx.data_ptr(), kind.one if gamma is None else gamma.data_ptr(), kind.zero if beta is None else beta.data_ptr(),
+        statistics.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(), through, rectify,
     )  # fmt: skip
     return dx, dgamma, dbeta
 

@@ -19,7 +19,7 @@ from .begin import begin
 from .formulas import How, Moving
 from .function import PARAMETER
 from .switches import Switches
-from .ways import normalise
+from .ways import normalise, rectify
 
 Implementation = Literal["auto", "kernel", "framework"]
 
@@ -40,7 +40,8 @@ class Layer(Switches, _BatchNorm):
 
     ``implementation``: "kernel" (the CPU kernel), "framework" (PyTorch's own operators, any device), or "auto": the kernel on
     CPU, the operators elsewhere. ``init``: "identity" lets the first training batch pass unchanged: ``multibn.identity``.
-    ``name`` is the layer's name in the model, for messages; ``swap`` tells it.
+    ``name`` is the layer's name in the model, for messages; ``swap`` tells it. ``fuse_relu``: the layer returns max(y, 0), at the
+    cost of y alone; ``swap`` sets it where a ReLU follows, which then has nothing left to do.
     """
 
     ranks: tuple[int, ...]
@@ -48,6 +49,7 @@ class Layer(Switches, _BatchNorm):
     init: identity.Init = "standard"
     _began = False
     name: str = ""
+    fuse_relu = False
     moving_variance: Literal["biased", "unbiased"] = "unbiased"
 
     @property
@@ -119,7 +121,8 @@ class Layer(Switches, _BatchNorm):
         on_kernel = on_cpu if self.implementation == "auto" else self.implementation == "kernel"
         how = How(self.eps, self._old() if update else 0.0, self.moving_variance == "unbiased", use_batch, update)
         moving = Moving(mean, var, buffers["num_batches_tracked"])
-        return normalise(input, weight, bias, moving, how, on_kernel, mask, self)
+        way = rectify if self.fuse_relu else normalise
+        return way(input, weight, bias, moving, how, on_kernel, mask, self)
 
     def extra_repr(self) -> str:
         """PyTorch's text, and what differs from PyTorch."""
@@ -127,7 +130,11 @@ class Layer(Switches, _BatchNorm):
         text += "" if self.normalize_with == "batch" else f", normalize_with={self.normalize_with!r}"
         text += self.frozen_text()
         text += "" if self.init == "standard" else f", init={self.init!r}"
+        text += self._relu_text()
         return text + ("" if self.implementation == "auto" else f", implementation={self.implementation!r}")
+
+    def _relu_text(self) -> str:
+        return ", fuse_relu=True" if self.fuse_relu else ""
 
     def reset_parameters(self) -> None:
         """As it was made, so that init="identity" begins anew."""
@@ -275,7 +282,7 @@ class BatchNorm(Layer):
         """The constructor's arguments, and what is frozen."""
         spec = replace(self.spec, update_statistics=True, learn_affine=True)
         init = "" if self.init == "standard" else f", init={self.init!r}"
-        return f"{self.num_features}, {self.num_dims}, {spec_text(spec)}{init}{self.frozen_text()}"
+        return f"{self.num_features}, {self.num_dims}, {spec_text(spec)}{init}{self.frozen_text()}{self._relu_text()}"
 
     gamma = property(lambda self: self.weight, doc="The article's name for weight.")
     beta = property(lambda self: self.bias, doc="The article's name for bias.")

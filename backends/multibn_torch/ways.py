@@ -30,7 +30,7 @@ def normalise(
     if transformed():
         work = torch.float64 if on_kernel else PARAMETER[x.dtype]
         return formulas.forward(x, gamma, beta, moving, how, work)
-    looked_at = type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() or x.is_meta
+    looked_at = _looked_at(x)
     if on_kernel:
         if not (x.is_cpu or x.is_meta):
             raise RuntimeError(
@@ -43,6 +43,28 @@ def normalise(
     if how.update and layer is not None:
         poison.watch(layer, x, y if how.use_batch else None)
     return y
+
+
+def rectify(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
+    mask: Tensor | None = None, layer: poison.Named | None = None,
+) -> Tensor:  # fmt: skip
+    """``normalise``, then a ReLU: in one pass over the data where the program runs as it is written, on CPU."""
+    observed = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed() or _looked_at(x)
+    if observed or mask is not None or not on_kernel or not x.is_cpu:
+        return torch.relu(normalise(x, gamma, beta, moving, how, on_kernel, mask, layer))
+    how = _again(how) if how.update and recomputed() else how
+    y = by_kernel(x, gamma, beta, moving, how, layer, rectify=True)
+    setattr(y, RECTIFIED, True)
+    return y
+
+
+RECTIFIED = "_multibn_rectified"
+"""Attribute of what ``rectify`` returns: a ReLU has nothing left to do."""
+
+
+def _looked_at(x: Tensor) -> bool:
+    return type(x) not in _PLAIN or bool(torch._C._len_torch_dispatch_stack()) or x.is_meta
 
 
 def _masked(

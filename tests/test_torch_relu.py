@@ -1,0 +1,159 @@
+"""A ReLU in the layer's own pass: the same bits as the layer and a ReLU after it, wherever the program runs."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+import multibn_torch as ours
+from multibn_torch.function import PARAMETER
+from multibn_torch.swap import ReLU, swap
+
+nn = torch.nn
+
+
+def net(channels: int, inplace: bool = True) -> Any:
+    torch.manual_seed(0)
+    layer = ours.BatchNorm2d(channels)
+    with torch.no_grad():
+        layer.weight.uniform_(-1, 1)
+        layer.bias.uniform_(-1, 1)
+    return nn.Sequential(layer, nn.ReLU(inplace))
+
+
+def fused(model: Any) -> Any:
+    model = copy.deepcopy(model)
+    model[0].__class__ = nn.BatchNorm2d
+    swap(model, fuse_relu=True)
+    return model
+
+
+def results(model: Any, x: Any, dy: Any) -> list[Any]:
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(dy)
+    layer = model[0]
+    return [y.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(8, 16, 4, 4), (70, 3, 37, 39), (8, 64, 14, 14), (5, 2, 20, 110), (100, 3, 2, 1), (8, 300, 7, 7)], ids=str
+)
+def test_same_bits_as_a_relu_after_it(shape: Any, dtype: Any, training: bool) -> None:
+    two = net(shape[1]).to(PARAMETER[dtype]).train(training)
+    one = fused(two)
+    assert one[0].fuse_relu
+    x, dy = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    for a, b in zip(results(two, x, dy), results(one, x, dy), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_stays_and_zero_has_no_gradient() -> None:
+    x = torch.tensor([[0.0, 1.0], [2.0, float("nan")]]).view(2, 2, 1, 1)
+    two = net(2).eval()
+    with torch.no_grad():
+        two[0].bias.zero_()
+        two[0].weight.fill_(1.0)
+    for a, b in zip(results(two, x, torch.ones_like(x)), results(fused(two), x, torch.ones_like(x)), strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+        assert torch.equal(a.isnan(), b.isnan())
+
+
+def test_values_that_vanish_in_the_type_of_y_have_no_gradient() -> None:
+    """y is 0 once it is rounded, though it is not before."""
+    two = net(1).eval()
+    with torch.no_grad():
+        two[0].bias.zero_()
+        two[0].weight.fill_(2.0**-149)
+    x = torch.tensor([0.4, 0.6, 1.0, -1.0]).view(4, 1, 1, 1)
+    for a, b in zip(results(two, x, torch.ones_like(x)), results(fused(two), x, torch.ones_like(x)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_second_derivatives(affine: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3, affine=affine, dtype=torch.float64), nn.ReLU())
+    swap(model, fuse_relu=True)
+    torch.manual_seed(1)
+    x = torch.randn(5, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    model[0].momentum = 0.0
+    assert torch.autograd.gradcheck(model, x)
+    assert torch.autograd.gradgradcheck(model, x)
+
+
+def test_other_ways_than_the_kernel_rectify_too() -> None:
+    one = fused(net(3))
+    x = torch.randn(4, 3, 5, 5)
+    y = copy.deepcopy(one)(x)
+    assert y.min() == 0
+    mapped = torch.func.functional_call(copy.deepcopy(one)[0], {}, (x,))
+    compiled = torch.compile(copy.deepcopy(one), fullgraph=True, backend="eager")(x)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(one))(x)
+    own = copy.deepcopy(one)
+    own[0].implementation = "framework"
+    for other in (mapped, compiled, traced):
+        assert torch.equal(y, other)
+    torch.testing.assert_close(own(x), y)
+    mask = torch.ones(4, 5, 5, dtype=torch.bool)
+    assert torch.equal(copy.deepcopy(one)[0](x, mask=mask), y)
+
+
+def test_the_relu_has_nothing_left_to_do() -> None:
+    one = fused(net(3, inplace=False))
+    y = one[0](torch.randn(4, 3, 5, 5))
+    assert one[1](y) is y
+    other = torch.randn(3)
+    assert one[1](other) is not other
+    assert torch.equal(one[1](other), other.relu())
+
+
+class Block(nn.Module):  # type: ignore[misc,name-defined]
+    """One ReLU for a layer and for a sum, a layer whose output two take, one that two ReLUs would have to follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.shared, self.last = (nn.BatchNorm2d(3) for _ in range(4))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Any) -> Any:
+        y = self.relu(self.first(x))
+        z = self.second(y)
+        y = self.relu(z) + z
+        return self.last(self.relu(self.shared(y)) + self.shared(y))
+
+
+def test_only_where_a_relu_alone_takes_the_output() -> None:
+    model, x = Block(), torch.randn(4, 3, 5, 5)
+    plain = copy.deepcopy(model)
+    assert swap(plain) == ["first", "second", "shared", "last"]
+    assert swap(model, fuse_relu=True) == ["first", "second", "shared", "last"]
+    assert {name for name, module in model.named_modules() if getattr(module, "fuse_relu", False)} == {"first"}
+    assert type(model.relu) is ReLU
+    assert torch.equal(model(x), plain(x))
+    assert ", fuse_relu=True)" in repr(model.first)
+    assert "fuse_relu" not in repr(model.second)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_a_model_that_cannot_be_traced_is_refused_and_left_alone() -> None:
+    class Untraceable(nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Any) -> Any:
+            return self.bn(x) if x.sum() > 0 else x
+
+    model = Untraceable()
+    text = "fuse_relu=True needs a model that torch.fx can trace, got Untraceable: "
+    end = "Leave fuse_relu out, or swap the parts of the model that can be traced one by one."
+    with pytest.raises(ValueError, match=re.escape(text) + r".*\. " + re.escape(end) + "$"):
+        swap(model, fuse_relu=True)
+    assert type(model.bn) is nn.BatchNorm2d
