@@ -74,8 +74,8 @@ def conform(
         check_tier(random, others, self_test, subject is not None)
         case, clause, whitening_cases = whitening.split(case or (), clause or (), quick or random is not None)
         only_whitening = bool(whitening_cases and others and not (case or clause or quick))
-        if only_whitening and (subject or own or any(files.values())):
-            raise WrongCall("whitening is judged in the backends, and told on the terminal alone. Choose cases of BatchNorm.")
+        if only_whitening and (subject or own):
+            raise WrongCall("whitening is judged in the backends alone. Choose cases of BatchNorm.")
         cases = [] if only_whitening else chosen_cases(CASES, case, clause, quick)
         if own:
             from multibn_conformance import own_run
@@ -104,9 +104,9 @@ def conform(
             judgements = theirs.reproducible(judgements)
     if not only_whitening:
         report.show(judgements, judged, absent, console)
-    publish.publish(files, judgements, judged, absent, cases, shlex.join(["multibn", *sys.argv[1:]]), spec)
-    if random is None:
-        judgements = [*judgements, *whitening.run(judged, whitening_cases, console)]
+    beside = whitening.run(judged, whitening_cases, console)
+    judgements, published = [*judgements, *beside], [*cases, *(whitening_cases if beside else ())]
+    publish.publish(files, judgements, judged, absent, published, shlex.join(["multibn", *sys.argv[1:]]), spec)
     raise typer.Exit(any(each.status == "fail" for each in judgements))
 
 

@@ -25,6 +25,7 @@ from multibn_conformance import report, reproduce, subjects
 from multibn_conformance.choice import WrongCall
 from multibn_conformance.fixed import CASES
 from multibn_conformance.judge import Judgement
+from multibn_conformance.whitening.cases import CASES as WHITENING_CASES
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,8 +172,8 @@ def test_all_of_the_third_party() -> None:
             ("--backend", "right", "--device", "chip:0"),
             "nobody to judge: right/right/chip:0: exact implementations run on the CPU.",
         ),
-        (("--case", "BN-99-*"), f"there is no case 'BN-99-*'; there are {', '.join(CASES)}."),
-        (("--clause", "BN-99"), f"there is no clause 'BN-99'; there are {', '.join(CLAUSES)}."),
+        (("--case", "BN-99-*"), f"there is no case 'BN-99-*'; there are {', '.join([*CASES, *WHITENING_CASES])}."),
+        (("--clause", "BN-99"), f"there is no clause 'BN-99'; there are {', '.join([*CLAUSES, *WHITENING])}."),
         (
             ("--case", "BN-05-*", "--clause", "BN-06"),
             "no case of BN-05-* is of clause BN-06. Leave one of the two choices out.",

@@ -23,6 +23,7 @@ from multibn.array import KernelSubject, ReferenceSubject
 from multibn.cli import app
 from multibn.layer import Backend, Subject
 from multibn.spec import CLAUSES, BatchNormSpec
+from multibn.whitening import CLAUSES as WHITENING_CLAUSES
 from multibn_conformance import charts, curves
 from multibn_conformance.case import case, train, usual
 from multibn_conformance.evidence import evidence
@@ -33,6 +34,9 @@ from multibn_conformance.junit import junit
 from multibn_conformance.publish import publish
 from multibn_conformance.record import TITLES, _both, _processor, record
 from multibn_conformance.subjects import Absent, Candidate
+from multibn_conformance.whitening.cases import CASES as WHITENING
+from multibn_conformance.whitening.judge import judge as judge_whitening
+from multibn_conformance.whitening.wrong import DEFECTS
 
 NAMES = (
     "BN-03-eps-1e-5",
@@ -122,16 +126,21 @@ def judged(run: dict[str, Any], subject: str, name: str) -> dict[str, Any]:
 
 
 def test_every_clause_has_a_title() -> None:
-    assert list(TITLES) == list(CLAUSES)
+    assert list(TITLES) == [*CLAUSES, *WHITENING_CLAUSES]
+
+
+def check_by_schema(run: dict[str, Any]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((files("multibn_conformance") / "schemas" / "report.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(json.dumps(run, allow_nan=False)), schema)
 
 
 def test_the_record_is_as_its_schema_says(failing: dict[str, Any]) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    schema = json.loads((files("multibn_conformance") / "schemas" / "report.schema.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(json.loads(json.dumps(failing, allow_nan=False)), schema)
+    check_by_schema(failing)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**failing, "conforms": "yes"}, schema)
+        check_by_schema({**failing, "conforms": "yes"})
 
 
 def test_what_the_record_says_of_a_failure(failing: dict[str, Any]) -> None:
@@ -313,6 +322,42 @@ def test_conform_writes_the_files(tmp_path: Path) -> None:
     assert run["subjects"][0]["dialect"]["spec"] == "BatchNormSpec(eps=1e-05, momentum=0.9, moving_variance='biased')"
     assert "All 2 subjects conform" in names["html"].read_text()
     assert len(ElementTree.parse(names["junit"]).getroot()) == 2
+
+
+def test_whitening_is_in_the_files_too(tmp_path: Path) -> None:
+    names = {option: tmp_path / f"report.{option}" for option in ("html", "json", "junit")}
+    options = [part for option, path in names.items() for part in (f"--{option}", str(path))]
+    chosen = [part for each in ("BN-07-one-value", "WH-03-zca", "WH-08-one-value") for part in ("--case", each)]
+    assert called("conform", "--backend", "numpy", *chosen, *options)[0] == 0
+    run = json.loads(names["json"].read_text())
+    check_by_schema(run)
+    subjects = ["numpy/reference/cpu", "numpy/kernel/cpu"]
+    assert {(each["subject"], each["case"]) for each in run["judgements"]} == {
+        (subject, case) for subject in subjects for case in chosen[1::2]
+    }
+    assert run["summary"].splitlines() == [
+        "conforms: numpy/kernel/cpu, numpy/reference/cpu (2 checks)",
+        "whitening conforms: numpy/kernel/cpu, numpy/reference/cpu (4 checks)",
+    ]
+    verdicts = {each["id"]: each["verdict"] for each in run["cases"]}
+    assert verdicts == {"BN-07-one-value": "must", "WH-03-zca": "must", "WH-08-one-value": "must raise"}
+    its = next(each for each in run["judgements"] if each["case"] == "WH-03-zca")
+    assert its["snippet"].startswith("from multibn_conformance.whitening.run import reproduce\n")
+    assert 'data-clause="WH-03" data-subject="numpy/kernel/cpu"' in names["html"].read_text()
+    tests = ElementTree.parse(names["junit"]).getroot().iter("testcase")
+    assert [each.get("name") for each in tests] == chosen[1::2] * 2
+
+
+def test_a_wrong_whitening_is_told_as_one() -> None:
+    backend = Backend("w", {}, {"wrong": "exact"}, tuple, lambda n, spec, *_: ReferenceSubject(n, spec),
+                      lambda n, spec, *_: DEFECTS["unbiased"].make(n, spec))  # fmt: skip
+    its, chosen = Candidate(backend, "wrong", "cpu"), WHITENING["WH-02-biased"]
+    run = record([judge_whitening(its, chosen)], [its], [], [chosen], "multibn conform")
+    check_by_schema(run)
+    assert (run["conforms"], run["summary"]) == (False, "whitening does not conform: w/wrong/cpu breaks WH-02")
+    page = html_report(run)
+    assert f"<p>{chosen.comment} It catches a whitening that {chosen.catches}.</p>" in page
+    assert 'code":"WhiteningSpec(eps=1e-05' in page
 
 
 def test_a_subject_with_parameters_of_its_own_has_pictures_of_them(tmp_path: Path) -> None:
@@ -502,11 +547,19 @@ def test_nothing_overflows_at_360_px(browser: Any, pages: dict[str, Path], which
         const box = each.getBoundingClientRect();
         return box.right > innerWidth + 1 && box.width > 1 && !each.parentElement.closest(".scroll");
     }).map((each) => each.outerHTML.slice(0, 120))"""
+    torn = """() => [...document.getElementById("cell-title").childNodes].flatMap((node) =>
+        [...(node.data || "").matchAll(/[^ /]+/g)].filter((word) => {
+            const range = document.createRange();
+            range.setStart(node, word.index);
+            range.setEnd(node, word.index + word[0].length);
+            return new Set([...range.getClientRects()].map((box) => box.top)).size > 1;
+        }).map((word) => word[0]))"""
     with Opened(browser, pages[which], width=360) as page:
         page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
         assert page.evaluate(beyond) == []
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.locator(".cell").first.click()
+        assert page.evaluate(torn) == []
         page.evaluate("document.querySelectorAll('dialog details').forEach((each) => { each.open = true; })")
         assert page.evaluate(beyond) == []
         assert page.locator("dialog").bounding_box()["width"] <= 360

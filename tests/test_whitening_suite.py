@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from multibn.array import BACKEND
 from multibn.cli import app
+from multibn.spec import CLAUSES as BATCHNORMS
 from multibn.whitening import CLAUSES, WhiteningSpec
 from multibn_conformance.choice import WrongCall
 from multibn_conformance.subjects import Candidate
@@ -127,10 +128,13 @@ def test_the_command_line_chooses_and_refuses() -> None:
     other = cli.invoke(app, ["conform", "--backend", "numpy", "--clause", "BN-06"])
     assert "WH-" not in other.stdout
     for arguments, message in (
-        (["--clause", "WH-77"], f"multibn: there is no clause 'WH-77'; there are {', '.join(CLAUSES)}.\n"),
+        (
+            ["--clause", "WH-77"],
+            f"multibn: there is no clause 'WH-77'; there are {', '.join([*BATCHNORMS, *CLAUSES])}.\n",
+        ),
         (
             ["--clause", "WH-01", "--subject", "a:b"],
-            "multibn: whitening is judged in the backends, and told on the terminal alone. Choose cases of BatchNorm.\n",
+            "multibn: whitening is judged in the backends alone. Choose cases of BatchNorm.\n",
         ),
     ):
         wrong = cli.invoke(app, ["conform", *arguments])

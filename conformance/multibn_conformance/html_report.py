@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from multibn.layer import spec_text
 from multibn.spec import BatchNormSpec
+from multibn.whitening import WhiteningSpec
 
 from . import charts
 
@@ -42,9 +43,16 @@ def html_report(record: Mapping[str, Any]) -> str:
 
 def _data(record: Mapping[str, Any]) -> Markup:
     """What the script shows, as JSON that can stand in a script element."""
-    cases = [{**each, "code": f"BatchNormSpec({spec_text(BatchNormSpec(**each['spec']))})"} for each in record["cases"]]
+    cases = [{**each, "code": _code(each)} for each in record["cases"]]
     wanted = {"clauses": record["clauses"], "cases": cases, "judgements": record["judgements"]}
     return Markup(json.dumps(wanted, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def _code(case: Mapping[str, Any]) -> str:
+    """The code of its spec."""
+    if case["clause"].startswith("WH"):
+        return repr(WhiteningSpec(**case["spec"]))
+    return f"BatchNormSpec({spec_text(BatchNormSpec(**case['spec']))})"
 
 
 def _cells(record: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

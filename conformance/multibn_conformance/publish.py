@@ -13,6 +13,7 @@ from .case import Case
 from .choice import WrongCall
 from .judge import Judgement
 from .subjects import Absent, Candidate
+from .whitening.case import WhiteningCase
 
 
 def check(files: Mapping[str, Path | None]) -> None:
@@ -33,7 +34,7 @@ def publish(
     judgements: Sequence[Judgement],
     candidates: Sequence[Candidate],
     absent: Sequence[Absent],
-    cases: Sequence[Case],
+    cases: Sequence[Case | WhiteningCase],
     command: str,
     spec: str | None = None,
 ) -> None:

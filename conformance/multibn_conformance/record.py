@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
+from multibn import whitening
 from multibn.spec import CLAUSES, BatchNormSpec
 
 from . import curves
@@ -20,6 +21,8 @@ from .evidence import evidence, number
 from .judge import Judgement
 from .report import last_line
 from .subjects import GROUP, Absent, Candidate
+from .whitening import run as whitening_run
+from .whitening.case import WhiteningCase
 
 TITLES = {
     "BN-01": "Input shape",
@@ -38,6 +41,16 @@ TITLES = {
     "BN-14": "Memory layout",
     "BN-15": "Reproducible",
     "BN-16": "Accurate",
+    "WH-01": "Whitening: input",
+    "WH-02": "Its batch statistics",
+    "WH-03": "Its matrix, eps",
+    "WH-04": "Its gamma and beta",
+    "WH-05": "Its moving statistics",
+    "WH-06": "Its inference",
+    "WH-07": "Its gradients",
+    "WH-08": "Its degenerate input",
+    "WH-09": "Its types",
+    "WH-10": "Its accuracy",
 }
 """A few words for each clause."""
 
@@ -46,7 +59,7 @@ def record(
     judgements: Sequence[Judgement],
     candidates: Sequence[Candidate],
     absent: Sequence[Absent],
-    cases: Sequence[Case],
+    cases: Sequence[Case | WhiteningCase],
     command: str,
     spec: BatchNormSpec | None = None,
 ) -> dict[str, Any]:
@@ -62,7 +75,7 @@ def record(
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "conforms": all(each.status != "fail" for each in judgements),
-        "summary": last_line(judgements),
+        "summary": _summary(judgements),
         "machine": {
             "python": f"{platform.python_implementation()} {platform.python_version()}",
             "system": platform.platform(),
@@ -71,7 +84,7 @@ def record(
         },
         "subjects": [_subject(each, spec) for each in candidates],
         "absent": [{"name": each.name, "reason": each.reason} for each in absent],
-        "clauses": [{"id": clause, "title": TITLES[clause], "text": text} for clause, text in CLAUSES.items()],
+        "clauses": [{"id": clause, "title": TITLES[clause], "text": text} for clause, text in _clauses(cases).items()],
         "cases": [_case(each) for each in cases],
         "judgements": [_judgement(each, by_name[each.subject], by_id[each.case]) for each in judgements],
         "pictures": {
@@ -86,6 +99,20 @@ def record(
             "momentum": _momentum(curves.steps(spec).spec),
         },
     }
+
+
+def _clauses(cases: Sequence[Case | WhiteningCase]) -> Mapping[str, str]:
+    """BatchNorm's, and whitening's where it is judged."""
+    return {**CLAUSES, **whitening.CLAUSES} if any(isinstance(case, WhiteningCase) for case in cases) else CLAUSES
+
+
+def _summary(judgements: Sequence[Judgement]) -> str:
+    """The last lines of the terminal: BatchNorm's and whitening's, of those that are judged."""
+    of = {
+        line: [each for each in judgements if (each.clause in whitening.CLAUSES) == its]
+        for line, its in ((last_line, False), (whitening_run.last_line, True))
+    }
+    return "\n".join(line(its) for line, its in of.items() if its)
 
 
 def _momentum(spec: BatchNormSpec) -> str:
@@ -104,18 +131,23 @@ def _subject(candidate: Candidate, spec: BatchNormSpec | None) -> dict[str, Any]
     }
 
 
-def _case(case: Case) -> dict[str, Any]:
+def _case(case: Case | WhiteningCase) -> dict[str, Any]:
+    if isinstance(case, WhiteningCase):
+        refuses = any(step.do.startswith("refuse") for step in case.steps)
+        about = {"verdict": "must raise" if refuses else "must", "source": f"the formulas of {case.clause}", "against": "oracle"}
+        steps = [f"{each.do} on {each.data.dtype} {each.data.shape}: {', '.join(each.observe)}" for each in case.steps]
+    else:
+        about = {"verdict": case.verdict, "source": case.source, "against": case.against}
+        steps = [_step(step) for step in case.steps]
     return {
         "id": case.id,
         "clause": case.clause,
         "comment": case.comment,
         "catches": case.catches,
-        "verdict": case.verdict,
-        "source": case.source,
-        "against": case.against,
+        **about,
         "features": case.features,
         "spec": case.spec.to_dict(),
-        "steps": [_step(step) for step in case.steps],
+        "steps": [step.removesuffix(": ") for step in steps],
     }
 
 
@@ -129,12 +161,12 @@ def _step(step: Step) -> str:
     return " ".join(words) + (f": {', '.join(step.observe)}" if step.observe else "")
 
 
-def _judgement(judgement: Judgement, candidate: Candidate, case: Case) -> dict[str, Any]:
+def _judgement(judgement: Judgement, candidate: Candidate, case: Case | WhiteningCase) -> dict[str, Any]:
     told = [line for line in judgement.message.splitlines() if not line.startswith((f"{case.clause}: ", f"{case.comment} It"))]
     message = "\n".join(told).removeprefix(f"{case.id}: ")
     # who raised an error, hung or gave NaN would do so again
     again = judgement.status != "skip" and number(judgement.ulp) is not None
-    results = evidence(candidate.make, case, candidate.precision) if again else []
+    results = evidence(candidate.make, case, candidate.precision) if again and isinstance(case, Case) else []
     came, should_be = _both(message)
     return {
         "subject": judgement.subject,
@@ -154,7 +186,8 @@ def _snippet(judgement: Judgement, candidate: Candidate) -> str:
     """Python that runs a case again that did not fail, if it finds the subject."""
     if candidate.backend.name not in {point.name for point in entry_points(group=GROUP)}:
         return ""
-    return f"from multibn_conformance import reproduce\nprint(reproduce({judgement.subject!r}, {judgement.case!r}))"
+    home = "multibn_conformance.whitening.run" if judgement.clause in whitening.CLAUSES else "multibn_conformance"
+    return f"from {home} import reproduce\nprint(reproduce({judgement.subject!r}, {judgement.case!r}))"
 
 
 _FORMS = (

@@ -63,7 +63,7 @@
 
   function about(check) {
     if (check.status !== "pass") return words[check.status];
-    if (!check.results.length || !check.part) return words.pass;
+    if (!check.part) return words.pass;
     return `${percent(check.part)} of its bound, ${short(check.ulp)} ulp`;
   }
 
@@ -71,6 +71,7 @@
   function wordless(check) {
     if (check.about.verdict === "must raise") return "It raised an error that says why, and kept its state, as it must.";
     if (check.about.against === "bits") return "All bits are those of multibn.reference, in two runs.";
+    if (check.part) return `Its worst error is ${about(check)}.`;
     return "It answered as it must, and what must stay as it was has the very bits that it had.";
   }
 
@@ -99,7 +100,7 @@
 
   function caseOf(check) {
     const inside = make("div", { class: "case-body" },
-      make("p", {}, `${check.about.comment} It catches a BatchNorm that ${check.about.catches}. Source: ${check.about.source}.`));
+      make("p", {}, `${check.about.comment} It catches a ${check.about.clause.startsWith("WH") ? "whitening" : "BatchNorm"} that ${check.about.catches}. Source: ${check.about.source}.`));
     if (check.came !== null && check.status !== "skip") {
       inside.append(make("dl", { class: "both" },
         make("div", {}, make("dt", {}, "What came"), make("dd", {}, check.came)),
@@ -126,7 +127,9 @@
     const matching = all.filter((each) => wanted.has(each));
     const found = matching.length ? matching : all;
     found.sort((a, b) => order.indexOf(a.status) - order.indexOf(b.status));
-    title.textContent = `${clause} ${clauses[clause].title}: ${subject}`;
+    // a narrow line breaks between the parts of a name, not inside one
+    const parts = subject.split("/").flatMap((part, i) => (i ? ["/", make("wbr"), part] : [part]));
+    title.replaceChildren(`${clause} ${clauses[clause].title}: `, ...parts);
     const count = found.length === all.length ? `${all.length}` : `${found.length} of ${all.length}`;
     const rest = found.map(caseOf);
     if (!found.some((each) => each.status === "fail") && rest.length) rest[0].open = true;

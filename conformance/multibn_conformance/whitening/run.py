@@ -10,8 +10,10 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from multibn.spec import CLAUSES as BATCHNORMS
 from multibn.whitening import CLAUSES
 from multibn_conformance.choice import WrongCall, chosen
+from multibn_conformance.fixed import CASES as BATCHNORMS_CASES
 from multibn_conformance.judge import Judgement
 from multibn_conformance.report import _cell
 from multibn_conformance.subjects import Candidate, candidates
@@ -30,8 +32,10 @@ def split(
         other_tier: whether the quick or the random tier runs, in which whitening has no cases of its own.
 
     Raises:
-        WrongCall: an unknown case or clause of whitening.
+        WrongCall: an unknown case or clause, of either.
     """
+    chosen("clause", clauses, [*BATCHNORMS, *CLAUSES])
+    chosen("case", ids, [*BATCHNORMS_CASES, *CASES])
     its_ids, its_clauses = ([name for name in names if name.startswith("WH")] for names in (ids, clauses))
     others = [name for name in ids if name not in its_ids], [name for name in clauses if name not in its_clauses]
     if (ids or clauses or other_tier) and not (its_ids or its_clauses):
