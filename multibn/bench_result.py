@@ -198,8 +198,8 @@ def caption(result: Result) -> str:
     """Where and how the run was made."""
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     what = (
-        "a training step: forward, loss, backward, SGD.\nown: the network as it is; ours: after swap; limit: how many "
-        "times faster it is without any BatchNorm."
+        "a training step: forward, loss, backward, SGD.\nown: the network as it is; ours: after swap, in PyTorch with "
+        "fuse_relu; limit: how many times faster it is without any BatchNorm."
         if result.of_networks
         else "forward + backward in training, or forward in inference.\ncopy: copying the same bytes, two copies into memory "
         "allocated like y and three into memory allocated like dx; in inference one."

@@ -38,6 +38,16 @@ def described(address: int) -> Any:
     return carray(pointer(address), 1, CALL)[0]
 
 
+@inner
+def claimed(address: int) -> tuple[int, int]:
+    """The tasks first..last of a piece that nobody has begun; none where there is no such piece."""
+    its = described(address)
+    piece = fetch_add(address, 1)
+    if piece >= its.pieces:
+        return 0, 0
+    return its.count * piece // its.pieces, its.count * (piece + 1) // its.pieces
+
+
 class Bodies(NamedTuple):
     """The compiled loops for a type of input, each with its ``address``."""
 
@@ -65,15 +75,14 @@ def _forward_body(values: Any, parameters: Any) -> Any:
         var = carray(pointer(its.moving_var), channels, parameters)
         saved = carray(pointer(its.saved), (2, channels), np.float64)
         sums = carray(pointer(its.sums), (3, its.blocks, channels), np.float64)
-        piece = fetch_add(address, 1)
-        while piece < its.pieces:
-            first, last = its.count * piece // its.pieces, its.count * (piece + 1) // its.pieces
+        first, last = claimed(address)
+        while first < last:
             left = forward_stage(
                 its.stage, first, last, x, y, gamma, beta, mean, var, saved, sums,
                 its.eps, its.old, its.unbiased != 0, its.use_batch != 0, its.update != 0, its.rectify != 0,
             )  # fmt: skip
             fetch_add(address + _LEFT, left)
-            piece = fetch_add(address, 1)
+            first, last = claimed(address)
         return 0
 
     return c_function(types.int64(types.int64), forward, SOURCES)
@@ -90,14 +99,13 @@ def _backward_body(values: Any, parameters: Any) -> Any:
         saved = carray(pointer(its.saved), (2, channels), np.float64)
         sums = carray(pointer(its.sums), (2, its.blocks, channels), np.float64)
         means = carray(pointer(its.means), (3, channels), np.float64)
-        piece = fetch_add(address, 1)
-        while piece < its.pieces:
-            first, last = its.count * piece // its.pieces, its.count * (piece + 1) // its.pieces
+        first, last = claimed(address)
+        while first < last:
             backward_stage(
                 its.stage, first, last, x, dy, dx, gamma, beta, saved, dgamma, dbeta, sums, means,
                 its.through != 0, its.rectify != 0,
             )  # fmt: skip
-            piece = fetch_add(address, 1)
+            first, last = claimed(address)
         return 0
 
     return c_function(types.int64(types.int64), backward, SOURCES)

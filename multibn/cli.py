@@ -122,7 +122,7 @@ def bench(
 ) -> None:
     """Measure the CPU layers beside the framework's own and beside copying the same bytes.
 
-    With --model: training steps of a network after swap, as it is, and without any BatchNorm.
+    With --model: training steps of a network after swap (in PyTorch with fuse_relu), as it is, and without any BatchNorm.
 
     Exits with 0, 1 if a framework could not be measured, 2 if the call is wrong.
     """

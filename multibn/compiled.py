@@ -74,7 +74,7 @@ SOURCES = hashlib.sha256(
 
 @inner
 def keep(arrays: Any) -> None:
-    """Numba frees an array after its last use, which its address is not: this is one, after the address was used."""
+    """Numba may free an array after its last use, which its address is not: this is one, after the address was used."""
 
 
 @intrinsic

@@ -163,7 +163,8 @@ def test_the_table_of_networks_has_the_limit(of_networks: Result) -> None:
     ]
     assert bench_result.caption(of_networks).splitlines() == [
         "Medians of 3 turns; a training step: forward, loss, backward, SGD.",
-        "own: the network as it is; ours: after swap; limit: how many times faster it is without any BatchNorm.",
+        "own: the network as it is; ours: after swap, in PyTorch with fuse_relu; limit: how many times faster it is without any "
+        "BatchNorm.",
         "multibn 0.0, python 3.11.0, numpy of-numpy, numba of-numba, torch of-torch",
         "A processor, 2 threads, 2026-01-02T03:04:05+00:00",
         "multibn bench --model densenet121",

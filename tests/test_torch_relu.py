@@ -114,6 +114,28 @@ def test_the_relu_has_nothing_left_to_do() -> None:
     assert torch.equal(one[1](other), other.relu())
 
 
+def test_what_a_hook_has_changed_is_rectified_again() -> None:
+    one = fused(net(3))
+    one[0].register_forward_hook(lambda layer, given, y: y.sub_(0.5))
+    x = torch.randn(4, 3, 5, 5)
+    with torch.no_grad():
+        assert one(x).min() == 0
+
+
+def test_inference_mode() -> None:
+    one, x = fused(net(3)).eval(), torch.randn(4, 3, 5, 5)
+    with torch.inference_mode():
+        assert torch.equal(one(x), copy.deepcopy(one)[0](x).relu())
+
+
+def test_relus_are_fused_in_a_model_that_is_swapped_already() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    assert swap(model) == ["0"]
+    assert swap(model, fuse_relu=True) == []
+    assert model[0].fuse_relu
+    assert type(model[1]) is ReLU
+
+
 class Block(nn.Module):  # type: ignore[misc,name-defined]
     """One ReLU for a layer and for a sum, a layer whose output two take, one that two ReLUs would have to follow."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, check, keep_single
-from .ways import RECTIFIED
+from .ways import rectified
 
 _OURS: dict[type[torch.nn.Module], type[Layer]] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
@@ -16,7 +16,7 @@ _OURS: dict[type[torch.nn.Module], type[Layer]] = {
 
 
 def swap(model: torch.nn.Module, fuse_relu: bool = False) -> list[str]:
-    """Make every BatchNorm1d/2d/3d of the model ours, in place, and return their names in the model.
+    """Make every BatchNorm1d/2d/3d of the model ours, in place, and return the names of those that were not.
 
     Each layer stays the same object with the very same parameters, statistics, hooks and mode; only its class changes, so
     whatever refers to it (a shared layer, an optimizer, a name in the checkpoint) goes on working. Subclasses of PyTorch's
@@ -60,7 +60,7 @@ class ReLU(torch.nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """max(input, 0)."""
-        if type(input) is Tensor and not torch.compiler.is_compiling() and hasattr(input, RECTIFIED):
+        if type(input) is Tensor and not torch.compiler.is_compiling() and not input.is_inference() and rectified(input):
             return input
         return super().forward(input)
 
@@ -79,7 +79,7 @@ def _followed_by_relu(model: torch.nn.Module) -> dict[torch.nn.Module, list[torc
     alone: set[torch.nn.Module] = set()
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
-        if module is None or type(module) not in _OURS:
+        if module is None or type(module) not in (*_OURS, *_OURS.values()):
             continue
         after = [modules.get(user.target) if user.op == "call_module" else None for user in node.users]
         if len(after) == 1 and type(after[0]) in (torch.nn.ReLU, ReLU):

@@ -55,12 +55,18 @@ def rectify(
         return torch.relu(normalise(x, gamma, beta, moving, how, on_kernel, mask, layer))
     how = _again(how) if how.update and recomputed() else how
     y = by_kernel(x, gamma, beta, moving, how, layer, rectify=True)
-    setattr(y, RECTIFIED, True)
+    if not y.is_inference():  # which has no version
+        setattr(y, _RECTIFIED, y._version)
     return y
 
 
-RECTIFIED = "_multibn_rectified"
-"""Attribute of what ``rectify`` returns: a ReLU has nothing left to do."""
+_RECTIFIED = "_multibn_rectified"
+"""Attribute of what ``rectify`` returns: its version, by which PyTorch tells whether it was changed in place."""
+
+
+def rectified(y: Tensor) -> bool:
+    """Whether y is as ``rectify`` returned it, so that a ReLU has nothing left to do."""
+    return getattr(y, _RECTIFIED, None) == y._version
 
 
 def _looked_at(x: Tensor) -> bool:
