@@ -42,7 +42,7 @@ def described(address: int) -> Any:
 def claimed(address: int) -> tuple[int, int]:
     """The tasks first..last of a piece that nobody has begun; none where there is no such piece."""
     its = described(address)
-    piece = fetch_add(address, 1)
+    piece: int = fetch_add(address, 1)
     if piece >= its.pieces:
         return 0, 0
     return its.count * piece // its.pieces, its.count * (piece + 1) // its.pieces
@@ -68,8 +68,8 @@ def bodies(kind: str) -> Bodies:
 def _forward_body(values: Any, parameters: Any) -> Any:
     def forward(address: int) -> int:
         its = described(address)
-        shape, channels = (its.n, its.channels, its.s), its.channels
-        x, y = carray(pointer(its.x), shape, values), carray(pointer(its.y), shape, values)
+        shape, size, channels = (its.n, its.channels, its.s), its.n * its.channels * its.s, its.channels
+        x, y = carray(pointer(its.x), size, values), carray(pointer(its.y), size, values)
         gamma, beta = carray(pointer(its.gamma), channels, parameters), carray(pointer(its.beta), channels, parameters)
         mean = carray(pointer(its.moving_mean), channels, parameters)
         var = carray(pointer(its.moving_var), channels, parameters)
@@ -78,7 +78,7 @@ def _forward_body(values: Any, parameters: Any) -> Any:
         first, last = claimed(address)
         while first < last:
             left = forward_stage(
-                its.stage, first, last, x, y, gamma, beta, mean, var, saved, sums,
+                its.stage, first, last, shape, x, y, gamma, beta, mean, var, saved, sums,
                 its.eps, its.old, its.unbiased != 0, its.use_batch != 0, its.update != 0, its.rectify != 0,
             )  # fmt: skip
             fetch_add(address + _LEFT, left)
@@ -91,9 +91,9 @@ def _forward_body(values: Any, parameters: Any) -> Any:
 def _backward_body(values: Any, parameters: Any) -> Any:
     def backward(address: int) -> int:
         its = described(address)
-        shape, channels = (its.n, its.channels, its.s), its.channels
-        x, dy = carray(pointer(its.x), shape, values), carray(pointer(its.dy), shape, values)
-        dx, gamma = carray(pointer(its.dx), shape, values), carray(pointer(its.gamma), channels, parameters)
+        shape, size, channels = (its.n, its.channels, its.s), its.n * its.channels * its.s, its.channels
+        x, dy = carray(pointer(its.x), size, values), carray(pointer(its.dy), size, values)
+        dx, gamma = carray(pointer(its.dx), size, values), carray(pointer(its.gamma), channels, parameters)
         beta = carray(pointer(its.beta), channels, parameters)
         dgamma, dbeta = carray(pointer(its.dgamma), channels, parameters), carray(pointer(its.dbeta), channels, parameters)
         saved = carray(pointer(its.saved), (2, channels), np.float64)
@@ -102,7 +102,7 @@ def _backward_body(values: Any, parameters: Any) -> Any:
         first, last = claimed(address)
         while first < last:
             backward_stage(
-                its.stage, first, last, x, dy, dx, gamma, beta, saved, dgamma, dbeta, sums, means,
+                its.stage, first, last, shape, x, dy, dx, gamma, beta, saved, dgamma, dbeta, sums, means,
                 its.through != 0, its.rectify != 0,
             )  # fmt: skip
             first, last = claimed(address)

@@ -112,48 +112,51 @@ def _spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
 
 
 @inner
-def _fold(lanes: Any, first: int, width: int, each: int) -> None:
-    """The sum of so many vectors of ``each`` lanes, in the first: the second half is added to the first until one is left."""
-    start, count = unsigned(first), unsigned(width)
-    while count > 1:
-        half = (count + unsigned(1)) // unsigned(2)
-        there = start + half * unsigned(each)
-        for j in range((count - half) * unsigned(each)):
+def _fold(lanes: Any, start: int, width: int, each: int) -> None:
+    """The sum of so many vectors of ``each`` lanes, in the first: the second half is added to the first until one is left.
+
+    All numbers are unsigned, here and in ``_fold_lanes``.
+    """
+    while width > 1:
+        half = (width + unsigned(1)) // unsigned(2)
+        there = start + half * each
+        for j in range((width - half) * each):
             lanes[start + j] += lanes[there + j]
-        count = half
+        width = half
 
 
 @inner
 def _fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> None:
     """The sum of each channel of the group over its lanes, which begin at ``start``; those at _SCALE are spoilt."""
     first, last = _channels(plan, group)
+    channels, width = unsigned(last - first), unsigned(plan.width)
     if plan.joined > 1:
-        _fold(lanes, start, plan.joined, plan.row // plan.joined)
-    if plan.width > 1 and last - first >= SIDE_BY_SIDE:
-        _lay_side_by_side(lanes, start, last - first, plan.width)
-        _fold(lanes, _SCALE, (plan.width + 1) // 2, last - first)
-        for j in range(last - first):
-            sums[first + j] = lanes[_SCALE + j]
-    elif plan.width == 1:
-        for j in range(last - first):
-            sums[first + j] = lanes[start + j]
+        _fold(lanes, start, unsigned(plan.joined), unsigned(plan.row // plan.joined))
+    if width == 1:
+        for k in range(channels):
+            sums[unsigned(first) + k] = lanes[start + k]
+    elif channels >= SIDE_BY_SIDE:
+        aside = unsigned(_SCALE)
+        _lay_side_by_side(lanes, start, aside, channels, width)
+        _fold(lanes, aside, (width + unsigned(1)) // unsigned(2), channels)
+        for k in range(channels):
+            sums[unsigned(first) + k] = lanes[aside + k]
     else:
-        for k in range(last - first):
-            _fold(lanes, start + k * plan.width, plan.width, 1)
-            sums[first + k] = lanes[start + k * plan.width]
+        for k in range(channels):
+            _fold(lanes, start + k * width, width, unsigned(1))
+            sums[unsigned(first) + k] = lanes[start + k * width]
 
 
 @inner
-def _lay_side_by_side(lanes: Any, start: int, channels: int, lanes_each: int) -> None:
-    """The first step of folding each channel, to _SCALE, where the channels are neighbours."""
-    begin, out, count, width = unsigned(start), unsigned(_SCALE), unsigned(channels), unsigned(lanes_each)
+def _lay_side_by_side(lanes: Any, start: int, out: int, channels: int, width: int) -> None:
+    """The first step of folding each channel, to ``out``, where the channels are neighbours."""
     half = (width + unsigned(1)) // unsigned(2)
     for j in range(width - half):
-        for k in range(count):
-            lanes[out + j * count + k] = lanes[begin + k * width + j] + lanes[begin + k * width + j + half]
+        for k in range(channels):
+            lanes[out + j * channels + k] = lanes[start + k * width + j] + lanes[start + k * width + j + half]
     for j in range(width - half, half):
-        for k in range(count):
-            lanes[out + j * count + k] = lanes[begin + k * width + j]
+        for k in range(channels):
+            lanes[out + j * channels + k] = lanes[start + k * width + j]
 
 
 @inner
@@ -173,6 +176,12 @@ def _steps(plan: Plan, block: int) -> tuple[int, int]:
 
 
 # Inner loops. Four (or two) chunks at a time: a lane adds them one after the other, but is read and written only once.
+
+
+@inner
+def _clear(lanes: Any, used: int) -> None:
+    for j in range(used):
+        lanes[j + _A] = lanes[j + _B] = 0.0
 
 
 @inner
@@ -308,20 +317,19 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
         group, block = task // plan.blocks, task % plan.blocks
         begin, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
 
-        lanes[_A : _A + used] = 0.0
+        _clear(lanes, used)
         few = min(begin + PIVOT, end)
         for chunk in range(begin, few):
             i, width = _chunk(plan, group, chunk)
             _add(part(flat, i, width), lanes)
-        _fold_lanes(lanes, _A, plan, group, sums[0, block])
+        _fold_lanes(lanes, unsigned(_A), plan, group, sums[0, block])
         first_channel, last_channel = _channels(plan, group)
         count = _count(plan, begin, few)
         for c in range(first_channel, last_channel):
             sums[0, block, c] /= count
         _spread(sums[0, block], plan, group, lanes[_MEAN:])
 
-        lanes[_A : _A + used] = 0.0
-        lanes[_B : _B + used] = 0.0
+        _clear(lanes, used)
         chunk = begin
         while chunk < end:
             i, width = _chunk(plan, group, chunk)
@@ -331,8 +339,8 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
             else:
                 _deviate(part(flat, i, width), lanes)
             chunk += 4 if four else 1
-        _fold_lanes(lanes, _A, plan, group, sums[1, block])
-        _fold_lanes(lanes, _B, plan, group, sums[2, block])
+        _fold_lanes(lanes, unsigned(_A), plan, group, sums[1, block])
+        _fold_lanes(lanes, unsigned(_B), plan, group, sums[2, block])
 
 
 @inlined
@@ -380,18 +388,15 @@ def _correlate_blocks(
                 means[2, c] = gamma[c] * saved[1, c]
             _spread(means[2], plan, group, lanes[_SCALE:])
             _spread(beta, plan, group, lanes[_BETA:])
-        lanes[_A : _A + used] = 0.0
-        lanes[_B : _B + used] = 0.0
+        _clear(lanes, used)
         chunk, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
         while chunk < end:
             i, w = _chunk(plan, group, chunk)
             four, j, k, m = _four(plan, group, chunk, end)
             if rectify:
-                _rectify(part(flat, i, w), part(dy, i, w), part(dx, i, w), lanes)
-                if four:
-                    _rectify(part(flat, j, w), part(dy, j, w), part(dx, j, w), lanes)
-                    _rectify(part(flat, k, w), part(dy, k, w), part(dx, k, w), lanes)
-                    _rectify(part(flat, m, w), part(dy, m, w), part(dx, m, w), lanes)
+                for each in range(chunk, chunk + (4 if four else 1)):
+                    start, _ = _chunk(plan, group, each)
+                    _rectify(part(flat, start, w), part(dy, start, w), part(dx, start, w), lanes)
             if four:
                 _correlate4(
                     part(flat, i, w), part(flat, j, w), part(flat, k, w), part(flat, m, w),
@@ -400,8 +405,8 @@ def _correlate_blocks(
             else:
                 _correlate(part(flat, i, w), part(given, i, w), lanes)
             chunk += 4 if four else 1
-        _fold_lanes(lanes, _A, plan, group, sums[0, block])
-        _fold_lanes(lanes, _B, plan, group, sums[1, block])
+        _fold_lanes(lanes, unsigned(_A), plan, group, sums[0, block])
+        _fold_lanes(lanes, unsigned(_B), plan, group, sums[1, block])
 
 
 @inlined
@@ -534,43 +539,42 @@ def _tasks(plan: Plan, stage: int, first: int, last: int, i: int) -> tuple[int, 
 
 @inlined
 def forward_stage(
-    stage: int, first: int, last: int, x: Any, y: Any, gamma: Any, beta: Any, moving_mean: Any, moving_var: Any, saved: Any,
-    sums: Any, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
+    stage: int, first: int, last: int, shape: tuple[int, int, int], x: Any, y: Any, gamma: Any, beta: Any,
+    moving_mean: Any, moving_var: Any, saved: Any, sums: Any,
+    eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
 ) -> int:  # fmt: skip
-    """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last.
+    """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last. x and y are flat.
 
     Returns how many channels' moving statistics were left as they were (BN-11).
     """
-    plan, m, left = plan_of(x.shape), x.size // x.shape[1], 0
-    flat, out = x.reshape(x.size), y.reshape(x.size)
+    plan, m, left = plan_of(shape), shape[0] * shape[2], 0
     lanes = np.empty(5 * (LANES + _PAD))
     for i in range(last - first if stage == 0 else 1):
         begin, end, c, c_end = _tasks(plan, stage, first, last, i)
         if stage <= 1 and (use_batch or update):
-            _describe_blocks(plan, flat, sums, begin, end, lanes)
+            _describe_blocks(plan, x, sums, begin, end, lanes)
         if stage == 0 or stage == 2:
             left += _statistics(
                 plan, m, sums, saved, gamma, moving_mean, moving_var, eps, old, unbiased, use_batch, update, c, c_end
             )
         if stage == 0 or stage == 3:
-            _normalise_blocks(plan, flat, out, sums[0, 0], beta, saved, rectify, begin, end, lanes)
+            _normalise_blocks(plan, x, y, sums[0, 0], beta, saved, rectify, begin, end, lanes)
     return left
 
 
 @inlined
 def backward_stage(
-    stage: int, first: int, last: int, x: Any, dy: Any, dx: Any, gamma: Any, beta: Any, saved: Any, dgamma: Any, dbeta: Any,
-    sums: Any, means: Any, through: bool, rectify: bool,
+    stage: int, first: int, last: int, shape: tuple[int, int, int], x: Any, dy: Any, dx: Any, gamma: Any, beta: Any, saved: Any,
+    dgamma: Any, dbeta: Any, sums: Any, means: Any, through: bool, rectify: bool,
 ) -> None:  # fmt: skip
-    """One stage of a backward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last."""
-    plan, m = plan_of(x.shape), x.size // x.shape[1]
-    flat, flat_dy, flat_dx = x.reshape(x.size), dy.reshape(x.size), dx.reshape(x.size)
+    """One stage of a backward, as of a forward; x, dy and dx are flat."""
+    plan, m = plan_of(shape), shape[0] * shape[2]
     lanes = np.empty(5 * (LANES + _PAD))
     for i in range(last - first if stage == 0 else 1):
         begin, end, c, c_end = _tasks(plan, stage, first, last, i)
         if stage <= 1:
-            _correlate_blocks(plan, flat, flat_dy, flat_dx, gamma, beta, saved, sums, means, rectify, begin, end, lanes)
+            _correlate_blocks(plan, x, dy, dx, gamma, beta, saved, sums, means, rectify, begin, end, lanes)
         if stage == 0 or stage == 2:
             _gradients(m, sums, saved, gamma, dgamma, dbeta, means, c, c_end)
         if stage == 0 or stage == 3:
-            _propagate_blocks(plan, flat, flat_dy, flat_dx, saved, means, through, rectify, begin, end, lanes)
+            _propagate_blocks(plan, x, dy, dx, saved, means, through, rectify, begin, end, lanes)

@@ -91,6 +91,31 @@ for training, poison in ((True, np.nan), (False, 0.0)):
         np.testing.assert_array_equal(b, a, name)
 
 
+def check_relu(training: bool, *shape: int) -> None:
+    """A ReLU in the layer's own pass gives the bits of one after the reference."""
+    x, dy = np.random.default_rng(1).normal(0, 1, (2, *shape)).astype(np.float32)
+    one, zero = np.ones(shape[1], np.float32), np.zeros(shape[1], np.float32)
+    done = reference.forward(x, one, zero, zero, one, SPEC, training)
+    through = np.where(done.y > 0, dy, 0).astype(np.float32)
+    expected: list[Array | None] = [np.maximum(done.y, 0), *reference.backward(through, done.saved)]
+    y, dx, dgamma, dbeta, saved = np.empty_like(x), np.empty_like(x), one.copy(), zero.copy(), np.empty((2, shape[1]))
+    bodies, moved = kernel.prepare(np.float32), [zero.copy(), one.copy()]
+    old, unbiased = SPEC.weight_of_old(0), SPEC.moving_variance == "unbiased"
+    places = [a.ctypes.data for a in (x, y, one, zero, *moved, saved)]
+    team = kernel.team(bodies.forward.address, 0)
+    calls.forward_at(team, shape, *places, 0, SPEC.eps, old, unbiased, training, training, True)
+    places = [a.ctypes.data for a in (x, dy, dx, one, zero, saved, dgamma, dbeta)]
+    calls.backward_at(kernel.team(bodies.backward.address, 0), shape, *places, training, True)
+    for want, got in zip(expected, (y, dx, dgamma, dbeta), strict=True):
+        assert want is not None
+        np.testing.assert_array_equal(got, want)
+
+
+for training in (True, False):
+    check_relu(training, 7, 2, 3)
+    check_relu(training, 5, 3, 900)
+
+
 VALUES = [0.0, -0.0, 1.0, -1.5, 1 / 3, 65504.0, 65519.9, 65520.0, 6e-8, -1e-6, 2.0**-25, 2.0**-14, 1e-45, 3e38, 1e39]
 VALUES += [1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8]  # ties
 VALUES += [np.inf, -np.inf, np.nan, -np.nan]
