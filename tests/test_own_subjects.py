@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -357,6 +358,24 @@ def test_random_cases_keep_the_dialect() -> None:
     done = list(own_random.compared(BY_NAME["torch.nn"], range(40), torch_nn.make))
     assert len(done) > 15
     assert [each.message for each in done if each.keeping == "breaks"] == []
+
+
+def test_a_random_case_that_breaks_a_dialect_can_be_run_again() -> None:
+    biased = replace(BY_NAME["torch.nn"], fixed={"moving_variance": "biased"})
+    from multibn_conformance.own import torch_nn
+
+    broken = next(each for each in own_random.compared(biased, range(60), torch_nn.make) if each.keeping == "breaks")
+    number = broken.case.rpartition("-")[2]
+    assert broken.message.splitlines()[-1] == f"Again: multibn conform --own --backend torch.nn --random 1 --seed {number}"
+    command = own_run._command(biased, "/some where/python", "cuda:0")
+    assert command == "multibn conform --own --backend torch.nn --python '/some where/python' --device cuda:0"
+
+
+def test_the_number_of_seeds_is_said() -> None:
+    done = CliRunner().invoke(app, ["conform", "--own", "--backend", "torch.nn", "--random", "4"])
+    assert done.exit_code == 0, done.output
+    told = "of 4 seeds judged: [0-4] by torch.nn/cpu; what a dialect states leaves the others out."
+    assert re.fullmatch(told, done.output.splitlines()[-1])
 
 
 def test_random_cases_that_a_stated_difference_touches_are_left_out() -> None:

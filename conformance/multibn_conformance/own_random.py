@@ -16,7 +16,7 @@ from hypothesis import seed as seeded
 from .case import MOVING, Case, Step
 from .own import Own
 from .perform import Make
-from .random_tier import cases
+from .random_tier import BACKEND, cases
 from .spoken import Compared, compare, without
 
 FAR = 10
@@ -31,7 +31,14 @@ def drawn(number: int) -> Case:
     seen: list[Case] = []
 
     @seeded(number)
-    @settings(max_examples=2, database=None, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=2,
+        backend=BACKEND,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
     @given(cases(None))
     def draw(case: Case) -> None:
         seen.append(case)
@@ -40,13 +47,20 @@ def drawn(number: int) -> Case:
     return replace(seen[-1], id=f"{seen[-1].clause}-random-{number}")
 
 
-def compared(own: Own, seeds: range, make: Make) -> Iterator[Compared]:
-    """The cases of these seeds that the dialect's statements leave."""
+def compared(own: Own, seeds: range, make: Make, command: str | None = None) -> Iterator[Compared]:
+    """The cases of these seeds that the dialect's statements leave.
+
+    Args:
+        command: what judges it, for the end of a message that says how to run a seed again.
+    """
+    command = command or f"multibn conform --own --backend {own.name}"
     for number in seeds:
         case = drawn(number)
         if case.against == "oracle" and case.verdict == "must" and not _left_out(own, case):
             steps = without(case.steps, *MOVING) if own.by_difference else case.steps
-            yield compare(own, replace(case, steps=tuple(steps)), make)
+            came = compare(own, replace(case, steps=tuple(steps)), make)
+            again = f"\nAgain: {command} --random 1 --seed {number}"
+            yield replace(came, message=came.message + again) if came.keeping == "breaks" else came
 
 
 def _left_out(own: Own, case: Case) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,19 +81,27 @@ def judged(
     for own in (each for each in ALL if each.name in wanted):
         try:
             with running(own, python, device) as process:
-                done.append(Judged(own, device, process.versions, _compared(own, cases, process.make)))
+                done.append(
+                    Judged(own, device, process.versions, _compared(own, cases, process.make, _command(own, python, device)))
+                )
         except (WrongCall, Broken) as error:
             said = str(error).removeprefix(f"the subject {own.subject} cannot be had: ").removeprefix("importing it raised ")
             absent.append(Absent(f"{own.name}/{device}", said))
     return done, absent
 
 
-def _compared(own: Own, cases: Sequence[Case] | range, make: Make) -> list[Compared]:
+def _compared(own: Own, cases: Sequence[Case] | range, make: Make, command: str) -> list[Compared]:
     if not isinstance(cases, range):
         return compared(own, cases, make)
     from . import own_random
 
-    return list(own_random.compared(own, cases, make))
+    return list(own_random.compared(own, cases, make, command))
+
+
+def _command(own: Own, python: str, device: str) -> str:
+    """What judges it alone."""
+    options = [f" --python {shlex.quote(python)}"] * (python != sys.executable) + [f" --device {device}"] * (device != "cpu")
+    return f"multibn conform --own --backend {own.name}{''.join(options)}"
 
 
 def differences(judged: Judged) -> list[tuple[str, list[str], int]]:
@@ -159,4 +168,7 @@ def run(
     if not done:
         raise WrongCall(f"nobody to judge: {'; '.join(f'{each.name}: {each.reason}' for each in absent)}.")
     show(done, absent, console)
+    if isinstance(cases, range):
+        told = ", ".join(f"{len(each.cases)} by {each.name}" for each in done)
+        console.print(f"of {len(cases)} seeds judged: {told}; what a dialect states leaves the others out.", soft_wrap=True)
     return any(case.keeping == "breaks" for each in done for case in each.cases)

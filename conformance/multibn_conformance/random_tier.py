@@ -13,6 +13,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky, FlakyFailure
+from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -41,6 +42,21 @@ _OWED = {"float16": (0.0, -0.0, 1.0, 1e3), "float32": (0.0, -0.0, 1.0, 1e10, 1e-
 """The same for gradients."""
 
 _LAYOUTS: tuple[Layout, ...] = ("contiguous", "transposed", "channels last", "sliced", "negative")
+
+
+class _SeedAlone(HypothesisProvider):
+    """Draws by the seed alone. Hypothesis itself now and then draws a number that stands in the code of a module that is loaded:
+    a seed would be another case where another framework, or a subject, is imported.
+    """
+
+    def _maybe_draw_constant(self, *_: Any, **__: Any) -> None:
+        """Never."""
+
+
+BACKEND = "multibn"
+"""Hypothesis's setting that draws by the seed alone."""
+
+AVAILABLE_PROVIDERS[BACKEND] = _SeedAlone
 
 
 class _Drawn:
@@ -250,6 +266,7 @@ def judge_seed(
     @seed(number)
     @settings(
         max_examples=2,  # the first is the simplest of all, the same for every seed
+        backend=BACKEND,
         database=None,
         deadline=None,
         phases=(Phase.generate, Phase.shrink),
