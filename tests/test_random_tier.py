@@ -57,7 +57,7 @@ def test_right_ones_pass() -> None:
 
 
 def test_a_right_one_that_adds_in_another_order_is_accused_of_that_alone() -> None:
-    judged = [judge_seed(made_by(Textbook), number)[1] for number in range(60)]
+    judged = [judge(made_by(Textbook), drawn(number)) for number in range(60)]
     assert {each.clause for each in judged if each.status == "fail"} == {"BN-15"}
 
 
@@ -79,7 +79,7 @@ def test_a_seed_is_a_case_whatever_is_imported(tmp_path: Path, monkeypatch: pyte
 
 def test_what_is_drawn() -> None:
     """Every clause that has random cases, every rank, type and layout, hostile values and both verdicts, in 300 seeds."""
-    _, cases = run(RIGHT[:1], 300, 0, Console(quiet=True))
+    cases = [drawn(number) for number in range(300)]
     values = [step.values for case in cases for step in case.steps if step.values is not None]
     clauses = Counter(case.clause for case in cases)
     assert set(clauses) == {f"BN-{n:02}" for n in (1, 5, 7, 9, 11, 12, 13, 14, 15, 16)} <= set(CLAUSES)
