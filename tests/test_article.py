@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -18,6 +14,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("mpmath", reason="the defects need mpmath: pip install 'multibn[conformance]'")
 pytest.importorskip("latex2mathml", reason="the page needs latex2mathml: pip install 'multibn[article]'")
+
+from browser import CONTRASTS, Opened, is_dark, outside
+from browser import browser as browser
 
 from multibn import BatchNormSpec
 from multibn.array import BACKEND
@@ -200,25 +199,6 @@ def test_a_package_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 # The page, in a browser.
 
-SWITCHES = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium; where there is none these tests are skipped, unless MULTIBN_BROWSER says that there must be one."""
-    chromium = shutil.which("chromium")
-    if not os.environ.get("MULTIBN_BROWSER"):
-        pytest.importorskip("playwright", reason="the page's tests need Playwright: pip install playwright")
-        if chromium is None:
-            pytest.skip("the page's tests need Chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    assert chromium is not None, "MULTIBN_BROWSER is set, and there is no chromium. Install it: apt-get install chromium"
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=SWITCHES.split())
-        yield running
-        running.close()
-
 
 @pytest.fixture(scope="module")
 def written(studies: dict[str, processes.Study], tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -236,21 +216,11 @@ def written(studies: dict[str, processes.Study], tmp_path_factory: pytest.TempPa
     return path
 
 
-def opened(browser: Any, path: Path, width: int = 1200, scheme: str = "light") -> tuple[Any, list[str], list[str]]:
-    its = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    said: list[str] = []
-    asked: list[str] = []
-    its.on("console", lambda message: said.append(message.text))
-    its.on("pageerror", lambda error: said.append(str(error)))
-    its.on("request", lambda request: asked.append(request.url))
-    its.goto(path.as_uri())
-    return its, said, asked
-
-
 def test_the_page_has_each_statement_in_order_and_asks_for_nothing(
     browser: Any, written: Path, studies: dict[str, processes.Study]
 ) -> None:
-    its, said, asked = opened(browser, written)
+    opened = Opened(browser, written)
+    its = opened.page
     assert [section.get_attribute("id") for section in its.locator("main > section").all()] == list(page.SECTIONS)
     for section in its.locator("main > section").all():
         assert section.locator("h2").count() == 1
@@ -261,62 +231,33 @@ def test_the_page_has_each_statement_in_order_and_asks_for_nothing(
     assert its.get_by_text("(0+1+2+3+12+13+14+15) / 8 = 7.5").is_visible()
     assert "NumPy, kernel" in its.locator("#training table").inner_text()
     assert "too few seeds to judge by" in its.locator("footer").inner_text()
-    assert said == []
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert opened.said == []
+    assert opened.elsewhere == []
     its.close()
 
 
 def test_nothing_overflows_at_360_px(browser: Any, written: Path) -> None:
-    its, _, _ = opened(browser, written, width=360)
+    its = Opened(browser, written, width=360).page
     its.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
-    beyond = """() => [...document.querySelectorAll("body *")].filter((each) => {
-        const box = each.getBoundingClientRect();
-        return box.right > innerWidth + 1 && box.width > 1 && !each.closest(".scroll > *, .code > *, .formula > *, svg *");
-    }).map((each) => each.outerHTML.slice(0, 120))"""
-    assert its.evaluate(beyond) == []
+    assert outside(its, ".scroll > *, .code > *, .formula > *, svg *") == []
     assert its.evaluate("document.documentElement.scrollWidth") == 360
     its.close()
-
-
-CONTRASTS = """() => {
-    const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
-    const light = (rgb) => rgb.slice(0, 3).map((each) => each / 255)
-        .map((each) => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, each, i) => sum + each * [0.2126, 0.7152, 0.0722][i], 0);
-    const behind = (element) => {
-        for (let each = element; each; each = each.parentElement) {
-            const color = parse(getComputedStyle(each).backgroundColor);
-            if (color.length === 3 || color[3] === 1) return color;
-        }
-    };
-    const found = {};
-    for (const element of document.querySelectorAll("body *")) {
-        const own = [...element.childNodes].some((each) => each.nodeType === 3 && each.data.trim());
-        if (!own || element.matches("script, style, desc, title, defs *") || !element.checkVisibility()) continue;
-        const style = getComputedStyle(element);
-        const [a, b] = [light(parse(element.matches("svg *") ? style.fill : style.color)), light(behind(element))];
-        const name = element.tagName + "." + (element.className.baseVal ?? element.className);
-        found[name] = Math.min(found[name] ?? 99, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
-    }
-    return found;
-}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_can_be_read(browser: Any, written: Path, scheme: str) -> None:
     """WCAG 2.1 asks for a contrast of 4.5; Matplotlib's text is among it."""
-    its, _, _ = opened(browser, written, scheme=scheme)
+    its = Opened(browser, written, scheme=scheme).page
     its.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     found = its.evaluate(CONTRASTS)
     assert {"text.", "P.said", "SPAN.k", "TD.", "mi."} <= set(found)
     assert {name: contrast for name, contrast in found.items() if contrast < 4.5} == {}
-    back = its.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", back))) < 3 * 128) == (scheme == "dark")
+    assert is_dark(its) == (scheme == "dark")
     its.close()
 
 
 def test_a_keyboard_and_a_screen_reader_find_their_way(browser: Any, written: Path) -> None:
-    its, _, _ = opened(browser, written)
+    its = Opened(browser, written).page
     its.keyboard.press("Tab")
     assert its.evaluate("document.activeElement.textContent") == "Skip to the statements"
     its.keyboard.press("Enter")

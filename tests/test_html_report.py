@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
-import shutil
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'multibn[conformance]'")
+
+from browser import CONTRASTS, Opened, is_dark, outside
+from browser import browser as browser
 
 from multibn.array import KernelSubject, ReferenceSubject
 from multibn.cli import app
@@ -385,25 +385,6 @@ def test_a_file_that_cannot_be_written_is_told_before_the_run(option: str, path:
 
 # In a browser.
 
-SWITCHES = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium; where there is none these tests are skipped, unless MULTIBN_BROWSER says that there must be one."""
-    chromium = shutil.which("chromium")
-    if not os.environ.get("MULTIBN_BROWSER"):
-        pytest.importorskip("playwright", reason="the page's tests need Playwright: pip install playwright")
-        if chromium is None:
-            pytest.skip("the page's tests need Chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    assert chromium is not None, "MULTIBN_BROWSER is set, and there is no chromium. Install it: apt-get install chromium"
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=SWITCHES.split())
-        yield running
-        running.close()
-
 
 @pytest.fixture(scope="module")
 def pages(failing: dict[str, Any], passing: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -412,29 +393,6 @@ def pages(failing: dict[str, Any], passing: dict[str, Any], tmp_path_factory: py
     for name, run in (("failing", failing), ("passing", passing)):
         found[name].write_text(html_report(run), encoding="utf-8")
     return found
-
-
-class Opened:
-    """A page in the browser, with what it complained about and what it asked the network for."""
-
-    def __init__(self, browser: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(path.as_uri())
-
-    def __enter__(self) -> Any:
-        return self.page
-
-    def __exit__(self, *_: object) -> None:
-        self.page.close()
-
-    def visible(self, selector: str) -> list[str]:
-        found = self.page.locator(selector)
-        return [found.nth(i).inner_text() for i in range(found.count()) if found.nth(i).is_visible()]
 
 
 @pytest.mark.parametrize("which", ["failing", "passing"])
@@ -450,7 +408,7 @@ def test_it_opens_without_errors_and_asks_for_nothing(browser: Any, pages: dict[
         assert page.locator("svg.drawn").count() == 6
         assert page.locator("#failures").count() == (which == "failing")
         assert opened.said == []
-        assert [url for url in opened.asked if not url.startswith(("file:", "data:"))] == []
+        assert opened.elsewhere == []
 
 
 def test_filters(browser: Any, pages: dict[str, Path]) -> None:
@@ -543,10 +501,6 @@ def test_what_a_cell_shows(browser: Any, pages: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("which", ["failing", "passing"])
 def test_nothing_overflows_at_360_px(browser: Any, pages: dict[str, Path], which: str) -> None:
-    beyond = """() => [...document.querySelectorAll("body *")].filter((each) => {
-        const box = each.getBoundingClientRect();
-        return box.right > innerWidth + 1 && box.width > 1 && !each.parentElement.closest(".scroll");
-    }).map((each) => each.outerHTML.slice(0, 120))"""
     torn = """() => [...document.getElementById("cell-title").childNodes].flatMap((node) =>
         [...(node.data || "").matchAll(/[^ /]+/g)].filter((word) => {
             const range = document.createRange();
@@ -556,7 +510,7 @@ def test_nothing_overflows_at_360_px(browser: Any, pages: dict[str, Path], which
         }).map((word) => word[0]))"""
     with Opened(browser, pages[which], width=360) as page:
         page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
-        assert page.evaluate(beyond) == []
+        assert outside(page, ".scroll > *") == []
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         for cell in page.locator(".cell").all():
             cell.click()
@@ -564,37 +518,11 @@ def test_nothing_overflows_at_360_px(browser: Any, pages: dict[str, Path], which
             page.keyboard.press("Escape")
         page.locator(".cell").first.click()
         page.evaluate("document.querySelectorAll('dialog details').forEach((each) => { each.open = true; })")
-        assert page.evaluate(beyond) == []
+        assert outside(page, ".scroll > *") == []
         assert page.locator("dialog").bounding_box()["width"] <= 360
         assert (
             page.evaluate("(() => { const d = document.querySelector('dialog'); return d.scrollWidth - d.clientWidth; })()") == 0
         )
-
-
-CONTRASTS = """() => {
-    const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
-    const light = (rgb) => rgb.slice(0, 3).map((each) => each / 255)
-        .map((each) => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, each, i) => sum + each * [0.2126, 0.7152, 0.0722][i], 0);
-    const behind = (element) => {
-        for (let each = element; each; each = each.parentElement) {
-            const color = parse(getComputedStyle(each).backgroundColor);
-            if (color.length === 3 || color[3] === 1) return color;
-        }
-        throw new Error("nothing opaque is behind " + element.outerHTML);
-    };
-    const found = {};
-    for (const element of document.querySelectorAll("body *")) {
-        const own = [...element.childNodes].some((each) => each.nodeType === 3 && each.data.trim());
-        if (!own || element.matches("script, noscript, desc, title, option") || !element.checkVisibility()) continue;
-        const style = getComputedStyle(element);
-        const [a, b] = [light(parse(element.matches("svg *") ? style.fill : style.color)), light(behind(element))];
-        const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-        const name = element.tagName + "." + (element.className.baseVal ?? element.className);
-        found[name] = Math.min(found[name] ?? 99, contrast);
-    }
-    return found;
-}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -607,8 +535,7 @@ def test_all_text_can_be_read(browser: Any, pages: dict[str, Path], scheme: str)
         found = {**found, **page.evaluate(CONTRASTS)}
         assert {"BUTTON.cell fail", "P.message", "text.", "CODE."} <= set(found) | {"BUTTON.cell fail"}
         assert {name: contrast for name, contrast in found.items() if contrast < 4.5} == {}
-        back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, re.findall(r"\d+", back))) < 3 * 128) == (scheme == "dark")
+        assert is_dark(page) == (scheme == "dark")
 
 
 def test_a_screen_reader_finds_its_way(browser: Any, pages: dict[str, Path]) -> None:
