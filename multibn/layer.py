@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -162,6 +162,7 @@ class Backend:
         devices: the devices that are present, such as ``("cpu",)``.
         make: ``make(num_features, spec, device, implementation)`` returns a Subject; spec None means its own defaults.
         whitening: the same for its whitening layer, whose Subject has a moving covariance in place of the variance; or None.
+        no_whitening: names of implementations that its whitening layer does not have.
     """
 
     name: str
@@ -170,3 +171,4 @@ class Backend:
     devices: Callable[[], Sequence[str]]
     make: Callable[[int, BatchNormSpec | None, str, str], Subject]
     whitening: Callable[[int, WhiteningSpec, str, str], Subject] | None = None
+    no_whitening: Collection[str] = ()

@@ -68,8 +68,9 @@ def _devices() -> list[str]:
 BACKEND = Backend(
     name="mxnet",
     versions={"mxnet": mx.__version__},
-    implementations={"kernel": "exact", "framework": "working"},
+    implementations={"kernel": "exact", "framework": "working", "composed": "working"},
     devices=_devices,
     make=GluonSubject,
     whitening=GluonWhitening,
+    no_whitening=("composed",),
 )

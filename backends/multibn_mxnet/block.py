@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -20,13 +21,20 @@ from multibn.spec import BatchNormSpec
 from .description import Layer
 from .operator import NAME
 
-IMPLEMENTATIONS = ("auto", "kernel", "framework")
+IMPLEMENTATIONS = ("auto", "kernel", "framework", "composed")
+
+
+def check_implementation(implementation: str, known: Sequence[str] = IMPLEMENTATIONS) -> None:
+    """Raise ValueError if there is no such implementation."""
+    if implementation not in known:
+        raise ValueError(f"implementation must be {', '.join(map(repr, known))}, got {implementation!r}.")
 
 
 class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
     """What the blocks share. A subclass says what its layer is, and has the parameters that the operator takes, by its names."""
 
     fuse_relu = False
+    implementation = "auto"
     init: identity.Init = "standard"
 
     @abstractmethod
@@ -41,6 +49,11 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
             self._attribute, self._attribute_in_graph = self._layer.attribute(), self._layer.in_graph().attribute()
             self._names = (*self._layer.parameters, *self._layer.states)
         return self._layer
+
+    def forget_layer(self) -> None:
+        """Find the layer anew at the next need: what ``_describe`` looks at has changed."""
+        self.__dict__.pop("_layer", None)
+        self._clear_cached_op()
 
     @property
     def spec(self) -> BatchNormSpec:
@@ -80,7 +93,8 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
             raise MXNetError(problem)
         direct = _direct()
         directly = direct.takes(layer, x)
-        if self._active and not (directly and self._cached_graph):  # that of ``export`` is made at the first call
+        composed = layer.implementation == "composed" and x.size > 0
+        if self._active and not ((directly or composed) and self._cached_graph):  # that of ``export`` is made at the first call
             return self._begun(super().forward(x))
         context = x.context
         try:
@@ -91,7 +105,7 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
                 parameter._finish_deferred_init()
             arrays = [parameter.data(context) for parameter in parameters]
         if not directly:
-            return self._begun(self._normalize(mx.nd, x, arrays))
+            return self._begun(self._normalize(mx.nd, x, arrays, composed))
         y = direct.normalize(layer, self._attribute, x, arrays)
         return _relu(y) if self.fuse_relu else y
 
@@ -106,13 +120,15 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         _ = self.layer
         return self._normalize(F, x, [parameters[name] for name in self._names])
 
-    def _normalize(self, F: Any, x: Any, arrays: list[Any]) -> Any:
+    def _normalize(self, F: Any, x: Any, arrays: list[Any], composed: bool = False) -> Any:
         is_np = mx.util.is_np_array()
         if is_np:  # there is no npx.Custom
             x, arrays = x.as_nd_ndarray(), [array.as_nd_ndarray() for array in arrays]
         # What oneDNN makes has a layout of its own. MXNet hands a Custom operator a plain copy of it, but frees that before it
         # has run. What these operators give, in backward too, is plain. A graph runs expand_dims in place where it can.
-        if F is mx.nd:
+        if composed:
+            y = _composed().normalize(self.layer, x, arrays)
+        elif F is mx.nd:
             y = F.Custom(_plain(x), *arrays, op_type=NAME, layer=self._attribute)[0]
             y = y.reshape(y.shape) if _on_cpu(y) else y  # in backward a copy, and plain
         else:
@@ -141,6 +157,13 @@ def _direct() -> Any:
     from . import direct
 
     return direct
+
+
+@cache
+def _composed() -> Any:
+    from . import composed
+
+    return composed
 
 
 def _relu(y: Any) -> Any:
@@ -180,8 +203,9 @@ class BatchNorm(_Normalization):
         num_features: C, the size of the channel axis.
         num_dims: rank of the input: 2 for fully connected layers (N, C), 4 for convolutions (N, C, H, W); 3 and 5 too.
         spec: what it computes; ``BatchNormSpec.article()`` is the article's own.
-        implementation: "kernel" (the CPU kernel), "framework" (MXNet's own operators, any device), or "auto": the kernel on CPU,
-            the operators elsewhere.
+        implementation: "kernel" (the CPU kernel), "framework" (MXNet's own operators, any device), "auto" (the kernel on CPU,
+            the operators elsewhere), or "composed": operators that MXNet can differentiate twice, for gradient penalties, and
+            slowly. In a hybridized net, which MXNet differentiates once, "composed" is "auto".
         init: "identity" lets the first training batch pass unchanged: ``multibn.identity``.
         prefix, params: Gluon's.
 
@@ -208,8 +232,7 @@ class BatchNorm(_Normalization):
             raise ValueError(f"num_features must be an integer >= 1, the size of the channel axis, got {num_features!r} (BN-01).")
         if num_dims not in (2, 3, 4, 5):
             raise ValueError(f"num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got {num_dims!r} (BN-01).")
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation must be {', '.join(map(repr, IMPLEMENTATIONS))}, got {implementation!r}.")
+        check_implementation(implementation)
         super().__init__(prefix=prefix, params=params)
         self.num_features, self.num_dims, self.implementation = num_features, num_dims, implementation
         self._spec = spec or BatchNormSpec()
@@ -236,8 +259,7 @@ class BatchNorm(_Normalization):
     def set_rank(self, num_dims: int) -> None:
         """Take input of another rank from now on; the state does not depend on it."""
         self.num_dims = num_dims
-        self.__dict__.pop("_layer", None)
-        self._clear_cached_op()
+        self.forget_layer()
 
     def _describe(self) -> Layer:
         names = tuple(name for name, here in (("gamma", self._spec.scale), ("beta", self._spec.center)) if here)
@@ -251,8 +273,10 @@ class BatchNorm(_Normalization):
 class _GluonNormalization(_Normalization):
     """What the blocks with Gluon's own signature share."""
 
-    def __init__(self, *arguments: Any, init: identity.Init = "standard", **named: Any) -> None:
+    def __init__(self, *arguments: Any, implementation: str = "auto", init: identity.Init = "standard", **named: Any) -> None:
+        check_implementation(implementation)
         super().__init__(*arguments, **named)
+        self.implementation = implementation
         identity.check(init, self.layer.spec)  # a parameter that is not allowed raises here too
         if init != "standard":
             self.init = init
@@ -268,8 +292,9 @@ class _GluonNormalization(_Normalization):
             normalize_with="moving" if its["use_global_stats"] else "batch",
             update_statistics=not its["use_global_stats"],
         )
-        init: identity.Init = getattr(self, "init", "standard")  # ``swap`` asks for Gluon's own blocks
-        return Layer(spec, "auto", its["axis"], None, ("gamma", "beta"), init)
+        # ``swap`` asks for Gluon's own blocks
+        init: identity.Init = getattr(self, "init", "standard")
+        return Layer(spec, getattr(self, "implementation", "auto"), its["axis"], None, ("gamma", "beta"), init)
 
 
 class GluonBatchNorm(_GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[misc]
@@ -277,8 +302,7 @@ class GluonBatchNorm(_GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[m
 
     Other than Gluon's, it updates the moving statistics in forward, once (BN-05); with scale=False it counts gamma as 1 and does
     not overwrite it, with center=False it adds no beta (BN-04). use_global_stats=True normalises with the moving statistics, and
-    leaves them as they are (BN-09). ``init``, by name only: "identity" lets the first training batch pass unchanged:
-    ``multibn.identity``.
+    leaves them as they are (BN-09). ``implementation`` and ``init``, by name only: see ``BatchNorm``.
 
     Raises:
         ValueError, TypeError: a parameter that ``BatchNormSpec`` does not allow, such as epsilon=0, which Gluon lets pass.

@@ -22,8 +22,7 @@ def forward(
     if m == 0:
         return
     values = _values(x, shape)
-    moving_mean, moving_var = states[:2]
-    mean, var = moving_mean.copy(), moving_var.copy()  # as they are before the update (BN-09)
+    mean, var = (state.copy() for state in states[:2])  # as they are before the update (BN-09)
     if spec.uses_batch(training):
         batch_mean = _sum(values) / m
         missed = _sum(values - _row(batch_mean)) / m
@@ -31,15 +30,10 @@ def forward(
         deviations = values - _row(batch_mean)
         batch_var = _sum(deviations * deviations) / m
         if spec.update_statistics:
-            estimate = batch_var * (m / (m - 1)) if spec.moving_variance == "unbiased" else batch_var
-            old = _weight_of_old(layer, states, mean)
-            new_mean, new_var = _moved(mean, batch_mean, old), _moved(var, estimate, old)
-            finite = _finite(new_mean) * _finite(new_var)
-            mx.nd.where(finite, new_mean, mean).copyto(moving_mean)
-            mx.nd.where(finite, new_var, var).copyto(moving_var)
+            update(layer, states, batch_mean, batch_var, m)
         if spec.normalize_with == "batch":
             if layer.init == "identity":
-                _begin(parameters, mean, var, batch_mean, batch_var, spec.eps)
+                begin(parameters, mean, var, batch_mean, batch_var, spec.eps)
             mean, var = batch_mean, batch_var
     through = mx.nd.full(mean.shape, training and spec.normalize_with == "batch", ctx=x.context, dtype=mean.dtype)
     invstd = mx.nd.where(_finite(var), 1 / mx.nd.sqrt(var + spec.eps), var * float("nan"))
@@ -75,7 +69,18 @@ def backward(
             _assign(gradients[name], wanted[name], sums[name] if counts else mx.nd.zeros_like(gradients[name]))
 
 
-def _begin(parameters: dict[str, Any], mean: Any, var: Any, batch_mean: Any, batch_var: Any, eps: float) -> None:
+def update(layer: Layer, states: list[Any], batch_mean: Any, batch_var: Any, m: int) -> None:
+    """Move the statistics of a training step of m values per channel (BN-05, BN-06, BN-11)."""
+    mean, var = (state.copy() for state in states[:2])
+    estimate = batch_var * (m / (m - 1)) if layer.spec.moving_variance == "unbiased" else batch_var
+    old = _weight_of_old(layer, states, mean)
+    new_mean, new_var = _moved(mean, batch_mean, old), _moved(var, estimate, old)
+    finite = _finite(new_mean) * _finite(new_var)
+    mx.nd.where(finite, new_mean, mean).copyto(states[0])
+    mx.nd.where(finite, new_var, var).copyto(states[1])
+
+
+def begin(parameters: dict[str, Any], mean: Any, var: Any, batch_mean: Any, batch_var: Any, eps: float) -> None:
     """``by_kernel._begin``, decided by the device itself: to ask it would be to wait for it."""
     gamma, beta = parameters["gamma"], parameters["beta"]
     untouched = ((gamma == 1) * (beta == 0) * (mean == 0) * (var == 1)).min()

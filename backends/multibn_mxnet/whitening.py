@@ -22,7 +22,7 @@ from multibn.whitening import Kind, WhiteningSpec
 from multibn.whitening_layer import layer_text, problem, resolved
 from multibn.whitening_matrix import adjoint, decompose, matrix
 
-from .block import IMPLEMENTATIONS
+from .block import check_implementation
 from .by_kernel import view
 from .description import type_name
 
@@ -65,8 +65,7 @@ class Whitening(gluon.HybridBlock):  # type: ignore[misc]
         params: Any = None,
     ) -> None:
         self._spec = spec = resolved(num_features, num_dims, kind, groups, spec)
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation must be {', '.join(map(repr, IMPLEMENTATIONS))}, got {implementation!r}.")
+        check_implementation(implementation, ("auto", "kernel", "framework"))
         super().__init__(prefix=prefix, params=params)
         self.num_features, self.num_dims, self.implementation = num_features, num_dims, implementation
         d = spec.group_size(num_features)

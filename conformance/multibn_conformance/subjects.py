@@ -33,6 +33,11 @@ class Candidate:
         """What it promises."""
         return self.backend.implementations[self.implementation]
 
+    @property
+    def whitens(self) -> bool:
+        """Whether it has whitening layers."""
+        return self.backend.whitening is not None and self.implementation not in self.backend.no_whitening
+
     def make(self, num_features: int, spec: BatchNormSpec) -> Subject:
         """A subject of its own."""
         return self.backend.make(num_features, spec, self.device, self.implementation)

@@ -19,7 +19,7 @@ from multibn_conformance.whitening.run import split
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Subjects that whiten, and cases, as the options choose them."""
     backends, devices, ids, clauses = (metafunc.config.getoption(name) for name in OPTIONS)
-    able = [each for each in candidates(backends, devices)[0] if each.backend.whitening is not None]
+    able = [each for each in candidates(backends, devices)[0] if each.whitens]
     cases = split(ids, clauses, other_tier(metafunc.config))[2]
     checks = [pytest.param(each, case, id=f"{each.name}-{case.id}".replace("/", "-")) for each in able for case in cases]
     none = pytest.param(None, None, id="none", marks=pytest.mark.skip(reason="no case of whitening was chosen"))

@@ -24,7 +24,7 @@ _MOVING: tuple[Literal["moving_mean", "moving_covariance"], ...] = ("moving_mean
 
 
 def judge(candidate: Candidate, case: WhiteningCase) -> Judgement:
-    """Run a case on a new layer of a backend that whitens."""
+    """Run a case on a new layer of a candidate that whitens."""
     whitening = candidate.backend.whitening
     assert whitening is not None
 

@@ -45,8 +45,8 @@ def split(
 
 
 def run(judged: Sequence[Candidate], cases: Sequence[WhiteningCase], console: Console) -> list[Judgement]:
-    """Judge those whose backend whitens, and print what came of it; nothing if there is nobody or nothing."""
-    able = [each for each in judged if each.backend.whitening is not None]
+    """Judge those that whiten, and print what came of it; nothing if there is nobody or nothing."""
+    able = [each for each in judged if each.whitens]
     if not able or not cases:
         return []
     pairs = [(each, case) for each in able for case in cases]
@@ -98,7 +98,7 @@ def reproduce(subject: str, case: str) -> str:
     Raises:
         WrongCall: an unknown subject or case.
     """
-    known = {candidate.name: candidate for candidate in candidates()[0] if candidate.backend.whitening is not None}
+    known = {candidate.name: candidate for candidate in candidates()[0] if candidate.whitens}
     found, cases = chosen("subject", [subject], list(known)), chosen("case", [case], list(CASES))
     if len(found) != 1 or len(cases) != 1:
         raise WrongCall("reproduce runs one case on one subject; these are patterns of several.")
