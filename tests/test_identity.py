@@ -174,7 +174,7 @@ def test_torch_learns_from_there() -> None:
 
 
 @pytest.mark.parametrize("way", ["imperative", "hybridized", "parent", "static parent"])
-@pytest.mark.parametrize("implementation", ["kernel", "framework"])
+@pytest.mark.parametrize("implementation", ["kernel", "framework", "composed"])
 def test_gluon_in_every_way_that_mxnet_runs_a_block(way: str, implementation: str) -> None:
     mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
     import multibn_mxnet

@@ -250,7 +250,7 @@ def test_a_block_used_twice_in_one_graph_updates_twice() -> None:
 
 
 @pytest.mark.parametrize("backward_mode", [False, True])
-@pytest.mark.parametrize("implementation", ["kernel", "framework"])
+@pytest.mark.parametrize("implementation", ["kernel", "framework", "composed"])
 def test_the_gradient_is_that_of_the_forward_whatever_mode_backward_is_in(backward_mode: bool, implementation: str) -> None:
     x, dy = np.ones((4, 2), "f") * [[1], [2], [3], [4]], np.ones((4, 2), "f")
     for training, expected in ((True, 0.0), (False, 1 / np.sqrt(2))):
@@ -375,7 +375,7 @@ def test_relu_stays_with_the_normalization(numpy_mode: bool) -> None:
         same(y, np.maximum(expect(BatchNormSpec(), 1, SMALL)[0].y, 0))
 
 
-@pytest.mark.parametrize("implementation", ["kernel", "framework"])
+@pytest.mark.parametrize("implementation", ["kernel", "framework", "composed"])
 @pytest.mark.parametrize("hybrid", [False, True])
 def test_no_values_no_update(implementation: str, hybrid: bool) -> None:
     with mx.util.np_shape(True):
@@ -593,9 +593,11 @@ def test_text() -> None:
 
 @pytest.mark.parametrize("request_", ["write", "add"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize(("implementation", "hybrid"), [("framework", False), ("framework", True), ("composed", False)])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_the_frameworks_operators_where_nothing_rounds(spec: BatchNormSpec, hybrid: bool, dtype: str, request_: str) -> None:
+def test_the_frameworks_operators_where_nothing_rounds(
+    spec: BatchNormSpec, implementation: str, hybrid: bool, dtype: str, request_: str
+) -> None:
     # Mean 0 and variance 1 with eps 3 make 1/sqrt(var+eps) 1/2; halves and few integers are exact in every type.
     spec = replace(spec, eps=3.0, momentum=None if spec.momentum is None else 0.5, moving_variance="biased")
     kind = "float64" if dtype == "float64" else "float32"
@@ -603,7 +605,7 @@ def test_the_frameworks_operators_where_nothing_rounds(spec: BatchNormSpec, hybr
     x[1] = -x[0]
     dy = np.arange(x.size, dtype=dtype).reshape(x.shape)
     mean, var, ones, zeros = (f(2, kind) for f in (np.zeros, np.ones, np.ones, np.zeros))
-    block = multibn_mxnet.BatchNorm(2, 3, spec, implementation="framework")
+    block = multibn_mxnet.BatchNorm(2, 3, spec, implementation=implementation)
     for name in ("gamma", "beta"):
         if hasattr(block, name) and spec.learn_affine:
             getattr(block, name).grad_req = request_
@@ -629,7 +631,7 @@ def test_the_frameworks_operators_where_nothing_rounds(spec: BatchNormSpec, hybr
     same(block(its).asnumpy(), reference.forward(x, ones, zeros, mean, var, spec, False).y)
 
 
-@pytest.mark.parametrize("implementation", ["kernel", "framework"])
+@pytest.mark.parametrize("implementation", ["kernel", "framework", "composed"])
 def test_what_is_not_finite_stays_in_its_channel(implementation: str) -> None:
     block = multibn_mxnet.BatchNorm(3, 2, implementation=implementation)
     block.initialize()

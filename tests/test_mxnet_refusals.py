@@ -42,10 +42,11 @@ def state(block: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("way", ["imperative", "hybridized", "traced before"])
+@pytest.mark.parametrize("implementation", ["auto", "composed"])
 @pytest.mark.parametrize("case", BAD)
-def test_the_message_comes_from_the_call(case: str, way: str) -> None:
+def test_the_message_comes_from_the_call(case: str, implementation: str, way: str) -> None:
     shape, dtype, message = BAD[case]
-    block = multibn_mxnet.BatchNorm(3, 4, BatchNormSpec(momentum=None))
+    block = multibn_mxnet.BatchNorm(3, 4, BatchNormSpec(momentum=None), implementation=implementation)
     block.initialize()
     if way != "imperative":
         block.hybridize()
@@ -98,8 +99,14 @@ def test_construction(arguments: tuple[Any, ...], error: type[Exception], messag
 
 
 def test_implementations_and_gluon_habits() -> None:
-    with pytest.raises(ValueError, match=r"^implementation must be 'auto', 'kernel', 'framework', got 'gpu'\.$"):
-        multibn_mxnet.BatchNorm(3, 4, implementation="gpu")
+    message = r"^implementation must be 'auto', 'kernel', 'framework', 'composed', got 'gpu'\.$"
+    for make in (
+        lambda **its: multibn_mxnet.BatchNorm(3, 4, **its),
+        multibn_mxnet.GluonBatchNorm,
+        multibn_mxnet.GluonBatchNormReLU,
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(implementation="gpu")
     with pytest.raises(ValueError, match=r"^eps must be a finite number > 0, got 0 \(BN-03\)\."):
         multibn_mxnet.GluonBatchNorm(epsilon=0)
     with pytest.raises(ValueError, match=r"^momentum must be a number with 0 <= momentum < 1, or None, got 1 \(BN-05\)\."):

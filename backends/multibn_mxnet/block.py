@@ -93,8 +93,10 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
             raise MXNetError(problem)
         direct = _direct()
         directly = direct.takes(layer, x)
-        composed = layer.implementation == "composed" and x.size > 0
-        if self._active and not ((directly or composed) and self._cached_graph):  # that of ``export`` is made at the first call
+        composed = layer.implementation == "composed" and x.stype == "default" and x.size > 0
+        if composed and self._active and self._cached_op is None:
+            self._build_cache(x)  # for ``export``
+        elif not composed and self._active and not (directly and self._cached_graph):  # that of ``export`` is made at the first call
             return self._begun(super().forward(x))
         context = x.context
         try:

@@ -69,7 +69,7 @@ def last_line(judgements: Sequence[Judgement]) -> str:
 
 
 def _table(judgements: Sequence[Judgement], candidates: Sequence[Candidate]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
     table.add_column("clause", no_wrap=True, min_width=len("clause"))
     for candidate in candidates:
         table.add_column(candidate.name.replace("/", "\n"), justify="right")
