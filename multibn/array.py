@@ -5,12 +5,13 @@ Importing it loads NumPy alone; Numba comes with the first call of the kernel.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 
 from . import identity, reference
-from .layer import Array, Backend, objection, spec_text
+from .layer import Array, Backend, PoisonedBatch, objection, poisoned, poisoned_channels, spec_text
 from .spec import BatchNormSpec
 from .whitening import WhiteningSpec
 from .whitening_layer import ReferenceWhiteningSubject, WhiteningSubject
@@ -43,6 +44,7 @@ class BatchNorm:
         self.moving_mean, self.moving_var = np.zeros(num_features, np.float32), np.ones(num_features, np.float32)
         self.batches = 0
         self._saved: Any = None
+        self._left, self._told = 0, False
 
     def __repr__(self) -> str:
         init = "" if self.init == "standard" else f", init={self.init!r}"
@@ -70,6 +72,8 @@ class BatchNorm:
             self._begin(x)
         y = self._forward(x, training)
         self.batches += training and self.spec.update_statistics and x.size > 0
+        if self._left:
+            self._tell(x)
         return y
 
     def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
@@ -84,6 +88,13 @@ class BatchNorm:
         learned = self.spec.learn_affine
         return dx, dgamma if learned and self.spec.scale else None, dbeta if learned and self.spec.center else None
 
+    def _tell(self, x: Array) -> None:
+        """Warn with ``PoisonedBatch``, once, if x is a poisoned batch (BN-11)."""
+        channels = [] if self._told else poisoned_channels(x)
+        if channels:  # else a moving statistic is too large for its type
+            self._told = True
+            warnings.warn(poisoned(f"BatchNorm({self.num_features})", channels), PoisonedBatch, stacklevel=3)
+
     def _begin(self, x: Array) -> None:
         if self.gamma is None or self.beta is None:
             return
@@ -95,7 +106,7 @@ class BatchNorm:
 
         state = self.gamma, self.beta, self.moving_mean, self.moving_var
         y, saved = kernel.forward(x, *state, self.spec, training, batches=self.batches)
-        self._saved = saved, x.shape, x.dtype
+        self._saved, self._left = (saved, x.shape, x.dtype), saved.left
         return y
 
     def _backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
@@ -123,6 +134,12 @@ class KernelSubject(BatchNorm):
         if moving_mean is not None and moving_var is not None:
             self.moving_mean, self.moving_var = moving_mean.copy(), moving_var.copy()
         self.batches = 0
+
+    def forward(self, x: Array, training: bool) -> Array:
+        """The same, without a word: some cases are poisoned on purpose."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PoisonedBatch)
+            return super().forward(x, training)
 
     def moving(self) -> tuple[Array, Array]:
         """Copies of the moving statistics."""

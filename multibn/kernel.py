@@ -111,7 +111,7 @@ def _say_compiling(kind: str) -> None:
 
 
 class Saved(NamedTuple):
-    """What ``backward`` needs of a ``forward`` of NumPy arrays."""
+    """What ``backward`` needs of a ``forward`` of NumPy arrays, and what ``run_forward`` returned."""
 
     x: Array
     gamma: Array
@@ -119,6 +119,7 @@ class Saved(NamedTuple):
     through: bool
     shape: tuple[int, ...]
     channel_axis: int
+    left: int
 
 
 def forward(
@@ -141,13 +142,13 @@ def forward(
     gamma = gamma if gamma is not None and spec.scale else ones(len(moving_mean), kind)
     beta = beta if beta is not None and spec.center else zeros(len(moving_mean), kind)
     y, statistics = np.empty_like(values), np.empty((2, len(moving_mean)))
-    run_forward(
+    left = run_forward(
         bits(values), bits(y), gamma, beta, moving_mean, moving_var, statistics,
         spec.eps, spec.weight_of_old(batches), spec.moving_variance == "unbiased",
         training and spec.normalize_with == "batch", training and spec.update_statistics,
     )  # fmt: skip
     through = training and spec.normalize_with == "batch"
-    return _as_given(y, x.shape, channel_axis), Saved(values, gamma, statistics, through, x.shape, channel_axis)
+    return _as_given(y, x.shape, channel_axis), Saved(values, gamma, statistics, through, x.shape, channel_axis, left)
 
 
 def backward(dy: Array, saved: Saved) -> tuple[Array, Array, Array]:

@@ -121,6 +121,14 @@ def poisoned(layer: str, channels: Sequence[int]) -> str:
     )
 
 
+def poisoned_channels(x: Array, channel_axis: int = 1) -> list[int]:
+    """The channels of a batch whose mean or variance is not finite."""
+    values = np.moveaxis(x, channel_axis, 0).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        poisoned = ~np.isfinite(values.var(axis=tuple(range(1, x.ndim))))
+    return [int(channel) for channel in np.flatnonzero(poisoned)]
+
+
 def spec_text(spec: BatchNormSpec) -> str:
     """The spec's parameters that differ from the defaults, for the text of a layer: ``eps=1e-12, scale=False``."""
     default = BatchNormSpec()

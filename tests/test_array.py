@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 
 from multibn.array import BACKEND, BatchNorm, KernelSubject, ReferenceSubject
+from multibn.layer import PoisonedBatch, poisoned
 from multibn.spec import BatchNormSpec
 
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
@@ -64,6 +66,23 @@ def test_refused_input_leaves_the_state(x: np.ndarray, error: type[Exception], m
         layer.forward(x, training=True)
     assert str(caught.value) == message
     assert (layer.moving_mean.tolist(), layer.moving_var.tolist(), layer.batches) == ([0, 0, 0], [1, 1, 1], 0)
+
+
+@pytest.mark.parametrize("normalize_with", ["batch", "moving"])
+def test_a_poisoned_batch_is_told_once(normalize_with: Any) -> None:
+    layer, x = BatchNorm(3, 4, BatchNormSpec(momentum=None, normalize_with=normalize_with)), X.copy()
+    x[1, 2, 0, 0] = np.inf
+    layer.forward(x, training=False)  # a warning would be an error
+    with pytest.warns(PoisonedBatch) as warned:
+        layer.forward(x, training=True)
+    assert [str(warning.message) for warning in warned] == [poisoned("BatchNorm(3)", [2])]
+    assert warned[0].filename == __file__
+    assert (layer.batches, layer.moving_mean[2], layer.moving_var[2]) == (1, 0, 1)
+    layer.forward(x, training=True)
+    KernelSubject(3).forward(x, training=True)
+    large = BatchNorm(3, 4)
+    large.forward(X * np.float32(1e30), training=True)  # finite, but its variance is beyond float32
+    assert large.moving_var.tolist() == [1, 1, 1]
 
 
 def test_refused_gradients() -> None:

@@ -18,6 +18,7 @@ from multibn import identity
 from multibn.layer import spec_text
 from multibn.spec import BatchNormSpec
 
+from . import poison
 from .description import Layer
 from .operator import NAME
 
@@ -94,9 +95,10 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         direct = _direct()
         directly = direct.takes(layer, x)
         composed = layer.implementation == "composed" and x.stype == "default" and x.size > 0
-        if composed and self._active and self._cached_op is None:
-            self._build_cache(x)  # for ``export``
-        elif not composed and self._active and not (directly and self._cached_graph):  # that of ``export`` is made at the first call
+        if self._active and composed:
+            if self._cached_op is None:  # which ``export`` needs
+                self._build_cache(x)
+        elif self._active and not (directly and self._cached_graph):  # that of ``export`` is made at the first call
             return self._begun(super().forward(x))
         context = x.context
         try:
@@ -107,8 +109,13 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
                 parameter._finish_deferred_init()
             arrays = [parameter.data(context) for parameter in parameters]
         if not directly:
-            return self._begun(self._normalize(mx.nd, x, arrays, composed))
-        y = direct.normalize(layer, self._attribute, x, arrays)
+            y = self._begun(self._normalize(mx.nd, x, arrays, composed))
+            if layer.spec.update_statistics and autograd.is_training():
+                poison.watch(self, x, y)
+            return y
+        y, left = direct.normalize(layer, self._attribute, x, arrays)
+        if left:
+            poison.tell(self, x)
         return _relu(y) if self.fuse_relu else y
 
     def _begun(self, y: Any) -> Any:

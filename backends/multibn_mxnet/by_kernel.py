@@ -20,8 +20,11 @@ _BITS = {"float16": "int16", "bfloat16": "uint16"}
 
 def forward(
     layer: Layer, x: Any, parameters: dict[str, Any], states: list[Any], y: Any, saved: Any, wanted: list[int], training: bool
-) -> None:
-    """Fill y and saved, update the states. Arrays are NDArrays; wanted: MXNet's requests for y and saved."""
+) -> int:
+    """Fill y and saved, update the states; return how many channels' moving statistics were left as they were (BN-11).
+
+    Arrays are NDArrays; wanted: MXNet's requests for y and saved.
+    """
     spec, shape, m = layer.spec, layer.by_channel(x.shape), values_per_channel(layer, x)
     channels = shape[1]
     mean, var = (view(state, (channels,)) for state in states[:2])
@@ -34,7 +37,7 @@ def forward(
     if layer.init == "identity" and use_batch and m > 0:
         _begin(layer, x, parameters, mean, var)
     batches = view(states[2], (1,)) if len(states) == 3 else np.zeros(1, np.int64)
-    kernel.run_forward(
+    left = kernel.run_forward(
         view(x, shape), out, vector(layer, parameters, "gamma", x), vector(layer, parameters, "beta", x), mean, var,
         its_saved[:2], spec.eps, spec.weight_of_old(int(batches[0])), spec.moving_variance == "unbiased", use_batch, update,
     )  # fmt: skip
@@ -42,6 +45,7 @@ def forward(
     batches += update
     if wanted[0] == ADD:
         add(view(y, shape), out, x)
+    return left
 
 
 def backward(

@@ -48,11 +48,11 @@ def normalize(layer: Layer, x: Any, arrays: list[Any]) -> Any:
     if spec.uses_batch(training):
         batch_mean, batch_var = _statistics(values, ones)
         with autograd.pause():
-            its = [statistic.reshape(-1) for statistic in (batch_mean, batch_var)]
+            its_mean, its_var = (statistic.reshape(-1) for statistic in (batch_mean, batch_var))
             if spec.update_statistics:
-                by_framework.update(layer, states, *its, values.shape[1])
+                by_framework.update(layer, states, its_mean, its_var, values.shape[1])
             if layer.init == "identity" and spec.normalize_with == "batch":
-                by_framework.begin(parameters, mean.reshape(-1), var.reshape(-1), *its, spec.eps)
+                by_framework.begin(parameters, mean.reshape(-1), var.reshape(-1), its_mean, its_var, spec.eps)
         if spec.normalize_with == "batch":
             mean, var = batch_mean, batch_var
     scale = mx.nd.rsqrt(_poisoned(var) + spec.eps)

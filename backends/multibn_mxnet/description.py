@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any
 
+import mxnet as mx
 import numpy as np
 
 from multibn.identity import Init
-from multibn.layer import objection
+from multibn.layer import Array, objection
 from multibn.spec import BatchNormSpec
 
 
@@ -82,6 +83,12 @@ class Layer:
         """The shape as (N, C, S): the axes before the channel axis, the channels, the axes after it."""
         axis = self.axis % len(shape)
         return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+
+
+def as_numpy(array: Any) -> Array:
+    """The values of an NDArray, bfloat16 as float32."""
+    values: Array = (mx.nd.amp_cast(array, dtype="float32") if type_name(array) == "bfloat16" else array).asnumpy()
+    return values
 
 
 def type_name(array: Any) -> str:

@@ -48,8 +48,8 @@ def takes(layer: Layer, x: Any) -> bool:
     )
 
 
-def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> Any:
-    """y of an input without objections, recorded for autograd.
+def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[Any, int]:
+    """y of an input without objections, recorded for autograd; and what ``by_kernel.forward`` returns.
 
     Args:
         attribute: of the layer.
@@ -72,12 +72,12 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> Any:
         if small:
             its = [array.handle for array in arrays]
             handles = (_pointer * (len(its) + 3))(x.handle, *its[:inputs], y.handle, None, *its[inputs:])
-            run(ctypes.addressof(handles), training, at)
+            left = run(ctypes.addressof(handles), training, at)
         else:
             saved, gamma = _parts(record, x)
             parameters = dict(zip(layer.parameters, arrays, strict=False))
             gamma[:] = by_kernel.vector(layer, parameters, "gamma", x)
-            by_kernel.forward(layer, x, parameters, states, y, saved, [1, 1], training)
+            left = by_kernel.forward(layer, x, parameters, states, y, saved, [1, 1], training)
     except BaseException:
         _end(at)
         raise
@@ -85,7 +85,7 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> Any:
         y = y.as_np_ndarray()
     if not autograd.is_recording():
         _end(at)
-        return y
+        return y, left
     handle = NDArrayHandle()
     check_call(_LIB.MXNDArrayDetach(x.handle, ctypes.byref(handle)))
     record.x = handle.value
@@ -93,7 +93,7 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> Any:
     check_call(_LIB.MXAutogradMarkVariables(1, ctypes.byref(anchor.handle), ctypes.byref(_ADD), ctypes.byref(handle)))
     given = (_pointer * (inputs + 2))(x.handle, *(array.handle for array in arrays[:inputs]), anchor.handle)
     check_call(_LIB.MXCustomFunctionRecord(inputs + 2, given, 1, ctypes.byref(y.handle), _pointer(at)))
-    return y
+    return y, left
 
 
 def _wait_to_write(context: Any, arrays: list[Any]) -> None:

@@ -146,8 +146,8 @@ def _rows(address: int, channels: int) -> Any:  # pragma: no cover
 
 
 @compiled
-def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, slot: Any) -> None:  # pragma: no cover
-    """The forward; handles are in the operator's order, that of ``saved`` is not looked at."""
+def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, slot: Any) -> int:  # pragma: no cover
+    """``by_kernel.forward``; handles are in the operator's order, that of ``saved`` is not looked at."""
     inputs, channels = config.inputs, shape[1]
     x, y = _address(handles[0], slot), _address(handles[inputs], slot)
     gamma = _vector(handles, config.gamma if config.scale else 0, channels, 1.0, slot)
@@ -160,12 +160,13 @@ def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, s
         batches = carray(pointer(_address(handles[inputs + 4], slot)), (1,), np.int64)
         old = batches[0] / (batches[0] + 1)
         batches[0] += 1
-    forward_at(
+    left = forward_at(
         (config.forward, config.starters, 1), shape, x, y, gamma.ctypes.data, beta.ctypes.data, mean, var, saved.ctypes.data, 0,
         config.eps, old, config.unbiased != 0, use_batch, update, False,
     )  # fmt: skip
     keep((gamma, beta))
     saved[2] = 1.0 if use_batch else 0.0
+    return left
 
 
 @compiled
@@ -240,12 +241,12 @@ def _gamma(at: int, channels: int) -> Any:  # pragma: no cover
     return carray(pointer(at + RECORD_SIZE + 24 * channels), channels, np.float32)
 
 
-def _call_forward(handle_list: int, train: int, at: int) -> None:  # pragma: no cover
+def _call_forward(handle_list: int, train: int, at: int) -> int:  # pragma: no cover
     record, slot = _record(at), np.zeros(2, np.int64)
     config, channels = _config(record.configuration), record.channels
     handles = carray(pointer(handle_list), config.inputs + (5 if config.average else 4), np.int64)
     _gamma(at, channels)[:] = _vector(handles, config.gamma if config.scale else 0, channels, 1.0, slot)
-    _normalize(config, handles, _rows(at + RECORD_SIZE, channels), train != 0, (record.n, channels, record.s), slot)
+    return _normalize(config, handles, _rows(at + RECORD_SIZE, channels), train != 0, (record.n, channels, record.s), slot)
 
 
 def _call_backward(
@@ -369,7 +370,7 @@ def compile_calls() -> tuple[Any, Any, Any]:
     """The compiled forward, backward and end of a call of ``direct.py``."""
     backward = types.int32(types.int32, types.int32, _ADDRESS, _ADDRESS, types.int32, _ADDRESS)
     return (
-        _callback(types.void(_ADDRESS, types.int32, _ADDRESS), _call_forward), _callback(backward, _call_backward),
+        _callback(types.int64(_ADDRESS, types.int32, _ADDRESS), _call_forward), _callback(backward, _call_backward),
         _callback(types.int32(_ADDRESS), _call_end),
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from multibn.layer import Array
 from multibn.recalibration import WholeData, check_batches, inputs, layer_by_layer
 
 from .block import BatchNorm, _Normalization
-from .description import type_name
+from .description import as_numpy
 
 
 def recalibrate(net: Any, batches: Iterable[Any], *, one_by_one: bool = False) -> list[str]:
@@ -51,7 +51,7 @@ def recalibrate(net: Any, batches: Iterable[Any], *, one_by_one: bool = False) -
 
     def send(waiting: Sequence[Any], collect: Callable[[Any, Callable[[], Array]], None]) -> None:
         def hook(block: Any, given: tuple[Any, ...]) -> None:
-            collect(block, lambda: np.moveaxis(_array(given[0]), _axis(block), 1))
+            collect(block, lambda: np.moveaxis(as_numpy(given[0]), _axis(block), 1))
 
         with ExitStack() as hooks:
             for block in waiting:
@@ -89,8 +89,3 @@ def _set(statistics: Sequence[Any], arrays: Sequence[Array]) -> None:
 
 def _axis(block: Any) -> int:
     return 1 if isinstance(block, BatchNorm) else int(block._kwargs["axis"])
-
-
-def _array(x: Any) -> Array:
-    values: Array = (mx.nd.amp_cast(x, dtype="float32") if type_name(x) == "bfloat16" else x).asnumpy()
-    return values
