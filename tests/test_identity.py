@@ -59,6 +59,7 @@ def test_the_bound_is_no_wider_than_what_rounding_needs() -> None:
         assert (np.abs(layer.forward(x, training=True).astype(np.float64) - x) > bound).any(), change
 
 
+@pytest.mark.filterwarnings("ignore::multibn.layer.PoisonedBatch")
 def test_a_channel_that_is_not_finite_is_left_alone() -> None:
     x = draw(1, 2)
     x[0, 1, 0, 0] = np.inf

@@ -119,4 +119,5 @@ def _index(places: Any, like: Any) -> Any:
 def _cast(array: Any, kind: Any) -> Any:
     if np.dtype(kind) == np.dtype(array.dtype):
         return array
-    return array.copyto(mx.nd.empty(array.shape, array.context, dtype=kind))
+    # The gradient of copyto overwrites what it is to be added to; that of identity adds.
+    return mx.nd.identity(array).copyto(mx.nd.empty(array.shape, array.context, dtype=kind))
