@@ -43,51 +43,69 @@ def normalize(layer: Layer, x: Any, arrays: list[Any]) -> Any:
     parameters, states = dict(zip(layer.parameters, arrays, strict=False)), arrays[len(layer.parameters) :]
     values = _by_channel(_cast(x, kind), layer.axis)
     ones = mx.nd.ones(values.shape, values.context, dtype=kind)
-    with autograd.pause():
-        mean, var = (state.copy().reshape((-1, 1, 1)) for state in states[:2])  # as they are before the update (BN-09)
     if spec.uses_batch(training):
-        batch_mean, batch_var = _statistics(values, ones)
-        with autograd.pause():
-            its_mean, its_var = (statistic.reshape(-1) for statistic in (batch_mean, batch_var))
-            if spec.update_statistics:
-                by_framework.update(layer, states, its_mean, its_var, values.shape[1])
-            if layer.init == "identity" and spec.normalize_with == "batch":
-                by_framework.begin(parameters, mean.reshape(-1), var.reshape(-1), its_mean, its_var, spec.eps)
-        if spec.normalize_with == "batch":
-            mean, var = batch_mean, batch_var
-    scale = mx.nd.rsqrt(_poisoned(var) + spec.eps)
+        deviations, mean, var = _statistics(values, ones)
+    with autograd.pause():
+        moving_mean, moving_var = (state.copy() for state in states[:2])  # as they are before the update (BN-09)
+        if spec.uses_batch(training) and spec.update_statistics:
+            by_framework.update(layer, states, mean, var, values.shape[1])
+        if layer.init == "identity" and training:
+            by_framework.begin(parameters, moving_mean, moving_var, mean, var, spec.eps)
+    if training and spec.normalize_with == "batch":
+        y, scale = _normalized(deviations, var, spec.eps)
+    else:
+        y, scale = _minus(values, _column(moving_mean), ones), _invstd(moving_var, spec.eps)
     if "gamma" in parameters and spec.scale:
         scale = mx.nd.batch_dot(scale, _per_channel(parameters["gamma"]))
-    y = mx.nd.batch_dot(_minus(values, mean, ones), scale)
+    y = mx.nd.batch_dot(y, scale)
     if "beta" in parameters and spec.center:
         y = mx.nd.elemwise_add(y, mx.nd.batch_dot(ones, _per_channel(parameters["beta"])))
     return _cast(_as_given(y, x.shape, layer.axis), x.dtype)
 
 
-def _statistics(values: Any, ones: Any) -> tuple[Any, Any]:
-    """Mean and variance, (C, 1, 1), of values (C, m, 1)."""
-    part = mx.nd.full((values.shape[0], 1, 1), 1 / values.shape[1], values.context, dtype=values.dtype)
-    mean = mx.nd.batch_dot(mx.nd.batch_dot(ones, values, transpose_a=True), part)
+def _statistics(values: Any, ones: Any) -> tuple[Any, Any, Any]:
+    """Of values (C, m, 1): what they are above their mean; and, without gradients, mean and variance, (C,)."""
+    mean = _average(ones, values)
     with autograd.pause():  # what the sum's roundings missed does not depend on the values
-        missed = mx.nd.batch_dot(mx.nd.batch_dot(ones, _minus(values, mean, ones), transpose_a=True), part)
+        missed = _average(ones, _minus(values, mean, ones))
     mean = mx.nd.elemwise_add(mean, missed)
     deviations = _minus(values, mean, ones)
-    return mean, mx.nd.batch_dot(mx.nd.batch_dot(deviations, deviations, transpose_a=True), part)
+    with autograd.pause():
+        return deviations, mean.reshape(-1), _average(deviations, deviations).reshape(-1)
+
+
+def _normalized(deviations: Any, var: Any, eps: float) -> tuple[Any, Any]:
+    """Two factors of xhat, (C, m, 1) and (C, 1, 1): the first does it without a gradient of the variance; the second, 1 but for
+    roundings, has it. For MXNet's gradient of rsqrt leaves the range of the type where var does not.
+    """
+    with autograd.pause():
+        invstd, rest = _invstd(var, eps), _column(eps / (var + eps))
+    nearly = mx.nd.batch_dot(deviations, invstd)
+    return nearly, mx.nd.rsqrt(mx.nd.elemwise_add(_average(nearly, nearly), rest))
+
+
+def _invstd(var: Any, eps: float) -> Any:
+    """1/sqrt(var+eps), (C, 1, 1); NaN where the variance is infinite too (BN-11)."""
+    return _column(mx.nd.rsqrt(var + var * 0 + eps))
+
+
+def _average(a: Any, b: Any) -> Any:
+    """Of the products of two (C, m, 1), as (C, 1, 1)."""
+    part = mx.nd.full((a.shape[0], 1, 1), 1 / a.shape[1], a.context, dtype=a.dtype)
+    return mx.nd.batch_dot(mx.nd.batch_dot(a, b, transpose_a=True), part)
 
 
 def _minus(values: Any, mean: Any, ones: Any) -> Any:
     return mx.nd.elemwise_add(values, mx.nd.batch_dot(-ones, mean))
 
 
-def _poisoned(var: Any) -> Any:
-    """NaN where a variance is infinite too (BN-11)."""
-    with autograd.pause():
-        nothing = var * 0
-    return mx.nd.elemwise_add(var, nothing)
+def _column(per_channel: Any) -> Any:
+    """(C,) as (C, 1, 1), without gradients."""
+    return per_channel.reshape((-1, 1, 1))
 
 
 def _per_channel(parameter: Any) -> Any:
-    """(C,) as (C, 1, 1)."""
+    """The same of a parameter, with its gradient."""
     return mx.nd.gather_nd(parameter, _index(np.arange(parameter.shape[0]).reshape(1, -1, 1, 1), parameter))
 
 
