@@ -84,21 +84,12 @@ class Point:
 
 
 def block_at(point: Point, spec: BatchNormSpec, block: Any = None) -> Any:
-    """A block with the point's gamma and moving statistics."""
+    """A block with the point's gamma, beta and moving statistics."""
     channels = point.at["gamma"].size
-    block = block or multibn_mxnet.GluonBatchNorm(
-        axis=point.axis, epsilon=spec.eps, momentum=spec.momentum, scale=spec.scale, center=spec.center,
-        use_global_stats=spec.normalize_with == "moving", in_channels=channels, implementation="composed",
-    )  # fmt: skip
+    block = block or multibn_mxnet.GluonBatchNorm(point.axis, epsilon=spec.eps, in_channels=channels, implementation="composed")
     block.initialize()
     block.cast(point.dtype)
-    state = {
-        "gamma": point.at["gamma"],
-        "beta": point.at["beta"],
-        "running_mean": point.moving[0],
-        "running_var": point.moving[1],
-    }
-    for name, values in state.items():
+    for name, values in (*point.at.items(), *zip(("running_mean", "running_var"), point.moving, strict=True)):
         if hasattr(block, name):
             getattr(block, name).set_data(array(values))
     return block
@@ -135,6 +126,10 @@ def test_second_gradients_of_every_spec(spec: BatchNormSpec, training: bool, num
     point = Point((4, 2, 3))
     block = block_at(point, spec, multibn_mxnet.BatchNorm(2, 3, spec, implementation="composed"))
     first, second = derive(block, point, training)
+    x, gamma, beta = point.at.values()
+    done = reference.forward(x, gamma, beta, *point.moving, spec, training)
+    np.testing.assert_allclose(block.moving_mean.data().asnumpy(), done.moving_mean, rtol=1e-14)  # one forward, one update
+    np.testing.assert_allclose(block.moving_var.data().asnumpy(), done.moving_var, rtol=1e-14)
     assert set(first) == {"dx", *(["dgamma"] if spec.scale else []), *(["dbeta"] if spec.center else [])}
     for name, values in second.items():
         np.testing.assert_allclose(values, point.second(spec, training, name), rtol=1e-7, atol=1e-7)
@@ -151,6 +146,18 @@ def test_second_gradients_of_narrow_types(dtype: str, off: float, numpy_mode: bo
     for name, values in [*first.items(), *second.items()]:
         its = right[name] if name in right else point.second(spec, True, name)
         np.testing.assert_allclose(values, its, rtol=0, atol=off * np.abs(its).max())
+
+
+@pytest.mark.parametrize("power", [-40, 45])
+def test_the_scale_of_x_does_not_matter(power: int) -> None:
+    point, scale = Point((6, 3, 2), dtype="float32"), 2.0**power
+    first, second = derive(block_at(point, BatchNormSpec(eps=1e-3)), point, True)
+    point.at["x"] = point.at["x"] * np.float32(scale)
+    point.weights["dx"] = point.weights["dx"] * np.float32(scale)
+    its_first, its_second = derive(block_at(point, BatchNormSpec(eps=1e-3 * scale**2)), point, True)
+    for its, right in ((its_first, first), (its_second, second)):
+        for name, values in its.items():
+            np.testing.assert_array_equal(values * np.float32(scale if name in ("x", "dx") else 1), right[name])
 
 
 class Dense(mx.gluon.HybridBlock):  # type: ignore[misc,name-defined]
@@ -305,7 +312,7 @@ def test_swap_sets_it_for_all_and_keeps_it() -> None:
         multibn_mxnet.swap(net, implementation=implementation)
         with mx.autograd.train_mode():
             found.append(net(x).asnumpy())
-    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
 def test_between_convolutions_it_is_the_kernel_within_rounding() -> None:
@@ -358,7 +365,8 @@ def test_mxnets_dense_is_silently_wrong_as_the_readme_says() -> None:
         with mx.autograd.record():
             dx = mx.autograd.grad(mx.nd.tanh(dense(x)), [x], create_graph=True)[0]
         dx.backward()
-        return x.grad.asnumpy()
+        found: Array = x.grad.asnumpy()
+        return found
 
     y = x.asnumpy() @ weight.T
     slope = -2 * np.tanh(y) * (1 - np.tanh(y) ** 2)

@@ -82,7 +82,8 @@ def test_blocks_of_gluon_in_np_mode_on_another_axis_that_begin_as_the_identity()
     mx.npx.set_np()
     try:
         for kind in (multibn_mxnet.GluonBatchNorm, multibn_mxnet.GluonBatchNormReLU):
-            for more in ({}, {"init": "identity"}, {"implementation": "composed"}):
+            options: list[dict[str, Any]] = [{}, {"init": "identity"}, {"implementation": "composed"}]
+            for more in options:
                 block = kind(axis=-1, prefix="bn_", **more)
                 block.initialize()
                 text = ONE.replace("BatchNorm(4)", f"{kind.__name__}(5)").replace("(2)", "(1)")

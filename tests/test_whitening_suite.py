@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_the_run_reports_failures_and_what_was_skipped() -> None:
     )
     assert text.splitlines()[-1] == "whitening does not conform: wrong/float32/cpu breaks WH-02, WH-05"
     none = Candidate(BACKEND.__class__("none", {}, {"float32": "working"}, lambda: ("cpu",), BACKEND.make), "float32", "cpu")
-    assert run.run([none], cases, console) == []
+    assert run.run([none, Candidate(replace(BACKEND, no_whitening=("kernel",)), "kernel", "cpu")], cases, console) == []
 
 
 def test_the_command_line_chooses_and_refuses() -> None:
