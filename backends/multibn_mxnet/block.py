@@ -301,9 +301,9 @@ class _GluonNormalization(_Normalization):
             normalize_with="moving" if its["use_global_stats"] else "batch",
             update_statistics=not its["use_global_stats"],
         )
-        # ``swap`` asks for Gluon's own blocks
+        implementation = getattr(self, "implementation", "auto")  # ``swap`` asks for Gluon's own blocks
         init: identity.Init = getattr(self, "init", "standard")
-        return Layer(spec, getattr(self, "implementation", "auto"), its["axis"], None, ("gamma", "beta"), init)
+        return Layer(spec, implementation, its["axis"], None, ("gamma", "beta"), init)
 
 
 class GluonBatchNorm(_GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[misc]

@@ -75,8 +75,8 @@ def _statistics(values: Any, ones: Any) -> tuple[Any, Any, Any]:
 
 
 def _normalized(deviations: Any, var: Any, eps: float) -> tuple[Any, Any]:
-    """Two factors of xhat, (C, m, 1) and (C, 1, 1): the first does it without a gradient of the variance; the second, 1 but for
-    roundings, has it. For MXNet's gradient of rsqrt leaves the range of the type where var does not.
+    """Two factors of xhat, (C, m, 1) and (C, 1, 1). The first is xhat, without a gradient through the variance; the second is 1
+    but for roundings, and has that gradient. MXNet's gradient of rsqrt leaves the range of the type where var does not.
     """
     with autograd.pause():
         invstd, rest = _invstd(var, eps), _column(eps / (var + eps))

@@ -22,7 +22,7 @@ class Layer:
 
     Args:
         spec: what the layer computes.
-        implementation: "auto", "kernel" or "framework".
+        implementation: "auto", "kernel", "framework" or "composed"; the operator takes the last for "auto".
         axis: of the channels; may be negative.
         rank: of the input; None for any >= 2.
         parameters: which of gamma and beta the layer has; the spec says whether they count (BN-04).
