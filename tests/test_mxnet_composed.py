@@ -343,6 +343,8 @@ def test_a_variance_that_is_too_large_is_poison() -> None:
         y = block(array(x)).asnumpy()
     assert np.isnan(y).all(axis=0).tolist() == [False, True]
     assert block.running_var.data().asnumpy()[1] == 1
+    block.running_var.set_data(mx.nd.array([1, np.inf]))
+    assert np.isnan(block(array(x)).asnumpy()).all(axis=0).tolist() == [False, True]
 
 
 def test_more_axes_than_mxnet_transposes() -> None:
@@ -376,3 +378,12 @@ def test_mxnets_dense_is_silently_wrong_as_the_readme_says() -> None:
     x = array(random(1, 4, 3))
     its = second(lambda x: mx.nd.batch_dot(x, array(weight.T[None].copy())))[0]
     np.testing.assert_allclose(its, right, rtol=0, atol=1e-14)
+
+
+def test_a_mean_far_from_zero_is_right_to_an_ulp() -> None:
+    x = np.float32(1000) + random(100_000, 2, dtype="float32")
+    block = multibn_mxnet.BatchNorm(2, 2, BatchNormSpec(momentum=0.0), implementation="composed")
+    block.initialize()
+    with mx.autograd.train_mode():
+        block(array(x))
+    np.testing.assert_allclose(block.moving_mean.data().asnumpy(), x.astype("d").mean(axis=0), rtol=0, atol=2.0**-14)
