@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -281,6 +282,28 @@ def test_a_network_is_trained_in_its_own_process(
     assert list(found["samples_ms"]) == ["ours", "own", "none"]
     assert all(len(times) == 3 and min(times) > 0 for times in found["samples_ms"].values())
     assert f"{model} (2, 3, 32, 32)" in capfd.readouterr().out
+
+
+def test_gluons_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    mx = pytest.importorskip("mxnet")
+    from multibn_mxnet import GluonBatchNorm
+    from multibn_mxnet import bench as its
+
+    made: list[Any] = []
+    resnet18 = its._ZOO["resnet18"]
+    monkeypatch.setitem(its._ZOO, "resnet18", lambda: made.append(resnet18()) or made[-1])
+    found = its.contest(Input("models", (2, 3, 32, 32), model="resnet18"))
+    assert (found.own, list(found.runs)) == ("resnet18", ["ours", "own", "none"])
+    for net, kinds in zip(made, ({GluonBatchNorm}, {mx.gluon.nn.BatchNorm}, set()), strict=True):
+        blocks: list[Any] = []
+        net.apply(blocks.append)
+        assert {type(block) for block in blocks if isinstance(block, mx.gluon.nn.BatchNorm)} == kinds
+    for step, net in zip(found.runs.values(), made, strict=True):
+        before = net.output.weight.data().asnumpy()
+        step()
+        assert (net.output.weight.data().asnumpy() != before).any()
+    pools = [block for block in its._densenet121().features if isinstance(block, mx.gluon.nn.GlobalAvgPool2D)]
+    assert len(pools) == 1
 
 
 @pytest.mark.parametrize(("name", "layers", "parameters"), [("densenet121", 121, 7_978_856), ("resnet18", 20, 11_689_512)])

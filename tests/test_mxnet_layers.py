@@ -665,7 +665,12 @@ def test_a_forked_child_gives_the_same_bits() -> None:
 @pytest.mark.skipif("MXNET_ENGINE_TYPE" in os.environ, reason="is what this test runs")
 def test_all_of_it_with_the_engine_that_runs_operators_at_the_call() -> None:
     # It has no threads of its own, so coverage sees the callbacks too.
-    files = [__file__, str(Path(__file__).with_name("test_mxnet_refusals.py"))]
+    others = (
+        "test_mxnet_refusals.py",
+        "test_identity.py::test_gluon_in_every_way_that_mxnet_runs_a_block",
+        "test_whitening_frameworks.py::test_every_home_gives_the_same",
+    )
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env={**os.environ, "MXNET_ENGINE_TYPE": "NaiveEngine"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
