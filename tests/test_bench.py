@@ -289,9 +289,8 @@ def test_gluons_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     from multibn_mxnet import GluonBatchNorm
     from multibn_mxnet import bench as its
 
-    made: list[Any] = []
-    resnet18 = its._ZOO["resnet18"]
-    monkeypatch.setitem(its._ZOO, "resnet18", lambda: made.append(resnet18()) or made[-1])
+    made = [its._ZOO["resnet18"]() for _ in range(3)]
+    monkeypatch.setitem(its._ZOO, "resnet18", iter(made).__next__)
     found = its.contest(Input("models", (2, 3, 32, 32), model="resnet18"))
     assert (found.own, list(found.runs)) == ("resnet18", ["ours", "own", "none"])
     for net, kinds in zip(made, ({GluonBatchNorm}, {mx.gluon.nn.BatchNorm}, set()), strict=True):
