@@ -178,6 +178,7 @@ _ALL = (
             "The policies float16 and bfloat16 keep the moving statistics in half precision.",
             "The PyTorch backend computes the variance as E[x^2] - E[x]^2.",
             "On JAX and PyTorch float64 input is computed in float32.",
+            "On JAX the gradient goes through (var+eps)^(-3/2), which float32 cannot hold for a standard deviation above 2^42.",
         ),
     ),
     Dialect(
@@ -210,6 +211,7 @@ _ALL = (
             "use_fast_variance=True, its default, computes the variance as E[x^2] - E[x]^2.",
             "m=1 trains silently; an empty batch turns the moving statistics NaN.",
             "Half input gives float32 output unless dtype is set.",
+            "The gradient goes through (var+eps)^(-3/2), which float32 cannot hold for a standard deviation above 2^42.",
         ),
     ),
     Dialect(

@@ -1,6 +1,6 @@
 """How far a right answer may be from the exact one: every bound of the suite, each with its derivation.
 
-Two kinds of arithmetic are judged (``multibn.layer.Precision``).
+Two kinds of arithmetic are judged (``multibn.layer.Precision``), and a third one in frameworks that have it as their dialect.
 
 exact: BN-16's own bound. kappa is taken with var+eps in place of var: never wider, and finite for a constant channel too.
 
@@ -10,19 +10,29 @@ Algorithms", section 4.2). The rest is first-order propagation through mean, var
 names its own terms. A FEW roundings are granted where implementations differ in how they arrange a formula, such as
 x*scale + (beta - mean*scale), whose products are as large as |x|, not as |x-mean|. Numbers below the smallest normal of the type
 may be flushed to zero. Where the formulas leave the range of the type, nothing is promised.
+
+one pass: the same with the variance as E[x^2] - E[x]^2. It is as right as these two are: off by a part of E[x^2], not of itself.
+Where that may be more than LOST of var+eps, nothing is promised.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
-from multibn.layer import PARAMETER_TYPE, Array, Precision
+from multibn.layer import PARAMETER_TYPE, Array
+
+Arithmetic = Literal["exact", "working", "one pass"]
+"""A ``Precision``, or the third one."""
 
 FEW = 4
 """Roundings of an element on its way through any usual arrangement of the formulas."""
+
+LOST = 1 / 32
+"""The part of var+eps up to which its error stays one of first order, with FEW roundings for the rest."""
 
 SUM = 1e-14
 """BN-16: what float64 sums may miss, as a part of the sum of the absolute terms."""
@@ -128,35 +138,35 @@ def _rounded(exact: Array, dtype: str) -> Array:
     return (1.0 if dtype == "float64" else 0.51) * ulp(exact, dtype)
 
 
-def for_y(f: Facts, exact: Array, precision: Precision) -> Array:
+def for_y(f: Facts, exact: Array, precision: Arithmetic) -> Array:
     """Bound of y, (C, m)."""
     if precision == "exact":
         return _rounded(exact, f.dtype) + SUM * f.kappa * scale("y", f)
     u = roundoff(f.arithmetic)
     products = np.abs(f.gamma) * f.invstd * (np.abs(f.x) + np.abs(f.mean)) + np.abs(f.beta)
-    return np.abs(f.gamma) * _xhat_error(f) + FEW * u * products + _flushed(f) + ulp(exact, f.dtype)
+    return np.abs(f.gamma) * _xhat_error(f, precision) + FEW * u * products + _flushed(f) + ulp(exact, f.dtype)
 
 
-def for_dx(f: Facts, exact: Array, precision: Precision) -> Array:
+def for_dx(f: Facts, exact: Array, precision: Arithmetic) -> Array:
     """Bound of dx, (C, m)."""
     assert f.dy is not None
     if precision == "exact":
         return _rounded(exact, f.dtype) + SUM * f.kappa * scale("dx", f)
     slope, u, m = np.abs(f.gamma) * f.invstd, roundoff(f.arithmetic), f.x.shape[1]
-    terms, error = np.abs(f.dy), np.zeros_like(f.x)
+    terms, error, of_xhat = np.abs(f.dy), np.zeros_like(f.x), _xhat_error(f, precision)
     if f.from_batch:  # dy - average(dy) - xhat*average(dy*xhat): the errors of the averages, then of xhat
         product = f.dy * f.xhat
         average = np.abs(np.mean(product, axis=1, keepdims=True))
         off = (_gamma(m, f.arithmetic) + 2 * u) * np.mean(np.abs(product), axis=1, keepdims=True)
-        off = off + np.mean(np.abs(f.dy) * _xhat_error(f), axis=1, keepdims=True)
-        error = _gamma(m, f.arithmetic) * np.mean(terms, axis=1, keepdims=True) + np.abs(f.xhat) * off + _xhat_error(f) * average
+        off = off + np.mean(np.abs(f.dy) * of_xhat, axis=1, keepdims=True)
+        error = _gamma(m, f.arithmetic) * np.mean(terms, axis=1, keepdims=True) + np.abs(f.xhat) * off + of_xhat * average
         terms = terms + np.abs(np.mean(f.dy, axis=1, keepdims=True)) + np.abs(f.xhat) * average
     few = FEW * roundoff(f.dtype)  # in the type of dx: PyTorch keeps the unfinished sum in dx itself where the channels lie last
-    bound = slope * (error + (_invstd_error(f) + few) * terms) + _flushed(f) + ulp(exact, f.dtype)
+    bound = slope * (error + (_invstd_error(f, precision) + few) * terms) + _flushed(f) + ulp(exact, f.dtype)
     return np.where(FEW * slope * terms > float(np.finfo(f.dtype).max), np.inf, bound)  # terms that the type may not hold
 
 
-def for_dgamma(f: Facts, exact: Array, precision: Precision) -> Array:
+def for_dgamma(f: Facts, exact: Array, precision: Arithmetic) -> Array:
     """Bound of dgamma, (C,).
 
     The mean is a float64 too: what it is rounded by shifts every xhat of a channel alike. Where all xhat are next to 0 (var far
@@ -167,12 +177,12 @@ def for_dgamma(f: Facts, exact: Array, precision: Precision) -> Array:
     if precision == "exact":
         shifted = (np.abs(f.mean) * f.invstd)[:, 0] * scale("dbeta", f)
         return _rounded(exact, dtype) + SUM * np.fmax(f.kappa[:, 0] * terms, shifted)
-    through_xhat = (np.abs(f.dy) * _xhat_error(f)).sum(axis=1)
+    through_xhat = (np.abs(f.dy) * _xhat_error(f, precision)).sum(axis=1)
     flushed = _flushed(f)[:, 0] * (1 + np.abs(f.dy).sum(axis=1))  # each x may have been one of them
     return (_gamma(f.x.shape[1], dtype) + FEW * roundoff(dtype)) * terms + through_xhat + flushed + ulp(exact, dtype)
 
 
-def for_dbeta(f: Facts, exact: Array, precision: Precision) -> Array:
+def for_dbeta(f: Facts, exact: Array, precision: Arithmetic) -> Array:
     """Bound of dbeta, (C,)."""
     dtype, terms = PARAMETER_TYPE[f.dtype], scale("dbeta", f)
     if precision == "exact":
@@ -180,7 +190,7 @@ def for_dbeta(f: Facts, exact: Array, precision: Precision) -> Array:
     return _gamma(f.x.shape[1], dtype) * terms + _flushed(f)[:, 0] + ulp(exact, dtype)
 
 
-def for_moving(updates: tuple[Update, ...], which: str, precision: Precision) -> Array:
+def for_moving(updates: tuple[Update, ...], which: str, precision: Arithmetic) -> Array:
     """Bound of a moving statistic after its updates, (C,).
 
     What an update inherits shrinks by its weight. It adds
@@ -208,13 +218,13 @@ def for_moving(updates: tuple[Update, ...], which: str, precision: Precision) ->
             batch = (of_mean if which == "moving_mean" else SUM * f.batch_var + of_mean**2)[:, 0]
         else:
             final, work = np.zeros_like(largest), FEW * ulp(largest, statistic)
-            mean_error, var_error = _statistics_error(f, f.batch_mean, f.batch_var)
+            mean_error, var_error = _statistics_error(f, f.batch_mean, f.batch_var, precision)
             batch = (mean_error if which == "moving_mean" else var_error)[:, 0]
         bound = np.where(update.made, update.weight * bound + final + work + (1 - update.weight) * batch, bound)
     return bound
 
 
-def not_promised(f: Facts, precision: Precision) -> str | None:
+def not_promised(f: Facts, precision: Arithmetic) -> str | None:
     """Why nothing is promised for these values, or None."""
     if precision == "exact":
         return None
@@ -224,28 +234,43 @@ def not_promised(f: Facts, precision: Precision) -> str | None:
         return f"not promised: the sum of the squares leaves the range of {f.arithmetic}"
     if f.eps < float(info.tiny):
         return f"not promised: eps {f.eps} is below the smallest normal {f.arithmetic}"
+    if precision == "one pass" and f.batch_mean is not None and f.batch_var is not None:
+        _, of_var = _statistics_error(f, f.batch_mean, f.batch_var, precision)
+        if not np.all(of_var <= LOST * (f.batch_var + f.eps)):
+            return "not promised: of the variance, E[x^2] - E[x]^2 may have lost too much"
     return None
 
 
-def _statistics_error(f: Facts, mean: Array, var: Array) -> tuple[Array, Array]:
-    """Of the batch's mean and variance, (C, 1): a sum each; the variance takes the mean's error squared, being least there."""
+def _statistics_error(f: Facts, mean: Array, var: Array, precision: Arithmetic) -> tuple[Array, Array]:
+    """Of the batch's mean and variance, (C, 1): a sum each; the variance takes the mean's error squared, being least there.
+
+    In one pass, that is a sum of x^2; and the error of mean^2, which is 2|mean| times the mean's, comes in.
+    """
     g, u = _gamma(f.x.shape[1], f.arithmetic), roundoff(f.arithmetic)
     of_mean = g * np.mean(np.abs(f.x), axis=1, keepdims=True) + u * np.abs(mean)
-    return of_mean, var * (g + FEW * u) + of_mean**2 + float(np.finfo(f.arithmetic).tiny)
+    rest = of_mean**2 + float(np.finfo(f.arithmetic).tiny)
+    if precision == "one pass":
+        return of_mean, (var + mean**2) * (g + FEW * u) + 2 * np.abs(mean) * of_mean + rest
+    return of_mean, var * (g + FEW * u) + rest
 
 
-def _invstd_error(f: Facts) -> Array:
-    """Relative, of 1/sqrt(var+eps): half of that of var+eps (never over 1, for the variance errs upwards), and FEW roundings."""
+def _invstd_error(f: Facts, precision: Arithmetic) -> Array:
+    """Relative, of 1/sqrt(var+eps): half of that of var+eps, and FEW roundings.
+
+    Never over 1, for the variance of two passes errs upwards; that of one pass may err downwards, by LOST at most.
+    """
     if not f.from_batch:
         return np.full_like(f.mean, FEW * roundoff(f.arithmetic))
-    _, of_var = _statistics_error(f, f.mean, f.var)
-    return np.minimum(0.5 * of_var / (f.var + f.eps), 1) + FEW * roundoff(f.arithmetic)
+    _, of_var = _statistics_error(f, f.mean, f.var, precision)
+    part = of_var / (f.var + f.eps)
+    return np.minimum(part / 2 * (1 + (part if precision == "one pass" else 0)), 1) + FEW * roundoff(f.arithmetic)
 
 
-def _xhat_error(f: Facts) -> Array:
+def _xhat_error(f: Facts, precision: Arithmetic) -> Array:
     """Of xhat, (C, m): invstd's, the mean's, and the rounding of the difference."""
-    of_mean = _statistics_error(f, f.mean, f.var)[0] if f.from_batch else np.zeros_like(f.mean)
-    return np.abs(f.xhat) * _invstd_error(f) + f.invstd * (of_mean + roundoff(f.arithmetic) * np.abs(f.x - f.mean))
+    of_mean = _statistics_error(f, f.mean, f.var, precision)[0] if f.from_batch else np.zeros_like(f.mean)
+    rounded = roundoff(f.arithmetic) * np.abs(f.x - f.mean)
+    return np.abs(f.xhat) * _invstd_error(f, precision) + f.invstd * (of_mean + rounded)
 
 
 def _flushed(f: Facts) -> Array:

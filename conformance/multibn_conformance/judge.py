@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from multibn.array import ReferenceSubject
-from multibn.layer import Array, Precision
+from multibn.layer import Array
 from multibn.spec import CLAUSES
 
 from . import bounds
+from .bounds import Arithmetic
 from .case import Case
 from .oracle import Exact, Expected, as_input, expected
 from .perform import Answer, Make, Wrong, bits_differ, perform
@@ -68,8 +69,8 @@ def judge(candidate: Candidate, case: Case) -> Judgement:
     return judge_maker(candidate.make, case, candidate.name, candidate.precision)
 
 
-def judge_maker(make: Make, case: Case, name: str, precision: Precision) -> Judgement:
-    """The same for any maker of subjects."""
+def judge_maker(make: Make, case: Case, name: str, precision: Arithmetic, hints: bool = True) -> Judgement:
+    """The same for any maker of subjects; without hints, no known defect is tried to find out what a failure looks like."""
     came = tried(make, case, precision)
     if isinstance(came, str):
         return Judgement(name, case.id, case.clause, "skip", message=came, dtype=case.dtype)
@@ -77,13 +78,14 @@ def judge_maker(make: Make, case: Case, name: str, precision: Precision) -> Judg
         return Judgement(name, case.id, case.clause, "pass", came.ulp, came.ratio, dtype=case.dtype)
     from .looks_like import hint
 
-    message = "\n".join(line for line in (f"{case.id}: {came}", *_told(case), hint(case, came, precision)) if line)
+    looks_like = hint(case, came, precision) if hints else ""
+    message = "\n".join(line for line in (f"{case.id}: {came}", *_told(case), looks_like) if line)
     status: Status = "differs" if case.verdict == "may differ" else "fail"
     snippet = f"from multibn_conformance import reproduce\nprint(reproduce({name!r}, {case.id!r}))"
     return Judgement(name, case.id, case.clause, status, came.ulp, came.ratio, message, snippet, case.dtype)
 
 
-def tried(make: Make, case: Case, precision: Precision) -> Error | Wrong | str:
+def tried(make: Make, case: Case, precision: Arithmetic) -> Error | Wrong | str:
     """How far a new subject is off, what is wrong with it, or why the case is not run."""
     with np.errstate(all="ignore"):
         reason = _skipped(case, precision)
@@ -99,7 +101,7 @@ def _told(case: Case) -> tuple[str, str]:
     return f"{case.clause}: {CLAUSES[case.clause]}", f"{case.comment} It catches a BatchNorm that {case.catches}."
 
 
-def _skipped(case: Case, precision: Precision) -> str | None:
+def _skipped(case: Case, precision: Arithmetic) -> str | None:
     """Why the case is not run, or None."""
     if any(step.values and step.values.kind.startswith("digits") for step in case.steps) and find_spec("sklearn") is None:
         return "needs scikit-learn, for its digits: pip install 'multibn[conformance]'"
@@ -109,7 +111,7 @@ def _skipped(case: Case, precision: Precision) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _values(case: Case, make: Make, precision: Precision) -> Error:
+def _values(case: Case, make: Make, precision: Arithmetic) -> Error:
     """Against the oracle, within the bounds."""
     error = Error()
     for _, _, its in errors(case, make, precision):
@@ -117,7 +119,7 @@ def _values(case: Case, make: Make, precision: Precision) -> Error:
     return error
 
 
-def errors(case: Case, make: Make, precision: Precision) -> Iterator[tuple[str, str, Error]]:
+def errors(case: Case, make: Make, precision: Arithmetic) -> Iterator[tuple[str, str, Error]]:
     """Name, type and error of each result.
 
     Raises:
@@ -193,7 +195,7 @@ def _type_and_shape(where: str, got: Array, dtype: str, shape: tuple[int, ...]) 
         raise Wrong(f"{where}: got shape {got.shape}, should be {shape}.")
 
 
-def _bound(name: str, exact: Exact, right: Expected, precision: Precision) -> tuple[Array, Array]:
+def _bound(name: str, exact: Exact, right: Expected, precision: Arithmetic) -> tuple[Array, Array]:
     """The bound of each value, and the scale that an ulp is taken at."""
     facts, shape = right.facts, exact.high.shape
     assert facts is not None
@@ -207,7 +209,7 @@ def _bound(name: str, exact: Exact, right: Expected, precision: Precision) -> tu
     return as_input(bound, shape), as_input(np.broadcast_to(scale, facts.x.shape), shape)
 
 
-def _within(where: str, got: Array, exact: Exact, name: str, right: Expected, precision: Precision) -> Error:
+def _within(where: str, got: Array, exact: Exact, name: str, right: Expected, precision: Arithmetic) -> Error:
     if not got.size:
         return Error()
     bound, scale = _bound(name, exact, right, precision)

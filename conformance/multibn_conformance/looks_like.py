@@ -6,9 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from multibn.layer import Precision
-
-from .bounds import roundoff
+from .bounds import Arithmetic, roundoff
 from .case import Case
 from .oracle import expected
 from .perform import Wrong
@@ -19,7 +17,7 @@ ALIKE = 0.02
 """Two answers are alike that lie closer to each other than this part of their distance from the right one."""
 
 
-def hint(case: Case, wrong: Wrong, precision: Precision) -> str:
+def hint(case: Case, wrong: Wrong, precision: Arithmetic) -> str:
     """One line for the message, or nothing where nothing is known that gives these values."""
     found = looks_like(case, wrong, precision)
     if found:
@@ -28,13 +26,13 @@ def hint(case: Case, wrong: Wrong, precision: Precision) -> str:
     return _digits_lost(case, wrong)
 
 
-def looks_like(case: Case, wrong: Wrong, precision: Precision) -> list[Defect]:
+def looks_like(case: Case, wrong: Wrong, precision: Arithmetic) -> list[Defect]:
     """The defects that give the same wrong answer, those of the case's clause alone for a fixed case."""
     return [each for each, its in _failures(case, precision) if _alike(wrong, its)]
 
 
 @lru_cache(maxsize=256)
-def _failures(case: Case, precision: Precision) -> tuple[tuple[Defect, Wrong], ...]:
+def _failures(case: Case, precision: Arithmetic) -> tuple[tuple[Defect, Wrong], ...]:
     from .defects import DEFECTS
     from .fixed import CASES
     from .judge import tried

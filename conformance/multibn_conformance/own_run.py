@@ -169,6 +169,6 @@ def run(
         raise WrongCall(f"nobody to judge: {'; '.join(f'{each.name}: {each.reason}' for each in absent)}.")
     show(done, absent, console)
     if isinstance(cases, range):
-        told = ", ".join(f"{len(each.cases)} by {each.name}" for each in done)
-        console.print(f"of {len(cases)} seeds judged: {told}; what a dialect states leaves the others out.", soft_wrap=True)
+        told = ", ".join(f"{sum(case.keeping != 'cannot' for case in each.cases)} by {each.name}" for each in done)
+        console.print(f"of {len(cases)} seeds judged: {told}; of the others a dialect claims nothing.", soft_wrap=True)
     return any(case.keeping == "breaks" for each in done for case in each.cases)

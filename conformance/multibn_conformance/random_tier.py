@@ -62,9 +62,9 @@ AVAILABLE_PROVIDERS[BACKEND] = _SeedAlone
 class _Drawn:
     """What a case is drawn from."""
 
-    def __init__(self, draw: Draw, fixed: BatchNormSpec | None) -> None:
+    def __init__(self, draw: Draw, fixed: BatchNormSpec | None, types: Sequence[str]) -> None:
         self.draw = draw
-        self.dtype = self.one_of("float32", "float64", "float16")
+        self.dtype = self.one_of(*types)
         self.features = draw(st.integers(1, 5))
         self.fixed = fixed
         self._seeds = 0
@@ -217,7 +217,9 @@ def _bits(d: _Drawn) -> Case:
     return replace(_case(d, "BN-15", d.spec(), *step, infer(d.values(shape), "y")), against="bits")
 
 
-_KINDS = (_training, _training, _shapes, _moving, _inference, _switches, _poison, _edges, _state, _layouts, _bits)
+TYPES = "float32", "float64", "float16"
+ORACLE = (_training, _training, _shapes, _moving, _inference, _switches, _poison, _edges, _state, _layouts)
+"""Kinds of cases that the oracle judges."""
 
 
 def _case(d: _Drawn, clause: str, spec: BatchNormSpec, *steps: Step) -> Case:
@@ -245,10 +247,15 @@ _KEPT = (*MOVING, "unchanged", "dbeta")
 
 
 @st.composite
-def cases(draw: Draw, spec: BatchNormSpec | None = None) -> Case:
-    """Any case, with these parameters, or drawn ones."""
-    kind = draw(st.sampled_from(_KINDS))
-    return kind(_Drawn(draw, spec))
+def cases(
+    draw: Draw,
+    spec: BatchNormSpec | None = None,
+    types: Sequence[str] = TYPES,
+    kinds: Sequence[Callable[[_Drawn], Case]] = (*ORACLE, _bits),
+) -> Case:
+    """Any case of these types and kinds, with these parameters, or drawn ones."""
+    kind = draw(st.sampled_from(kinds))
+    return kind(_Drawn(draw, spec, types))
 
 
 def judge_seed(

@@ -14,8 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from multibn.layer import PARAMETER_TYPE, Array
 from multibn.spec import BatchNormSpec
 
+from .bounds import Arithmetic
 from .case import MOVING, Case, Observed, Step
 from .inputs import Values
 from .judge import Judgement, judge_maker
@@ -62,13 +64,17 @@ def compare(own: Own, case: Case, make: Make) -> Compared:
     spoken = in_dialect(case, own)
     if not own.gradient and not any(step.observe or step.do == "refuse" for step in spoken.steps):
         return Compared(case.id, case.clause, "cannot", "cannot", ("It has no gradient.",))
-    by_dialect = judge_maker(make, spoken, own.name, "working")
+    stated = stated_for(own, case)
+    arithmetic: Arithmetic = "one pass" if own.one_pass and stated is None else "working"
+    by_dialect = judge_maker(make, spoken, own.name, arithmetic, hints=False)
     changed = replace(spoken, comment="", steps=case.steps if own.gradient is False else spoken.steps) != replace(
         case, comment=""
     )
-    by_spec = judge_maker(make, _without_backward(case, own), own.name, "working") if changed else by_dialect
-    stated = stated_for(own, case)
+    changed = changed or arithmetic != "working"
+    by_spec = judge_maker(make, _without_backward(case, own), own.name, "working", hints=False) if changed else by_dialect
     keeping, message = _keeping(by_dialect, stated)
+    if keeping == "breaks" and stated is None:
+        message = judge_maker(make, spoken, own.name, arithmetic).message or message
     reason = cannot(by_spec)
     if reason is not None:
         return Compared(case.id, case.clause, "cannot", keeping, (f"{reason}.",), message)
@@ -104,6 +110,10 @@ def _because(own: Own, case: Case, spoken: Case) -> tuple[str, ...]:
         told.append(f"The moving variance is {spoken.spec.moving_variance}.")
     if spoken.verdict != case.verdict:
         told = ["One value per channel is taken in training; its variance counts as 0."]
+    if own.one_pass and not told:
+        told.append("The variance is E[x^2] - E[x]^2, which loses its digits where the mean is large beside the spread.")
+    if own.by_power and any(_vanishes(step, case.spec.eps) for step in case.steps):
+        told.append("Its gradient goes through (var+eps)^(-3/2), which is below the numbers of the type.")
     if case.dtype == "float64" or any(step.values and step.values.dtype == "float64" for step in case.steps):
         kept = [name.replace("-", " - ") for name in own.single if name != IN_ITS_TYPE]
         told += [f"It keeps {', '.join(kept)} as float32."] if kept else []
@@ -138,6 +148,8 @@ def in_dialect(case: Case, own: Own) -> Case:
         steps = without(steps, "moving_var")
     if own.from_invstd and any(_small(step, spec.eps) for step in steps):
         steps = without(steps, "moving_var")
+    if own.by_power and any(_vanishes(step, spec.eps) for step in steps):
+        steps = without(steps, "dx")
     if own.updates_in_backward:
         steps = _moved_in_backward(steps, spec.update_statistics and spec.normalize_with == "batch")
     return replace(case, spec=spec, steps=tuple(steps), verdict=verdict)
@@ -156,11 +168,27 @@ def without(steps: Sequence[Step], *what: Observed) -> list[Step]:
 
 def _small(step: Step, eps: float) -> bool:
     """Whether a batch has a variance below eps: of var+eps, which is kept to a few roundings, var is then too small a part."""
-    if step.do not in ("train", "another") or step.values is None or not all(step.values.shape):
+    variances = _variances(step)
+    return variances is not None and not np.min(variances) >= eps
+
+
+def _vanishes(step: Step, eps: float) -> bool:
+    """Whether a batch has a (var+eps)^(-3/2) below the smallest normal number of the type that is computed in."""
+    variances = _variances(step)
+    if variances is None or step.values is None:
         return False
+    with np.errstate(all="ignore"):
+        return bool(np.any((variances + eps) ** -1.5 < np.finfo(PARAMETER_TYPE[step.values.dtype]).tiny))
+
+
+def _variances(step: Step) -> Array | None:
+    """Of the channels, where a batch is normalised with."""
+    if step.do not in ("train", "another") or step.values is None or not all(step.values.shape):
+        return None
     values = step.values.array().astype(np.float64)
     with np.errstate(all="ignore"):
-        return not np.min(values.var(axis=tuple(axis for axis in range(values.ndim) if axis != 1))) >= eps
+        variances: Array = values.var(axis=tuple(axis for axis in range(values.ndim) if axis != 1))
+    return variances
 
 
 def _without_backward(case: Case, own: Own) -> Case:

@@ -47,7 +47,10 @@ class Own:
             "1-momentum", "1-momentum in its type" (as float64 for float64).
         from_invstd: whether it recovers the variance that it stores as 1/invstd^2 - eps, which loses what is small beside eps.
         fused: ranks whose kernel takes the fixed estimator, for float64 never; others take the other one. None: all take it.
+        one_pass: whether its variance is E[x^2] - E[x]^2: it is judged by what that can keep (``bounds``).
         by_difference: whether it moves by moving -= (moving - batch) * (1 - momentum), losing what is small beside moving.
+        by_power: whether its gradient goes through (var+eps)^(-3/2): where the type cannot hold that, what comes through the
+            variance is missing from dx.
         takes: patterns of "must raise" cases whose input it takes, and computes by the formulas.
         gradient: whether it has one.
         stated: what else its dialect is.
@@ -68,6 +71,8 @@ class Own:
     from_invstd: bool = False
     fused: tuple[int, ...] | None = None
     by_difference: bool = False
+    by_power: bool = False
+    one_pass: bool = False
 
     @property
     def updates_in_backward(self) -> bool:

@@ -91,6 +91,7 @@ ALL: tuple[Own, ...] = (
         BIASED,
         takes=(ONE_VALUE,),
         stated=(*KERAS3, IN_SINGLE),
+        by_power=True,
     ),
     Own(
         "keras3/tensorflow",
@@ -111,6 +112,7 @@ ALL: tuple[Own, ...] = (
         BIASED,
         takes=(ONE_VALUE,),
         stated=(*KERAS3, IN_SINGLE, ONE_PASS),
+        one_pass=True,
     ),
     Own(
         "keras2",
@@ -148,6 +150,8 @@ ALL: tuple[Own, ...] = (
         BIASED,
         takes=(ONE_VALUE,),
         stated=(HALF_TO_SINGLE, NUMBERS, POISONED, EMPTY_NAN, ONE_PASS),
+        one_pass=True,
+        by_power=True,
     ),
     Own(
         "haiku",
@@ -158,6 +162,8 @@ ALL: tuple[Own, ...] = (
         BATCHS_OWN,
         takes=(ONE_VALUE,),
         stated=(HALF_TO_SINGLE, NUMBERS, POISONED, EMPTY_NAN_AT_ONCE, FLUSHED, ONE_PASS),
+        one_pass=True,
+        by_power=True,
         average="Its moving statistics are an average that has its start at zero divided out.",
     ),
     Own(
