@@ -158,6 +158,7 @@ _ALL = (
         source="tf_keras 2.21 with TensorFlow 2.21 on CPU",
         notes=(
             "Ranks 2 and 3, or fused=False, take the biased variance.",
+            "There the gradient goes through that of the variance, too small for float32 where the deviation is about 2^60.",
             "trainable=False means inference, even with training=True.",
             "m=1 trains silently; an empty batch turns the moving statistics NaN.",
         ),
@@ -178,7 +179,8 @@ _ALL = (
             "The policies float16 and bfloat16 keep the moving statistics in half precision.",
             "The PyTorch backend computes the variance as E[x^2] - E[x]^2.",
             "On JAX and PyTorch float64 input is computed in float32.",
-            "On JAX the gradient goes through (var+eps)^(-3/2), which float32 cannot hold for a standard deviation above 2^42.",
+            "The gradient goes through that of the variance, too small for float32 where the deviation is about 2^60; on JAX and "
+            "PyTorch through (var+eps)^(-3/2), too small where it is above 2^42.",
         ),
     ),
     Dialect(
@@ -211,7 +213,7 @@ _ALL = (
             "use_fast_variance=True, its default, computes the variance as E[x^2] - E[x]^2.",
             "m=1 trains silently; an empty batch turns the moving statistics NaN.",
             "Half input gives float32 output unless dtype is set.",
-            "The gradient goes through (var+eps)^(-3/2), which float32 cannot hold for a standard deviation above 2^42.",
+            "The gradient takes (var+eps)^(-3/2), too small for float32 where the deviation is above 2^42.",
         ),
     ),
     Dialect(

@@ -421,12 +421,11 @@ def test_a_variance_in_one_pass_is_judged_by_what_it_can_keep() -> None:
     own = replace(RIGHT, stated=stated, one_pass=True)
     make = DEFECTS["mean-of-squares-in-single"].make
     for judged_as, accused in ((replace(own, one_pass=False), True), (own, False)):
-        done = list(own_random.compared(judged_as, range(60), make))
-        assert any(each.keeping == "breaks" for each in done) == accused
-    cases = [case for number in range(60) if (case := own_random.claimed(own, own_random.drawn(own, number)))]
+        assert any(each.keeping == "breaks" for each in own_random.compared(judged_as, range(40), make)) == accused
+    cases = [case for number in range(40) if (case := own_random.claimed(own, own_random.drawn(own, number)))]
     came = [tried(make, case, "one pass") for case in cases]
     assert 0.01 < max(each.ratio for each in came if isinstance(each, Error)) <= 1
-    assert any(each.keeping == "breaks" for each in own_random.compared(own, range(60), DEFECTS["eps-twice"].make))
+    assert any(each.keeping == "breaks" for each in own_random.compared(own, range(40), DEFECTS["eps-twice"].make))
 
 
 def test_nothing_is_promised_where_one_pass_may_lose_the_variance() -> None:
@@ -434,7 +433,7 @@ def test_nothing_is_promised_where_one_pass_may_lose_the_variance() -> None:
     assert came == "not promised: of the variance, E[x^2] - E[x]^2 may have lost too much"
 
 
-def test_dx_is_not_observed_where_its_power_vanishes() -> None:
+def test_dx_is_not_observed_where_its_power_leaves_the_type() -> None:
     own, plain = replace(RIGHT, by_power=True), CASES["BN-08-training-rank-2-float32"]
 
     def observed(std: float, own: Own) -> set[str]:
@@ -446,6 +445,8 @@ def test_dx_is_not_observed_where_its_power_vanishes() -> None:
     assert "dx" not in observed(2.0**43, own)
     assert {"dgamma", "dbeta"} <= observed(2.0**43, own)
     assert "dx" in observed(2.0**43, RIGHT)
+    tiny = in_dialect(replace(CASES["BN-16-constant-float64"], spec=BatchNormSpec(eps=1e-300)), own)
+    assert not any("dx" in step.observe for step in tiny.steps)
 
 
 def test_the_estimator_of_a_fused_kernel_depends_on_rank_and_type() -> None:
@@ -469,7 +470,7 @@ def test_what_moves_by_difference_is_not_observed_at_random() -> None:
         def moving(self) -> Any:
             return self.moving_mean + 1, self.moving_var
 
-    done = list(own_random.compared(own, range(60), Wrong))
+    done = list(own_random.compared(own, range(30), Wrong))
     assert {each.keeping for each in done if each.clause == "BN-01"} == {"keeps"}
 
 

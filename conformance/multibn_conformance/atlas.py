@@ -96,17 +96,18 @@ def _told(compared: Compared) -> dict[str, Any]:
 def _habits(own: Own, python: Path) -> list[dict[str, str]]:
     """Questions and answers; none where another BatchNorm of the same file has been asked."""
     file = own.subject.partition(":")[0]
-    path = FOLDER / "habits" / f"{file}.py"
     _, _, backend = own.name.partition("/")
     first = next(each for each in ALL if each.subject.startswith(f"{file}:"))
-    if not path.exists() or (own != first and file != "keras3"):
+    if own != first and file != "keras3":
         return []
     settings = {"TF_CPP_MIN_LOG_LEVEL": "3", **({"KERAS_BACKEND": backend} if file == "keras3" else {})}
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "answers.json"
-        command = [python, FOLDER / "ask.py", path, out]
-        subprocess.run(command, env={**os.environ, **settings}, check=True, capture_output=True)
-        answers: list[dict[str, str]] = json.loads(out.read_text())
+    answers: list[dict[str, str]] = []
+    for path in sorted((FOLDER / "habits").glob(f"{file}*.py")):
+        with TemporaryDirectory() as folder:
+            out = Path(folder) / "answers.json"
+            command = [python, FOLDER / "ask.py", path, out]
+            subprocess.run(command, env={**os.environ, **settings}, check=True, capture_output=True)
+            answers += json.loads(out.read_text())
     return answers
 
 

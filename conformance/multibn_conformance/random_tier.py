@@ -54,9 +54,9 @@ class _SeedAlone(HypothesisProvider):
 
 
 BACKEND = "multibn"
-"""Hypothesis's setting that draws by the seed alone."""
+"""Hypothesis's setting that draws by the seed, and by its own version, alone."""
 
-AVAILABLE_PROVIDERS[BACKEND] = _SeedAlone
+AVAILABLE_PROVIDERS[BACKEND] = f"{__name__}.{_SeedAlone.__name__}"
 
 
 class _Drawn:

@@ -112,8 +112,8 @@ def _because(own: Own, case: Case, spoken: Case) -> tuple[str, ...]:
         told = ["One value per channel is taken in training; its variance counts as 0."]
     if own.one_pass and not told:
         told.append("The variance is E[x^2] - E[x]^2, which loses its digits where the mean is large beside the spread.")
-    if own.by_power and any(_vanishes(step, case.spec.eps) for step in case.steps):
-        told.append("Its gradient goes through (var+eps)^(-3/2), which is below the numbers of the type.")
+    if own.by_power and any(_leaves_the_type(step, case.spec.eps) for step in case.steps):
+        told.append("Its gradient goes through (var+eps)^(-3/2), which the type cannot hold here.")
     if case.dtype == "float64" or any(step.values and step.values.dtype == "float64" for step in case.steps):
         kept = [name.replace("-", " - ") for name in own.single if name != IN_ITS_TYPE]
         told += [f"It keeps {', '.join(kept)} as float32."] if kept else []
@@ -148,7 +148,7 @@ def in_dialect(case: Case, own: Own) -> Case:
         steps = without(steps, "moving_var")
     if own.from_invstd and any(_small(step, spec.eps) for step in steps):
         steps = without(steps, "moving_var")
-    if own.by_power and any(_vanishes(step, spec.eps) for step in steps):
+    if own.by_power and any(_leaves_the_type(step, spec.eps) for step in steps):
         steps = without(steps, "dx")
     if own.updates_in_backward:
         steps = _moved_in_backward(steps, spec.update_statistics and spec.normalize_with == "batch")
@@ -172,13 +172,14 @@ def _small(step: Step, eps: float) -> bool:
     return variances is not None and not np.min(variances) >= eps
 
 
-def _vanishes(step: Step, eps: float) -> bool:
-    """Whether a batch has a (var+eps)^(-3/2) below the smallest normal number of the type that is computed in."""
+def _leaves_the_type(step: Step, eps: float) -> bool:
+    """Whether a batch has a (var+eps)^(-3/2) that is no normal number of the type that is computed in."""
     variances = _variances(step)
     if variances is None or step.values is None:
         return False
     with np.errstate(all="ignore"):
-        return bool(np.any((variances + eps) ** -1.5 < np.finfo(PARAMETER_TYPE[step.values.dtype]).tiny))
+        powers, info = (variances + eps) ** -1.5, np.finfo(PARAMETER_TYPE[step.values.dtype])
+        return bool(np.any((powers < info.tiny) | (powers > info.max)))
 
 
 def _variances(step: Step) -> Array | None:

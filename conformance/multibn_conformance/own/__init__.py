@@ -49,8 +49,8 @@ class Own:
         fused: ranks whose kernel takes the fixed estimator, for float64 never; others take the other one. None: all take it.
         one_pass: whether its variance is E[x^2] - E[x]^2: it is judged by what that can keep (``bounds``).
         by_difference: whether it moves by moving -= (moving - batch) * (1 - momentum), losing what is small beside moving.
-        by_power: whether its gradient goes through (var+eps)^(-3/2): where the type cannot hold that, what comes through the
-            variance is missing from dx.
+        by_power: whether its gradient goes through (var+eps)^(-3/2), alone or times a sum: where the type cannot hold that power,
+            what comes through the variance may be missing from dx, or NaN.
         takes: patterns of "must raise" cases whose input it takes, and computes by the formulas.
         gradient: whether it has one.
         stated: what else its dialect is.

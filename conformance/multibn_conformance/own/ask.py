@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import re
 import sys
 import warnings
 from typing import Any
@@ -32,7 +33,8 @@ def _answer(question: Any) -> str:
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Stack trace" not in line]
             said = next((line for line in lines if "Check failed" in line or "Error" in line), lines[0] if lines else "")
-            return f"raises {type(error).__name__}: {said}"[:160]
+            told = re.sub(r"^\{\{.*?\}\} ", "", said)  # TensorFlow's name of the node
+            return f"raises {type(error).__name__}: {told}"[:160]
     return "yes" if answer is True else "no" if answer is False else f"{answer:.3g}" if isinstance(answer, float) else str(answer)
 
 

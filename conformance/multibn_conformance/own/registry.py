@@ -102,6 +102,7 @@ ALL: tuple[Own, ...] = (
         BIASED,
         takes=(ONE_VALUE,),
         stated=KERAS3,
+        by_power=True,
     ),
     Own(
         "keras3/torch",
@@ -112,6 +113,7 @@ ALL: tuple[Own, ...] = (
         BIASED,
         takes=(ONE_VALUE,),
         stated=(*KERAS3, IN_SINGLE, ONE_PASS),
+        by_power=True,
         one_pass=True,
     ),
     Own(
@@ -125,6 +127,7 @@ ALL: tuple[Own, ...] = (
         (ONE_VALUE,),
         stated=KERAS3,
         fused=(4, 5),
+        by_power=True,
         by_difference=True,
     ),
     Own(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -33,15 +34,16 @@ def _batch_formula(x: Any) -> Any:
 def defaults() -> object:
     """Defaults, in its own words."""
     layer, _ = _layer()
-    return f"eps {layer.eps:g}, momentum {layer.momentum:g}"
+    return f"eps {layer.eps:g}, momentum {layer.momentum:g}, channelwise_affine {layer.channelwise_affine}"
 
 
 def default_mode() -> object:
-    """The mode that it has by default, and what it warns."""
+    """The mode that it is made with by default; the mode that it has then, and what it warns."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layer = eqx.nn.BatchNorm(3, axis_name="batch")
-    return f"{layer.mode}; {str(caught[0].message).split(',')[0] if caught else 'nothing'}"
+    asked = inspect.signature(eqx.nn.BatchNorm).parameters["mode"].default
+    return f"{asked}; {layer.mode}; {str(caught[0].message).split(',')[0] if caught else 'nothing'}"
 
 
 def _off_in_step(number: int, **options: Any) -> float:
@@ -89,7 +91,44 @@ def without_vmap() -> object:
     return "accepted"
 
 
+def gradient_of_large_values() -> object:
+    """Mode "batch", a spread of 2^40, 2^44, float32: the largest error of dx, as a part of the largest dx."""
+    told = []
+    for power in (40, 44):
+        x, dy = (np.random.default_rng(seed).normal(size=(6, 3)).astype(np.float32) for seed in (4, 5))
+        x = x * np.float32(2.0**power)
+        layer, state = _layer(mode="batch")
+        _, pull, _ = jax.vjp(lambda x, layer=layer, state=state: _call(layer, state, x), x, has_aux=True)
+        told.append(_missing(np.array(pull(dy)[0]), x, dy, 1e-5))
+    return ", ".join(told)
+
+
+def _missing(dx: Any, x: Any, dy: Any, eps: float) -> str:
+    """The largest error of a gradient, as a part of the largest gradient."""
+    x = x.astype(np.float64)
+    invstd = 1 / np.sqrt(x.var(0) + eps)
+    xhat = (x - x.mean(0)) * invstd
+    exact = invstd * (dy - dy.mean(0) - xhat * (dy * xhat).mean(0))
+    return f"{np.abs(dx - exact).max() / np.abs(exact).max():.1g}"
+
+
 def integers() -> object:
     """int32 input in mode "batch": type of the output."""
     layer, state = _layer(mode="batch")
     return _call(layer, state, X.astype(jnp.int32))[0].dtype
+
+
+def half_and_bfloat16() -> object:
+    """float16 and bfloat16 input in mode "batch": type of the output."""
+    layer, state = _layer(mode="batch")
+    return ", ".join(str(_call(layer, state, X.astype(kind))[0].dtype) for kind in (jnp.float16, jnp.bfloat16))
+
+
+def names() -> object:
+    """Names of what it learns; of what its State holds."""
+    layer, state = _layer()
+    learned, held = (
+        [jax.tree_util.keystr(path).lstrip(".") for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+        for tree in (eqx.filter(layer, eqx.is_inexact_array), state)
+    )
+    return f"{', '.join(learned)}; {', '.join(held)}"

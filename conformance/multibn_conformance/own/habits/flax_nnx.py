@@ -19,13 +19,30 @@ def _start(**options: Any) -> Any:
 
 def defaults() -> object:
     """Defaults, in its own words."""
-    layer = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-    return f"epsilon {layer.epsilon:g}, momentum {layer.momentum:g}, axis {layer.axis}"
+    return _defaults(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+
+
+def defaults_linen() -> object:
+    """linen: the same."""
+    return _defaults(linen.BatchNorm())
+
+
+def _defaults(layer: Any) -> str:
+    switches = ", ".join(f"{name} {getattr(layer, name)}" for name in ("use_bias", "use_scale", "use_running_average"))
+    return f"epsilon {layer.epsilon:g}, momentum {layer.momentum:g}, axis {layer.axis}, {switches}"
 
 
 def linen_init_updates() -> object:
     """linen: whether init updates."""
     return bool(jnp.abs(_start(use_running_average=False)[1]["batch_stats"]["mean"]).max() > 0)
+
+
+def linen_estimator() -> object:
+    """linen: the moving variance."""
+    layer, state = _start(use_running_average=False, momentum=0.0)
+    stored = layer.apply(state, X, mutable=["batch_stats"])[1]["batch_stats"]["var"]
+    off = [float(jnp.abs(stored / X.var((0, 1, 2), ddof=ddof) - 1).max()) for ddof in (0, 1)]
+    return "biased" if off[0] < off[1] else "unbiased"
 
 
 def linen_without_mutable() -> object:
@@ -69,6 +86,28 @@ def slow_variance() -> object:
     return ", ".join(f"{_far(offset, False):.2g}" for offset in (1e2, 1e3, 1e4))
 
 
+def gradient_of_large_values() -> object:
+    """A spread of 2^40, 2^44, float32: the largest error of dx, as a part of the largest dx."""
+    told = []
+    for power in (40, 44):
+        x, dy = (np.random.default_rng(seed).normal(size=(6, 3)).astype(np.float32) for seed in (4, 5))
+        layer = linen.BatchNorm(use_running_average=False)
+        x = x * np.float32(2.0**power)
+        state = layer.init(jax.random.PRNGKey(0), x)
+        _, pull, _ = jax.vjp(lambda x, layer=layer, state=state: layer.apply(state, x, mutable=["batch_stats"]), x, has_aux=True)
+        told.append(_missing(np.array(pull(dy)[0]), x, dy, 1e-5))
+    return ", ".join(told)
+
+
+def _missing(dx: Any, x: Any, dy: Any, eps: float) -> str:
+    """The largest error of a gradient, as a part of the largest gradient."""
+    x = x.astype(np.float64)
+    invstd = 1 / np.sqrt(x.var(0) + eps)
+    xhat = (x - x.mean(0)) * invstd
+    exact = invstd * (dy - dy.mean(0) - xhat * (dy * xhat).mean(0))
+    return f"{np.abs(dx - exact).max() / np.abs(exact).max():.1g}"
+
+
 def mask() -> object:
     """mask=: whether what it hides is left out of the statistics."""
     mask = jnp.arange(5)[None, None, :, None] < 2
@@ -96,14 +135,24 @@ def names() -> object:
 
 
 def names_nnx() -> object:
-    """nnx: names in its state."""
-    return ", ".join(str(name) for name in nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0))))
-
-
-def bfloat16() -> object:
-    """bfloat16 input: types of output and moving statistics."""
+    """nnx: names in its state, and their kinds."""
     layer = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-    return f"{layer(X.astype(jnp.bfloat16)).dtype}, {layer.mean[...].dtype}"
+    return ", ".join(f"{name} ({type(getattr(layer, name)).__name__})" for name in map(str, nnx.state(layer)))
+
+
+def types() -> object:
+    """dtype left at None, float16 and bfloat16 input: types of output, gamma and moving statistics."""
+    return "; ".join(_types(X.astype(kind)) for kind in (jnp.float16, jnp.bfloat16))
+
+
+def types_chosen() -> object:
+    """dtype=float16 and bfloat16, float32 input: the same."""
+    return "; ".join(_types(X, dtype=kind) for kind in (jnp.float16, jnp.bfloat16))
+
+
+def _types(x: Any, **options: Any) -> str:
+    layer = nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
+    return f"{layer(x).dtype}, {layer.scale[...].dtype}, {layer.mean[...].dtype}"
 
 
 def second_derivative() -> object:

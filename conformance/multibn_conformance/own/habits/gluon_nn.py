@@ -1,7 +1,8 @@
-"""Gluon's habits."""
+"""Gluon's habits: parameters, input, names. When its statistics move is in ``gluon_nn_updates``."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -30,144 +31,10 @@ def _sync() -> Any:
     return block
 
 
-def _updates(block: Any) -> str:
-    """How often the moving mean moved, of one that began at 0 with momentum 0.9."""
-    rest = 1 - block.running_mean.data().asnumpy() / X.asnumpy().mean((0, 2, 3))
-    return f"{abs(round(float(np.log(rest).mean() / np.log(0.9)), 3)):g}"
-
-
 def _recorded(block: Any, x: Any = X, train_mode: bool = True) -> Any:
     x.attach_grad()
     with autograd.record(train_mode=train_mode):
         return block(x)
-
-
-def updates_without_backward() -> object:
-    """record() without a backward: updates."""
-    block = _block()
-    _recorded(block).asnumpy()
-    return _updates(block)
-
-
-def updates_forward_twice() -> object:
-    """record(), two forwards, backward of the last: updates."""
-    block = _block()
-    _recorded(block).asnumpy()
-    _recorded(block).backward()
-    nd.waitall()
-    return _updates(block)
-
-
-def updates_layer_twice() -> object:
-    """The layer twice in one graph, one backward: updates of its moving mean, the second input being the first again."""
-    block = _block()
-    X.attach_grad()
-    with autograd.record():
-        y = block(X) + block(X)
-    y.backward()
-    nd.waitall()
-    return _updates(block)
-
-
-def updates_backward_twice() -> object:
-    """backward(retain_graph=True), then again: updates."""
-    block = _block()
-    y = _recorded(block)
-    y.backward(retain_graph=True)
-    y.backward()
-    nd.waitall()
-    return _updates(block)
-
-
-def updates_backward_of_inference() -> object:
-    """record(), backward(train_mode=False): updates."""
-    block = _block()
-    _recorded(block).backward(train_mode=False)
-    nd.waitall()
-    return _updates(block)
-
-
-def updates_train_mode_unrecorded() -> object:
-    """train_mode() without record(): updates; what it normalises with."""
-    block = _block()
-    with autograd.train_mode():
-        y = block(X).asnumpy()
-    return f"{_updates(block)}; {'the batch' if abs(y.mean()) < 1e-4 else 'the moving statistics'}"
-
-
-def updates_detached() -> object:
-    """record(), the output detached, a loss through beta: updates."""
-    block = _block()
-    with autograd.record():
-        loss = block(X).detach().sum() + block.beta.data().sum()
-    loss.backward()
-    nd.waitall()
-    return _updates(block)
-
-
-def updates_grad_of_beta() -> object:
-    """record(), autograd.grad with respect to beta alone: updates."""
-    block = _block()
-    with autograd.record():
-        autograd.grad(block(X), [block.beta.data()])
-    nd.waitall()
-    return _updates(block)
-
-
-def updates_sync() -> object:
-    """contrib.SyncBatchNorm on one device: updates after a forward; after its backward."""
-    block = _sync()
-    y = _recorded(block)
-    nd.waitall()
-    before = _updates(block)
-    y.backward()
-    nd.waitall()
-    return f"{before}; {_updates(block)}"
-
-
-def updates_frozen() -> object:
-    """grad_req="null" on all its parameters: updates in a step."""
-    block = _block()
-    block.collect_params().setattr("grad_req", "null")
-    _recorded(block).backward()
-    nd.waitall()
-    return _updates(block)
-
-
-def updates_global_stats() -> object:
-    """use_global_stats=True: updates in a step; whether gamma gets a gradient."""
-    block = _block(use_global_stats=True)
-    _recorded(block).backward()
-    nd.waitall()
-    return f"{_updates(block)}; {'yes' if np.abs(block.gamma.grad().asnumpy()).min() > 0 else 'no'}"
-
-
-def _formula(forward: bool, backward: bool) -> str:
-    """Of the gradient, for a forward and a backward in training or in inference, beside loaded statistics 0 and 1."""
-    x = X.asnumpy().astype(np.float64)
-    dy = np.random.default_rng(1).normal(size=x.shape)
-    _recorded(_block(epsilon=1e-5), X, train_mode=forward).backward(nd.array(dy), train_mode=backward)
-    found = {}
-    for name, mean, var in (
-        ("batch", x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)),
-        ("moving", 0, np.ones((1, 3, 1, 1))),
-    ):
-        scale = 1 / np.sqrt(var + 1e-5)
-        xhat = (x - mean) * scale
-        sums = [(dy * each).mean((0, 2, 3), keepdims=True) for each in (np.ones_like(x), xhat)]
-        found[f"training, at the {name} statistics"] = scale * (dy - sums[0] - xhat * sums[1])
-        found[f"inference, at the {name} statistics"] = np.broadcast_to(scale * dy, x.shape)
-    return min(found, key=lambda name: float(np.abs(X.grad.asnumpy() - found[name]).max()))
-
-
-def gradient_after_inference() -> object:
-    """record(train_mode=False), plain backward(): the gradient of which formula."""
-    return _formula(forward=False, backward=True)
-
-
-def gradient_for_inference() -> object:
-    """record(), backward(train_mode=False): the gradient of which formula."""
-    return _formula(forward=True, backward=False)
 
 
 def gamma_overwritten_in_inference() -> object:
@@ -193,7 +60,10 @@ def center_false_gradient() -> object:
 def defaults() -> object:
     """Defaults, in its own words."""
     block = _block()
-    return f"epsilon {block._kwargs['eps']:g}, momentum {block._kwargs['momentum']:g}, axis {block._kwargs['axis']}"
+    known = inspect.signature(nn.BatchNorm).parameters
+    switches = ", ".join(f"{name} {known[name].default}" for name in ("center", "scale", "use_global_stats"))
+    numbers = f"epsilon {block._kwargs['eps']:g}, momentum {block._kwargs['momentum']:g}, axis {block._kwargs['axis']}"
+    return f"{numbers}, {switches}"
 
 
 def eps_zero() -> object:
@@ -212,12 +82,13 @@ def momentum_out_of_range() -> object:
 
 
 def eps_zero_constant() -> object:
-    """eps=0 and a constant channel in training: whether the output is NaN; the moving variance after a step."""
+    """eps=0 and a constant channel in training: its output and dx; the moving variance after a step."""
     block = _block(epsilon=0.0)
     x = nd.ones((6, 3, 4, 5))
     y = _recorded(block, x)
     y.backward()
-    return f"{'yes' if np.isnan(y.asnumpy()).all() else 'no'}; {block.running_var.data().asnumpy()[0]:g}"
+    told = [", ".join(sorted({f"{abs(each):g}" for each in a.asnumpy().ravel()})) for a in (y, x.grad)]
+    return f"{'; '.join(told)}; {block.running_var.data().asnumpy()[0]:g}"
 
 
 def eps_zero_constant_native() -> object:
@@ -226,14 +97,42 @@ def eps_zero_constant_native() -> object:
 
 
 def _without_onednn(question: str) -> str:
-    code = "import importlib.util as u; s = u.spec_from_file_location('h', " + repr(__file__) + "); h = u.module_from_spec(s); "
-    code += f"s.loader.exec_module(h); print(h.{question}())"
-    told = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "MXNET_MKLDNN_ENABLED": "0"}, capture_output=True, text=True
-    )
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import gluon_nn as h; print(h.{question}())"
+    settings = {**os.environ, "MXNET_MKLDNN_ENABLED": "0"}
+    told = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
     if told.returncode:
         raise RuntimeError(told.stderr.strip().splitlines()[-1])
     return told.stdout.strip()
+
+
+def one_value() -> object:
+    """One value per channel, gamma 2, beta 3, in training: output; dx."""
+    block = _block()
+    block.gamma.set_data(nd.full(3, 2))
+    block.beta.set_data(nd.full(3, 3))
+    x = nd.array([[5, 6, 7]])
+    y = _recorded(block, x)
+    y.backward(nd.array([[1, 2, 4]]))
+    return f"{y.asnumpy()[0].tolist()}; {x.grad.asnumpy()[0].tolist()}"
+
+
+def poison() -> object:
+    """A NaN, and an infinity, in the first channel: the moving statistics after a step; whether the others' output is finite."""
+    told = []
+    for value in (float("nan"), float("inf")):
+        x = X.asnumpy().copy()
+        x[0, 0, 0, 0] = value
+        block = _block()
+        y = _recorded(block, nd.array(x))
+        y.backward()
+        moved = [each.data().asnumpy()[0] for each in (block.running_mean, block.running_var)]
+        told.append(f"{moved[0]:g}, {moved[1]:g}, {'yes' if np.isfinite(y.asnumpy()[:, 1:]).all() else 'no'}")
+    return "; ".join(told)
+
+
+def poison_native() -> object:
+    """The same without oneDNN."""
+    return _without_onednn("poison")
 
 
 def _estimator(block: Any, x: Any) -> str:
@@ -246,29 +145,39 @@ def _estimator(block: Any, x: Any) -> str:
 
 
 def estimator() -> object:
-    """Moving variance: hybridized; under npx.set_np(); of contrib.SyncBatchNorm on one device."""
+    """Moving variance: hybridized; under npx.set_np(); of contrib.SyncBatchNorm on one device; without oneDNN."""
     told = [_estimator(_block(), X)]
     with mx.util.np_shape(True), mx.util.np_array(True):
         told.append(_estimator(_block(), mx.np.array(X.asnumpy())))
-    return "; ".join([*told, _estimator(_sync(), X)])
+    return "; ".join([*told, _estimator(_sync(), X), _without_onednn("_estimated")])
+
+
+def _estimated() -> str:
+    return _estimator(_block(), X)
 
 
 def stored_variance() -> object:
-    """A variance of 4e-12 with eps 1e-5 and momentum 0: relative error of what is stored."""
-    block = _block(momentum=0.0)
-    x = np.random.default_rng(2).normal(0, 2e-6, (64, 3, 4, 4)).astype(np.float32)
-    _recorded(block, nd.array(x)).backward()
-    nd.waitall()
-    var = x.astype(np.float64).var((0, 2, 3))
-    return float(np.abs(block.running_var.data().asnumpy() / var - 1).max())
+    """A variance of 4e-6, 4e-8, 4e-12, with eps 1e-5 and momentum 0: relative error of what is stored."""
+    told = []
+    for std in (2e-3, 2e-4, 2e-6):
+        block = _block(momentum=0.0)
+        x = np.random.default_rng(2).normal(0, std, (64, 3, 4, 4)).astype(np.float32)
+        _recorded(block, nd.array(x)).backward()
+        nd.waitall()
+        var = x.astype(np.float64).var((0, 2, 3))
+        told.append(f"{np.abs(block.running_var.data().asnumpy() / var - 1).max():.2g}")
+    return ", ".join(told)
 
 
 def stored_variance_of_a_constant() -> object:
-    """A constant channel with momentum 0: whether the stored variance is below 0."""
-    block = _block(momentum=0.0)
-    _recorded(block, nd.ones((6, 3, 4, 5))).backward()
-    nd.waitall()
-    return bool(block.running_var.data().asnumpy().min() < 0)
+    """A constant channel with momentum 0: the stored variance for eps 1e-5, 1e-3."""
+    told = []
+    for eps in (1e-5, 1e-3):
+        block = _block(momentum=0.0, epsilon=eps)
+        _recorded(block, nd.ones((6, 3, 4, 5))).backward()
+        nd.waitall()
+        told.append(f"{block.running_var.data().asnumpy().min():.2g}")
+    return ", ".join(told)
 
 
 def empty_batch_np() -> object:
@@ -381,7 +290,10 @@ def names_of_export() -> object:
 
 def second_derivative() -> object:
     """The gradient of the gradient."""
-    block = _block()
+    return _second(_block())
+
+
+def _second(block: Any) -> str:
     X.attach_grad()
     with autograd.record():
         y = block(X)
@@ -391,12 +303,57 @@ def second_derivative() -> object:
     return "given"
 
 
+def _far(make: Any) -> str:
+    told = []
+    for offset in (1e2, 1e3, 1e4):
+        x = np.random.default_rng(3).normal(offset, 1, (64, 3, 4, 4)).astype(np.float32)
+        with autograd.train_mode():
+            y = make()(nd.array(x)).asnumpy()
+        exact = x.astype(np.float64)
+        exact = (exact - exact.mean((0, 2, 3), keepdims=True)) / np.sqrt(exact.var((0, 2, 3), keepdims=True) + 1e-5)
+        told.append(f"{np.abs(y - exact).max():.2g}")
+    return ", ".join(told)
+
+
+def far_from_zero() -> object:
+    """Values at 1e2, 1e3, 1e4 with a spread of 1: the largest error of the output."""
+    return _far(_block)
+
+
+def far_from_zero_native() -> object:
+    """The same without oneDNN."""
+    return _without_onednn("far_from_zero")
+
+
 def sync_far_from_zero() -> object:
-    """contrib.SyncBatchNorm, values at 1e4 with a spread of 1: the largest error of the output."""
+    """The same of contrib.SyncBatchNorm."""
+    return _far(_sync)
+
+
+def sync_defaults() -> object:
+    """contrib.SyncBatchNorm: its defaults."""
+    from mxnet.gluon.contrib.nn import SyncBatchNorm
+
+    known = inspect.signature(SyncBatchNorm).parameters
+    return ", ".join(f"{name} {known[name].default}" for name in ("momentum", "epsilon", "center", "scale", "use_global_stats"))
+
+
+def sync_axis() -> object:
+    """contrib.SyncBatchNorm with axis=3."""
+    from mxnet.gluon.contrib.nn import SyncBatchNorm
+
+    return SyncBatchNorm(in_channels=5, num_devices=1, axis=3).name
+
+
+def sync_half() -> object:
+    """contrib.SyncBatchNorm, float16 input after cast("float16"): type of the output."""
     block = _sync()
-    x = np.random.default_rng(3).normal(1e4, 1, (64, 3, 4, 4)).astype(np.float32)
+    block.cast("float16")
     with autograd.train_mode():
-        y = block(nd.array(x)).asnumpy()
-    exact = x.astype(np.float64)
-    exact = (exact - exact.mean((0, 2, 3), keepdims=True)) / np.sqrt(exact.var((0, 2, 3), keepdims=True) + 1e-5)
-    return float(np.abs(y - exact).max())
+        y = block(X.astype("float16"))
+    return y.asnumpy().dtype
+
+
+def sync_second_derivative() -> object:
+    """contrib.SyncBatchNorm: the gradient of the gradient."""
+    return _second(_sync())

@@ -50,8 +50,9 @@ def after_init() -> object:
 
 
 def shape() -> object:
-    """Shape of gamma for input of rank 4."""
-    return _start()[1]["batch_norm"]["scale"].shape
+    """Shapes of gamma and of the average for input of rank 4."""
+    _, parameters, state = _start()
+    return f"{parameters['batch_norm']['scale'].shape}, {state['batch_norm/~/mean_ema']['average'].shape}"
 
 
 def names() -> object:
@@ -65,9 +66,36 @@ def integers() -> object:
     return _start(X.astype(jnp.int32))[1]["batch_norm"]["scale"].dtype
 
 
-def bfloat16() -> object:
-    """bfloat16 input: type of the average."""
-    return _start(X.astype(jnp.bfloat16))[2]["batch_norm/~/mean_ema"]["average"].dtype
+def types() -> object:
+    """float16 and bfloat16 input: types of gamma and of the average."""
+    told = []
+    for kind in (jnp.float16, jnp.bfloat16):
+        _, parameters, state = _start(X.astype(kind))
+        told.append(f"{parameters['batch_norm']['scale'].dtype}, {state['batch_norm/~/mean_ema']['average'].dtype}")
+    return "; ".join(told)
+
+
+def gradient_of_large_values() -> object:
+    """A spread of 2^40, 2^44, float32: the largest error of dx, as a part of the largest dx."""
+    told = []
+    for power in (40, 44):
+        x, dy = (np.random.default_rng(seed).normal(size=(6, 3)).astype(np.float32) for seed in (4, 5))
+        x = x * np.float32(2.0**power)
+        net, parameters, state = _start(x)
+        _, pull, _ = jax.vjp(
+            lambda x, net=net, parameters=parameters, state=state: net.apply(parameters, state, x, True), x, has_aux=True
+        )
+        told.append(_missing(np.array(pull(dy)[0]), x, dy, 1e-5))
+    return ", ".join(told)
+
+
+def _missing(dx: Any, x: Any, dy: Any, eps: float) -> str:
+    """The largest error of a gradient, as a part of the largest gradient."""
+    x = x.astype(np.float64)
+    invstd = 1 / np.sqrt(x.var(0) + eps)
+    xhat = (x - x.mean(0)) * invstd
+    exact = invstd * (dy - dy.mean(0) - xhat * (dy * xhat).mean(0))
+    return f"{np.abs(dx - exact).max() / np.abs(exact).max():.1g}"
 
 
 def test_local_stats() -> object:

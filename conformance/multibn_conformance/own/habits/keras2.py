@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tf_keras
 from tf_keras import layers
 
@@ -23,7 +24,8 @@ def _estimator(x: Any, **options: Any) -> str:
 def defaults() -> object:
     """Defaults, in its own words."""
     layer = layers.BatchNormalization()
-    return f"epsilon {layer.epsilon:g}, momentum {layer.momentum:g}, axis {layer.axis}"
+    switches = f"center {layer.center}, scale {layer.scale}"
+    return f"epsilon {layer.epsilon:g}, momentum {layer.momentum:g}, axis {layer.axis}, {switches}"
 
 
 def estimator_rank_2() -> object:
@@ -52,11 +54,51 @@ def rank_one() -> object:
     return "accepted"
 
 
+def empty_batches() -> object:
+    """The moving mean after an empty batch of rank 2, 3, 4."""
+    told = []
+    for x in (X[:0, 0, 0], X[:0, 0], X[:0]):
+        layer = layers.BatchNormalization()
+        layer(x, training=True)
+        told.append(f"{layer.moving_mean.numpy()[0]:g}")
+    return ", ".join(told)
+
+
+def called_without_training() -> object:
+    """Called without an argument: whether it updates."""
+    layer = layers.BatchNormalization()
+    layer(X)
+    return bool(np.abs(layer.moving_mean.numpy()).max() > 0)
+
+
 def frozen() -> object:
     """trainable=False and training=True: whether it updates."""
     layer = layers.BatchNormalization(trainable=False)
     layer(X, training=True)
     return bool(np.abs(layer.moving_mean.numpy()).max() > 0)
+
+
+def gradient_of_large_values() -> object:
+    """Rank 2, a spread of 2^40, 2^44, 2^60, gradients of about 2^-10, float32: the largest error of dx, as a part of it."""
+    told = []
+    for power in (40, 44, 60):
+        x, dy = (np.random.default_rng(seed).normal(size=(6, 3)).astype(np.float32) for seed in (4, 5))
+        x, dy = x * np.float32(2.0**power), dy / 1024
+        given = tf.constant(x)
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            loss = tf.reduce_sum(layers.BatchNormalization()(given, training=True) * dy)
+        told.append(_missing(tape.gradient(loss, given).numpy(), x, dy, 1e-3))
+    return ", ".join(told)
+
+
+def _missing(dx: Any, x: Any, dy: Any, eps: float) -> str:
+    """The largest error of a gradient, as a part of the largest gradient."""
+    x = x.astype(np.float64)
+    invstd = 1 / np.sqrt(x.var(0) + eps)
+    xhat = (x - x.mean(0)) * invstd
+    exact = invstd * (dy - dy.mean(0) - xhat * (dy * xhat).mean(0))
+    return f"{np.abs(dx - exact).max() / np.abs(exact).max():.1g}"
 
 
 def policy_mixed() -> object:
@@ -69,6 +111,13 @@ def policy_mixed() -> object:
 def integers() -> object:
     """int32 input: type of the output."""
     return layers.BatchNormalization()(X.astype(np.int32)).dtype.name
+
+
+def without_scale_and_center() -> object:
+    """scale=False, center=False: its weights."""
+    layer = layers.BatchNormalization(scale=False, center=False)
+    layer.build(X.shape)
+    return ", ".join(weight.name.split("/")[-1] for weight in layer.weights)
 
 
 def names() -> object:

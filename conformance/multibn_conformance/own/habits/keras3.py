@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import layers, ops
@@ -16,7 +18,8 @@ def _moved(layer: layers.BatchNormalization) -> bool:
 def defaults() -> object:
     """Defaults, in its own words."""
     layer = layers.BatchNormalization()
-    return f"epsilon {layer.epsilon:g}, momentum {layer.momentum:g}, axis {layer.axis}"
+    switches = f"center {layer.center}, scale {layer.scale}"
+    return f"epsilon {layer.epsilon:g}, momentum {layer.momentum:g}, axis {layer.axis}, {switches}"
 
 
 def called_without_training() -> object:
@@ -106,6 +109,46 @@ def policy_bfloat16() -> object:
 def policy_mixed() -> object:
     """Policy mixed_float16: type of the moving statistics."""
     return _types("mixed_float16")
+
+
+def gradient_of_large_values() -> object:
+    """A spread of 2^40, 2^44, 2^60, gradients of about 2^-10, float32: the largest error of dx, as a part of the largest dx."""
+    told = []
+    for power in (40, 44, 60):
+        x, dy = (np.random.default_rng(seed).normal(size=(6, 3)).astype(np.float32) for seed in (4, 5))
+        x, dy = x * np.float32(2.0**power), dy / 1024
+        told.append(_missing(_dx(x, dy), x, dy, 1e-3))
+    return ", ".join(told)
+
+
+def _dx(x: Any, dy: Any) -> Any:
+    layer = layers.BatchNormalization()
+    layer.build(x.shape)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        state = [[each.value for each in its] for its in (layer.trainable_variables, layer.non_trainable_variables)]
+        _, pull, _ = jax.vjp(lambda x: layer.stateless_call(*state, x, training=True), x, has_aux=True)
+        return np.array(pull(dy)[0])
+    given = ops.convert_to_tensor(x)
+    if keras.backend.backend() == "torch":
+        (layer(given.requires_grad_(), training=True) * ops.convert_to_tensor(dy)).sum().backward()
+        return ops.convert_to_numpy(given.grad)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(given)
+        loss = tf.reduce_sum(layer(given, training=True) * dy)
+    return tape.gradient(loss, given).numpy()
+
+
+def _missing(dx: Any, x: Any, dy: Any, eps: float) -> str:
+    """The largest error of a gradient, as a part of the largest gradient."""
+    x = x.astype(np.float64)
+    invstd = 1 / np.sqrt(x.var(0) + eps)
+    xhat = (x - x.mean(0)) * invstd
+    exact = invstd * (dy - dy.mean(0) - xhat * (dy * xhat).mean(0))
+    return f"{np.abs(dx - exact).max() / np.abs(exact).max():.1g}"
 
 
 def mask() -> object:

@@ -11,12 +11,20 @@ X = nd.array(np.random.default_rng(0).normal(3, 2, (6, 3, 4, 5)))
 
 def defaults() -> object:
     """Defaults, in its own words."""
-    text = mx.nd.BatchNorm.__doc__
-    told = {
-        name: text.split(name + " : ")[1].split("default=")[1].split("\n")[0] for name in ("eps", "momentum", "fix_gamma", "axis")
-    }
+    return _numbers(nd.BatchNorm.__doc__, "eps", "momentum", "fix_gamma", "axis")
+
+
+def _numbers(text: str, *names: str) -> str:
+    told = {name: text.split(name + " : ")[1].split("default=")[1].split("\n")[0] for name in names}
     return ", ".join(
         f"{name} {float(np.float32(value)):g}" if "." in value else f"{name} {value}" for name, value in told.items()
+    )
+
+
+def defaults_of_others() -> object:
+    """The same of BatchNorm_v1 and contrib.SyncBatchNorm."""
+    return "; ".join(
+        _numbers(each.__doc__, "eps", "momentum", "fix_gamma") for each in (nd.BatchNorm_v1, nd.contrib.SyncBatchNorm)
     )
 
 

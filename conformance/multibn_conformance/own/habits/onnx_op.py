@@ -57,6 +57,45 @@ def defaults() -> object:
     )
 
 
+def defaults_by_opset() -> object:
+    """epsilon and momentum in the schema, by opset."""
+    told = []
+    for opset in (1, 6, 7, 9, 14, 15):
+        known = onnx.defs.get_schema("BatchNormalization", opset).attributes
+        numbers = (helper.get_attribute_value(known[name].default_value) for name in ("epsilon", "momentum"))
+        told.append(f"{opset}: {', '.join(f'{each:.6g}' for each in numbers)}")
+    return "; ".join(told)
+
+
+def _names(opset: int) -> str:
+    schema = onnx.defs.get_schema("BatchNormalization", opset)
+    return f"{', '.join(each.name for each in schema.inputs)}; {', '.join(each.name for each in schema.outputs)}"
+
+
+def names_9() -> object:
+    """Opset 9: names of inputs; of outputs."""
+    return _names(9)
+
+
+def names_14() -> object:
+    """Opset 14: the same."""
+    return _names(14)
+
+
+def names_15() -> object:
+    """Opset 15: the same."""
+    return _names(15)
+
+
+def types_by_opset() -> object:
+    """The type in the schema of x, scale and the moving mean, by opset: alike where the letter is."""
+    told = []
+    for opset in (9, 14, 15):
+        inputs = onnx.defs.get_schema("BatchNormalization", opset).inputs
+        told.append(f"{opset}: {', '.join(inputs[at].type_str for at in (0, 1, 3))}")
+    return "; ".join(told)
+
+
 def opset_9_inference_reference() -> object:
     """Opset 9, one output (inference), reference evaluator: largest error."""
     return float(np.abs(_run(_reference, 9)[0] - _inferred()).max())
@@ -119,6 +158,11 @@ def integers_runtime() -> object:
     """int32 input, ONNX Runtime."""
     _run(_runtime, 15, x=X.astype(np.int32))
     return "accepted"
+
+
+def half_alone() -> object:
+    """Opset 14, float16 input with float16 state, ONNX Runtime: type of the output."""
+    return _run(_runtime, 14, x=X.astype(np.float16), state={k: v.astype(np.float16) for k, v in STATE.items()})[0].dtype
 
 
 def half_with_single_statistics_14() -> object:

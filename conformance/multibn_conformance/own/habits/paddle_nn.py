@@ -21,7 +21,10 @@ def _updates(layer: Any) -> str:
 def defaults() -> object:
     """Defaults, in its own words."""
     known = inspect.signature(nn.BatchNorm2D).parameters
-    return ", ".join(f"{name} {known[name].default}" for name in ("epsilon", "momentum", "data_format"))
+    return ", ".join(
+        f"{name} {known[name].default}"
+        for name in ("epsilon", "momentum", "data_format", "weight_attr", "bias_attr", "use_global_stats")
+    )
 
 
 def updates_under_no_grad() -> object:
@@ -49,11 +52,11 @@ def global_stats_true() -> object:
 
 
 def trainable_statistics() -> object:
-    """The older nn.BatchNorm, trainable_statistics=True, in eval(): updates."""
+    """The older nn.BatchNorm, trainable_statistics=True, in eval(): updates; what it normalises with."""
     layer = nn.BatchNorm(3, trainable_statistics=True)
     layer.eval()
-    layer(X)
-    return _updates(layer)
+    y = layer(X).numpy()
+    return f"{_updates(layer)}; {'the batch' if abs(y.mean()) < 1e-4 else 'the moving statistics'}"
 
 
 def one_value() -> object:
@@ -89,6 +92,34 @@ def eps_zero() -> object:
 def integers() -> object:
     """int64 input."""
     nn.BatchNorm2D(3)(X.astype("int64"))
+    return "accepted"
+
+
+def double_input() -> object:
+    """float64 input to float32 parameters."""
+    return nn.BatchNorm2D(3)(X.astype("float64")).dtype
+
+
+def double_input_and_parameters() -> object:
+    """float64 input to float64 parameters: type of the output."""
+    layer = nn.BatchNorm2D(3)
+    layer.to(dtype="float64")
+    return layer(X.astype("float64")).dtype
+
+
+def half_input() -> object:
+    """float16 input."""
+    return nn.BatchNorm2D(3)(X.astype("float16")).dtype
+
+
+def bfloat16_input() -> object:
+    """bfloat16 input."""
+    return nn.BatchNorm2D(3)(X.astype("bfloat16")).dtype
+
+
+def channels_last() -> object:
+    """data_format="NHWC"."""
+    nn.BatchNorm2D(5, data_format="NHWC")(X)
     return "accepted"
 
 

@@ -53,6 +53,21 @@ def rank_two() -> object:
     return "accepted"
 
 
+def half_and_bfloat16() -> object:
+    """float16 and bfloat16 input: types of the output and of the variance that it hands out."""
+    told = []
+    for kind in (tf.float16, tf.bfloat16):
+        y, _, var = _fused(tf.cast(X, kind))
+        told.append(f"{y.dtype.name}, {var.dtype.name}")
+    return "; ".join(told)
+
+
+def double_input() -> object:
+    """float64 input."""
+    _fused(X.astype(np.float64))
+    return "accepted"
+
+
 def second_derivative() -> object:
     """The gradient of the gradient."""
     x = tf.constant(X)

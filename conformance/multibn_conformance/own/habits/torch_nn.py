@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ def _updates(layer: Any) -> float:
 def defaults() -> object:
     """Defaults, in its own words."""
     layer = nn.BatchNorm2d(3)
-    return f"eps {layer.eps:g}, momentum {layer.momentum:g}, axis 1"
+    known = inspect.signature(nn.BatchNorm2d).parameters
+    switches = ", ".join(f"{name} {known[name].default}" for name in ("affine", "bias", "track_running_stats"))
+    return f"eps {layer.eps:g}, momentum {layer.momentum:g}, axis 1, {switches}"
 
 
 def updates_under_no_grad() -> object:
@@ -82,6 +85,12 @@ def eps_zero_in_eval() -> object:
     return "accepted"
 
 
+def eps_negative_in_eval() -> object:
+    """eps=-1e-6 in eval()."""
+    nn.BatchNorm2d(3, eps=-1e-6).eval()(X)
+    return "accepted"
+
+
 def eps_negative_raw() -> object:
     """eps=-1e-6 given to torch.batch_norm itself."""
     torch.batch_norm(X, None, None, None, None, True, 0.1, -1e-6, False)
@@ -109,6 +118,13 @@ def empty_batch_is_counted() -> object:
     layer: Any = nn.BatchNorm2d(3)
     layer(X[:0])
     return int(layer.num_batches_tracked)
+
+
+def gradient_of_an_empty_batch() -> object:
+    """The gradient of gamma after an empty batch in training."""
+    layer: Any = nn.BatchNorm2d(3)
+    layer(X[:0]).sum().backward()
+    return ", ".join(f"{each:g}" for each in layer.weight.grad)
 
 
 def one_value_raw() -> object:
@@ -142,9 +158,10 @@ def integers() -> object:
 
 
 def ranks() -> object:
-    """Ranks that BatchNorm1d, 2d, 3d and functional.batch_norm take."""
+    """Ranks that BatchNorm1d, 2d, 3d, SyncBatchNorm (on CPU, without a process group) and functional.batch_norm take."""
     taken: dict[str, list[int]] = {}
-    for name, call in (("1d", nn.BatchNorm1d(3)), ("2d", nn.BatchNorm2d(3)), ("3d", nn.BatchNorm3d(3)), ("functional", None)):
+    layers: dict[str, Any] = {"1d": nn.BatchNorm1d(3), "2d": nn.BatchNorm2d(3), "3d": nn.BatchNorm3d(3)}
+    for name, call in {**layers, "Sync": nn.SyncBatchNorm(3), "functional": None}.items():
         taken[name] = []
         for rank in range(1, 7):
             x = torch.randn((4, 3, 2, 2, 2, 2)[:rank])
@@ -159,6 +176,12 @@ def ranks() -> object:
 def names() -> object:
     """Names in a checkpoint."""
     return ", ".join(nn.BatchNorm2d(3).state_dict())
+
+
+def count() -> object:
+    """num_batches_tracked: its type and shape."""
+    count: Any = nn.BatchNorm2d(3).num_batches_tracked
+    return f"{count.dtype}, {tuple(count.shape)}"
 
 
 def names_without_affine() -> object:
@@ -207,6 +230,15 @@ def second_derivative() -> object:
 
 def sync_in_a_group() -> object:
     """SyncBatchNorm in training on CPU, in a gloo group of one."""
+    return _in_a_group(lambda: nn.SyncBatchNorm(3)(X).dtype)
+
+
+def sync_in_a_group_in_eval() -> object:
+    """The same in eval(): whether it is BatchNorm2d."""
+    return _in_a_group(lambda: torch.equal(nn.SyncBatchNorm(3).eval()(X), nn.BatchNorm2d(3).eval()(X)))
+
+
+def _in_a_group(call: Any) -> object:
     import os
     import tempfile
     from pathlib import Path
@@ -215,7 +247,7 @@ def sync_in_a_group() -> object:
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=(Path(folder) / "a").as_uri(), rank=0, world_size=1)
         try:
-            return nn.SyncBatchNorm(3)(X).dtype
+            return call()
         finally:
             torch.distributed.destroy_process_group()
 
