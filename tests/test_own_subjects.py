@@ -85,7 +85,8 @@ def test_what_is_said_of_it(own: Own) -> None:
 
 
 def test_every_file_is_looked_at() -> None:
-    assert {file.stem for file in FILES} == set(FRAMEWORKS) == {own.subject.partition(":")[0] for own in ALL}
+    assert {file.stem for file in FILES} == set(FRAMEWORKS)
+    assert {own.subject.partition(":")[0] for own in ALL} == set(FRAMEWORKS) - {"gluon_nn_updates"}  # a part of another's habits
 
 
 def test_names_are_different() -> None:

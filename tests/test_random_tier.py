@@ -30,9 +30,7 @@ from multibn_conformance.fixed import CASES
 from multibn_conformance.fixed.quick import QUICK
 from multibn_conformance.inputs import Values
 from multibn_conformance.judge import Judgement, judge
-from multibn_conformance.own import Own
-from multibn_conformance.own_random import drawn
-from multibn_conformance.random_tier import code_of, judge_seed, run
+from multibn_conformance.random_tier import code_of, drawn, judge_seed, run
 from multibn_conformance.right import Right, Textbook
 from multibn_conformance.self_test import RIGHT
 from multibn_conformance.subjects import Candidate, candidates
@@ -71,12 +69,11 @@ def test_a_seed_is_a_case_the_same_for_everyone() -> None:
 
 def test_a_seed_is_a_case_whatever_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hypothesis alone would draw the numbers in a module that is loaded: with these, other cases for some of the seeds."""
-    own = Own("any", "", "", (), None)
-    before = [repr(drawn(own, number)) for number in range(60)]
+    before = [repr(drawn(number)) for number in range(60)]
     (tmp_path / "of_a_subject.py").write_text(f"NUMBERS = {list(range(100, 999))}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(sys.modules, "of_a_subject", importlib.import_module("of_a_subject"))
-    assert [repr(drawn(own, number)) for number in range(60)] == before
+    assert [repr(drawn(number)) for number in range(60)] == before
 
 
 def test_what_is_drawn() -> None:

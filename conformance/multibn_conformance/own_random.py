@@ -11,13 +11,11 @@ from dataclasses import replace
 from math import isfinite
 
 import numpy as np
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
 
+from . import random_tier
 from .case import MOVING, Case, Step
 from .own import Own
 from .perform import Make
-from .random_tier import BACKEND, ORACLE, TYPES, cases
 from .spoken import Compared, compare, without
 
 FAR = 10
@@ -29,24 +27,8 @@ HUGE = 1e100
 
 def drawn(own: Own, number: int) -> Case:
     """The case of a seed, of a type that the dialect computes in."""
-    types = [each for each in TYPES if not any(f"*{each}" in stated.cases for stated in own.stated)]
-    seen: list[Case] = []
-
-    @seeded(number)
-    @settings(
-        max_examples=2,
-        backend=BACKEND,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases(None, types, ORACLE))
-    def draw(case: Case) -> None:
-        seen.append(case)
-
-    draw()
-    return replace(seen[-1], id=f"{seen[-1].clause}-random-{number}")
+    types = [each for each in random_tier.TYPES if not any(f"*{each}" in stated.cases for stated in own.stated)]
+    return random_tier.drawn(number, random_tier.cases(None, types, random_tier.ORACLE))
 
 
 def compared(own: Own, seeds: range, make: Make, command: str | None = None) -> Iterator[Compared]:

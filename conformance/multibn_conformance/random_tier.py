@@ -53,10 +53,18 @@ class _SeedAlone(HypothesisProvider):
         """Never."""
 
 
-BACKEND = "multibn"
-"""Hypothesis's setting that draws by the seed, and by its own version, alone."""
+AVAILABLE_PROVIDERS["multibn"] = f"{__name__}.{_SeedAlone.__name__}"
 
-AVAILABLE_PROVIDERS[BACKEND] = f"{__name__}.{_SeedAlone.__name__}"
+_ALONE = settings(
+    max_examples=2,  # the first is the simplest of all, the same for every seed
+    backend="multibn",
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    verbosity=Verbosity.quiet,
+    report_multiple_bugs=False,
+)
+"""Draws by the seed, and by Hypothesis's version, alone."""
 
 
 class _Drawn:
@@ -258,6 +266,20 @@ def cases(
     return kind(_Drawn(draw, spec, types))
 
 
+def drawn(number: int, strategy: st.SearchStrategy[Case] | None = None) -> Case:
+    """The case of a seed, not judged; drawn by ``cases()`` if not told how."""
+    seen: list[Case] = []
+
+    @seed(number)
+    @settings(_ALONE, phases=(Phase.generate,))
+    @given(cases() if strategy is None else strategy)
+    def draw(case: Case) -> None:
+        seen.append(case)
+
+    draw()
+    return replace(seen[-1], id=f"{seen[-1].clause}-random-{number}")
+
+
 def judge_seed(
     candidate: Candidate, number: int, spec: BatchNormSpec | None = None, command: str | None = None
 ) -> tuple[Case, Judgement]:
@@ -271,16 +293,7 @@ def judge_seed(
     wrong: list[Case] = []
 
     @seed(number)
-    @settings(
-        max_examples=2,  # the first is the simplest of all, the same for every seed
-        backend=BACKEND,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-        verbosity=Verbosity.quiet,
-        report_multiple_bugs=False,
-    )
+    @settings(_ALONE, phases=(Phase.generate, Phase.shrink))
     @given(cases(spec))
     def passes(case: Case) -> None:
         seen.append(case)
@@ -314,7 +327,7 @@ def run(
     fixed = None if spec is None else spec_from(spec)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     judgements: dict[str, list[Judgement]] = {candidate.name: [] for candidate in candidates}
-    drawn: dict[str, Case] = {}
+    named: dict[str, Case] = {}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("judging", total=count)
         for number in range(first, first + count):
@@ -323,9 +336,9 @@ def run(
                 if not its or its[-1].status != "fail":
                     case, judgement = judge_seed(candidate, number, fixed, command)
                     its.append(judgement)
-                    drawn.setdefault(case.id, case)
+                    named.setdefault(case.id, case)
             progress.advance(task)
-    return [each for its in judgements.values() for each in its], list(drawn.values())
+    return [each for its in judgements.values() for each in its], list(named.values())
 
 
 def code_of(subject: str, case: Case) -> str:
