@@ -162,7 +162,10 @@ def for_dx(f: Facts, exact: Array, precision: Arithmetic) -> Array:
         error = _gamma(m, f.arithmetic) * np.mean(terms, axis=1, keepdims=True) + np.abs(f.xhat) * off + of_xhat * average
         terms = terms + np.abs(np.mean(f.dy, axis=1, keepdims=True)) + np.abs(f.xhat) * average
     few = FEW * roundoff(f.dtype)  # in the type of dx: PyTorch keeps the unfinished sum in dx itself where the channels lie last
-    bound = slope * (error + (_invstd_error(f, precision) + few) * terms) + _flushed(f) + ulp(exact, f.dtype)
+    flushed = _flushed(f)
+    if f.from_batch:  # the gradient of the variance may be flushed, by itself or divided by m: it comes times 2*(x-mean)/m
+        flushed = flushed + 2 * float(np.finfo(f.arithmetic).tiny) * np.abs(f.x - f.mean)
+    bound = slope * (error + (_invstd_error(f, precision) + few) * terms) + flushed + ulp(exact, f.dtype)
     return np.where(FEW * slope * terms > float(np.finfo(f.dtype).max), np.inf, bound)  # terms that the type may not hold
 
 
