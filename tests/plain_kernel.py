@@ -114,6 +114,9 @@ def check_relu(training: bool, *shape: int) -> None:
 for training in (True, False):
     check_relu(training, 7, 2, 3)
     check_relu(training, 5, 3, 900)
+    check_relu(training, 5, 9, 3)  # channels enough to fold them together, of an odd width
+    check_relu(training, 1, 2, 2051)  # a row in two pieces
+check_relu(True, 65, 1025, 1)  # two blocks
 
 
 VALUES = [0.0, -0.0, 1.0, -1.5, 1 / 3, 65504.0, 65519.9, 65520.0, 6e-8, -1e-6, 2.0**-25, 2.0**-14, 1e-45, 3e38, 1e39]
