@@ -276,6 +276,21 @@ def test_nothing_is_guessed(defect: str) -> None:
     }.get(defect, {})
 
 
+class FusedOfRank4(ReferenceSubject):
+    """Has another estimator where a framework would have a fused operator, as Keras 2 does."""
+
+    def forward(self, x: Array, training: bool) -> Array:
+        fused = x.ndim == 4 and x.dtype == np.float32
+        self.spec = BatchNormSpec(moving_variance="unbiased" if fused else "biased")
+        return super().forward(x, training)
+
+
+def test_an_estimator_that_depends_on_the_input_is_not_one() -> None:
+    found = identify(FusedOfRank4)
+    reason = "cannot tell: it depends on the input: biased of rank 4 and float64, unbiased of rank 4 and float32"
+    assert found.findings["moving_variance"].finding == found.unknown["moving_variance"] == reason
+
+
 class Broken(ReferenceSubject):
     def forward(self, x: Array, training: bool) -> Array:
         raise RuntimeError("no luck")

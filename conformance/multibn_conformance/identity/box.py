@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +105,17 @@ class Box:
                 except Cannot as reason:
                     reasons.append(str(reason))
         raise Cannot(f"no training forward gives an output: {reasons[-1]}")
+
+    def others(self) -> Iterator[Box]:
+        """The same for float32 input of ranks 4 and 2, where it takes that."""
+        for rank in (4, 2):
+            other = copy(self)
+            other.dtype, other.rank = "float32", rank
+            try:
+                other._try()
+            except Cannot:
+                continue
+            yield other
 
     def _try(self) -> None:
         x = self.values(8, 0.0, 1.0)

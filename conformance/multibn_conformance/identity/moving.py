@@ -82,13 +82,25 @@ def momentum(box: Box, moves: Finding) -> Finding:
 
 def estimator(box: Box, moves: Finding) -> Finding:
     """Value: "biased" or "unbiased"."""
+    found = _estimator(box, _moves(moves))
+    for other in box.others():
+        its = _estimator(other, _moves(moves)).finding
+        if its != found.finding:
+            raise Cannot(
+                f"it depends on the input: {found.finding} of rank {box.rank} and {box.dtype}, "
+                f"{its} of rank {other.rank} and {other.dtype}"
+            )
+    return found
+
+
+def _estimator(box: Box, moves: str) -> Finding:
     ratios = []
     for m in (8, 24):
         x = box.alternating(m, FAR)
-        weight = step(box, box.fresh(0.0, 0.0), box.alternating(m, 1.0, FAR), _moves(moves))[0][0] / FAR
+        weight = step(box, box.fresh(0.0, 0.0), box.alternating(m, 1.0, FAR), moves)[0][0] / FAR
         if weight <= 0:
             raise Cannot("the batch has no weight in the moving statistics")
-        ratios.append(float(step(box, box.fresh(0.0, 0.0), x, _moves(moves))[1][0] / weight / FAR**2))
+        ratios.append(float(step(box, box.fresh(0.0, 0.0), x, moves)[1][0] / weight / FAR**2))
     how = f"what enters, as a multiple of the biased variance: {ratios[0]:.6g} of 8 values, {ratios[1]:.6g} of 24"
     for name, wanted in (("biased", (1.0, 1.0)), ("unbiased", (8 / 7, 24 / 23))):
         if np.allclose(ratios, wanted, rtol=1e-3, atol=0):
