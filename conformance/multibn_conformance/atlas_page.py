@@ -130,10 +130,11 @@ def _momentum(framework: Framework) -> str:
 
 
 def _estimator(framework: Framework) -> str:
-    """As it was identified; then what the habits say of other ranks."""
-    found = framework["findings"]["moving_variance"]["finding"]
-    habits = [each for each in framework["habits"] if each["id"].startswith("estimator_") and each["answer"] != found]
-    return "; ".join([found, *(f"{each['question'].rstrip('.').partition(', ')[2]}: {each['answer']}" for each in habits)])
+    """As it was identified, and what the habits say of other ranks; only that where it could not be identified."""
+    found = framework["findings"]["moving_variance"]
+    habits = [each for each in framework["habits"] if each["id"].startswith("estimator_") and each["answer"] != found["value"]]
+    told = [f"{each['question'].rstrip('.').partition(', ')[2]}: {each['answer']}" for each in habits]
+    return "; ".join(told if found["value"] is None and told else [found["finding"], *told])
 
 
 def _own_number(framework: Framework) -> str:
