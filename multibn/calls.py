@@ -141,14 +141,12 @@ def _run(team: Team, address: int, stage: int, count: int, threads: int) -> None
 def _stages(team: Team, address: int, plan: Plan, sums_needed: bool) -> None:
     """All passes: group by group, while their values are in the cache, where there are groups enough for the threads."""
     _, _, threads = team
+    first, last = (1 if sums_needed else 2), 4
     if threads == 1 or plan.groups >= GROUPS * threads:
-        _run(team, address, 0, plan.groups, threads)
-        return
-    tasks = plan.groups * plan.blocks
-    if sums_needed:
-        _run(team, address, 1, tasks, threads)
-    _run(team, address, 2, plan.channels, 1)
-    _run(team, address, 3, tasks, threads)
+        first, last = 0, 1
+    for stage in range(first, last):  # written out, each call would be compiled by itself
+        count = plan.groups if stage == 0 else plan.channels if stage == 2 else plan.groups * plan.blocks
+        _run(team, address, stage, count, 1 if stage == 2 else threads)
 
 
 @compiled
