@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,9 @@ import numpy as np
 import pytest
 
 mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
+
+from gluon_arrays import array
+from gluon_arrays import numpy_mode as numpy_mode
 
 import multibn_mxnet
 from multibn import BatchNormSpec, reference
@@ -25,19 +27,6 @@ SPECS = [
     BatchNormSpec(update_statistics=False),
 ]
 SHAPES = [((5, 2), 1), ((2, 3, 2, 2), 1), ((3, 2, 2), -1), ((2, 3, 2), 0)]
-
-
-@pytest.fixture(params=[False, True], ids=["nd", "np"])
-def numpy_mode(request: Any) -> Iterator[bool]:
-    if request.param:
-        mx.npx.set_np()
-    yield request.param
-    mx.npx.reset_np()
-
-
-def array(values: Array) -> Any:
-    make = mx.np.array if mx.util.is_np_array() else mx.nd.array
-    return make(values, dtype=values.dtype)
 
 
 def random(*shape: int, seed: int = 0, dtype: str = "float64") -> Array:

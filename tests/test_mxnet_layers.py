@@ -16,6 +16,9 @@ import pytest
 
 mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
 
+from gluon_arrays import array
+from gluon_arrays import numpy_mode as numpy_mode
+
 import multibn_mxnet
 from multibn import BatchNormSpec, reference
 from multibn.kernel import run_backward, run_forward
@@ -40,19 +43,6 @@ SPECS = [
     BatchNormSpec(learn_affine=False),
 ]
 SMALL, LARGE = (6, 3, 5, 2), (16, 4, 26, 26)  # done natively, and by threads
-
-
-@pytest.fixture(params=[False, True], ids=["nd", "np"])
-def numpy_mode(request: Any) -> Any:
-    if request.param:
-        mx.npx.set_np()
-    yield request.param
-    mx.npx.reset_np()
-
-
-def array(values: Array) -> Any:
-    make = mx.np.array if mx.util.is_np_array() else mx.nd.array
-    return make(values, dtype=values.dtype)
 
 
 def random(*shape: int, seed: int = 0, dtype: str = "float32") -> Array:

@@ -363,7 +363,7 @@ def test_random_cases_are_of_types_that_the_dialect_computes_in() -> None:
 def test_random_cases_keep_the_dialect() -> None:
     from multibn_conformance.own import torch_nn
 
-    done = list(own_random.compared(BY_NAME["torch.nn"], range(40), torch_nn.make))
+    done = list(own_random.compared(BY_NAME["torch.nn"], range(40), torch_nn.make, "again"))
     assert len(done) > 15
     assert [each.message for each in done if each.keeping == "breaks"] == []
 
@@ -372,7 +372,8 @@ def test_a_random_case_that_breaks_a_dialect_can_be_run_again() -> None:
     biased = replace(BY_NAME["torch.nn"], fixed={"moving_variance": "biased"})
     from multibn_conformance.own import torch_nn
 
-    broken = next(each for each in own_random.compared(biased, range(60), torch_nn.make) if each.keeping == "breaks")
+    again = own_run._command(biased, sys.executable, "cpu")
+    broken = next(each for each in own_random.compared(biased, range(60), torch_nn.make, again) if each.keeping == "breaks")
     number = broken.case.rpartition("-")[2]
     assert broken.message.splitlines()[-1] == f"Again: multibn conform --own --backend torch.nn --random 1 --seed {number}"
     command = own_run._command(biased, "/some where/python", "cuda:0")
@@ -422,11 +423,11 @@ def test_a_variance_in_one_pass_is_judged_by_what_it_can_keep() -> None:
     own = replace(RIGHT, stated=stated, one_pass=True)
     make = DEFECTS["mean-of-squares-in-single"].make
     for judged_as, accused in ((replace(own, one_pass=False), True), (own, False)):
-        assert any(each.keeping == "breaks" for each in own_random.compared(judged_as, range(40), make)) == accused
+        assert any(each.keeping == "breaks" for each in own_random.compared(judged_as, range(40), make, "again")) == accused
     cases = [case for number in range(40) if (case := own_random.claimed(own, own_random.drawn(own, number)))]
     came = [tried(make, case, "one pass") for case in cases]
     assert 0.01 < max(each.ratio for each in came if isinstance(each, Error)) <= 1
-    assert any(each.keeping == "breaks" for each in own_random.compared(own, range(40), DEFECTS["eps-twice"].make))
+    assert any(each.keeping == "breaks" for each in own_random.compared(own, range(40), DEFECTS["eps-twice"].make, "again"))
 
 
 def test_nothing_is_promised_where_one_pass_may_lose_the_variance() -> None:
@@ -487,7 +488,7 @@ def test_what_moves_by_difference_is_not_observed_at_random() -> None:
         def moving(self) -> Any:
             return self.moving_mean + 1, self.moving_var
 
-    done = list(own_random.compared(own, range(30), Wrong))
+    done = list(own_random.compared(own, range(30), Wrong, "again"))
     assert {each.keeping for each in done if each.clause == "BN-01"} == {"keeps"}
 
 

@@ -40,7 +40,7 @@ _NOTHING = ctypes.cast(_C.getpid, _pointer)  # for the engine to call where noth
 def takes(layer: Layer, x: Any) -> bool:
     """Whether ``normalize`` is for this layer and input."""
     return (
-        layer.implementation not in ("framework", "composed")
+        layer.implementation in ("auto", "kernel")
         and layer.init == "standard"
         and type(x) is (mx.np.ndarray if mx.util.is_np_array() else mx.nd.NDArray)  # neither sparse nor of the other interface
         and x.context.device_type == "cpu"

@@ -31,13 +31,12 @@ def drawn(own: Own, number: int) -> Case:
     return random_tier.drawn(number, random_tier.cases(None, types, random_tier.ORACLE))
 
 
-def compared(own: Own, seeds: range, make: Make, command: str | None = None) -> Iterator[Compared]:
+def compared(own: Own, seeds: range, make: Make, command: str) -> Iterator[Compared]:
     """The cases of these seeds of which the dialect claims something.
 
     Args:
         command: what judges it, for the end of a message that says how to run a seed again.
     """
-    command = command or f"multibn conform --own --backend {own.name}"
     for number in seeds:
         case = claimed(own, drawn(own, number))
         if case is not None:
