@@ -25,7 +25,7 @@ _INTEGERS = (
     *("next", "left", "pieces", "stage", "count"),  # the piece that nobody has begun; see BN-11; tasks of the stage
     *("n", "channels", "s"),
     *("x", "y", "dy", "dx", "gamma", "beta", "moving_mean", "moving_var", "dgamma", "dbeta", "saved", "sums", "means"),
-    *("blocks", "unbiased", "use_batch", "update", "through", "rectify"),
+    *("blocks", "unbiased", "use_batch", "update", "through", "rectify", "large"),
 )
 CALL = np.dtype([*((name, np.int64) for name in _INTEGERS), ("eps", np.float64), ("old", np.float64)])
 """The description of a call, forward or backward; ``next`` and ``left`` come first, for threads count with them."""
@@ -79,7 +79,7 @@ def _forward_body(values: Any, parameters: Any) -> Any:
         while first < last:
             left = forward_stage(
                 its.stage, first, last, shape, x, y, gamma, beta, mean, var, saved, sums,
-                its.eps, its.old, its.unbiased != 0, its.use_batch != 0, its.update != 0, its.rectify != 0,
+                its.eps, its.old, its.unbiased != 0, its.use_batch != 0, its.update != 0, its.rectify != 0, its.large,
             )  # fmt: skip
             fetch_add(address + _LEFT, left)
             first, last = claimed(address)
@@ -103,7 +103,7 @@ def _backward_body(values: Any, parameters: Any) -> Any:
         while first < last:
             backward_stage(
                 its.stage, first, last, shape, x, dy, dx, gamma, beta, saved, dgamma, dbeta, sums, means,
-                its.through != 0, its.rectify != 0,
+                its.through != 0, its.rectify != 0, its.large,
             )  # fmt: skip
             first, last = claimed(address)
         return 0
@@ -111,15 +111,15 @@ def _backward_body(values: Any, parameters: Any) -> Any:
     return c_function(types.int64(types.int64), backward, SOURCES)
 
 
-Team = tuple[int, int, int]
-"""Who does a call: the address of the body, that of ``threads.starters``, and how many threads. A plain tuple: it is passed on
-to compiled code twice as fast as one with names."""
+Team = tuple[int, int, int, int]
+"""Who does a call: the address of the body, that of ``threads.starters``, how many threads; and from how many bytes on an output
+is written past the cache. A plain tuple: it is passed on to compiled code twice as fast as one with names."""
 
 
 @inner
 def _run(team: Team, address: int, stage: int, count: int, threads: int) -> None:
     """So many threads do a stage of so many tasks; they have all done when this returns."""
-    body, place, _ = team
+    body, place, _, _ = team
     its = described(address)
     its.stage, its.count, its.pieces, its.next = stage, count, 1 if threads == 1 else min(count, PIECES * threads), 0
     starters = carray(pointer(place), 3, np.int64)
@@ -140,7 +140,7 @@ def _run(team: Team, address: int, stage: int, count: int, threads: int) -> None
 @inner
 def _stages(team: Team, address: int, plan: Plan, sums_needed: bool) -> None:
     """All passes: group by group, while their values are in the cache, where there are groups enough for the threads."""
-    _, _, threads = team
+    _, _, threads, described(address).large = team
     first, last = (1 if sums_needed else 2), 4
     if threads == 1 or plan.groups >= GROUPS * threads:
         first, last = 0, 1

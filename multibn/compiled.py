@@ -64,7 +64,7 @@ def stamp(function: Any, sources: str) -> Any:
 
 
 SOURCES = hashlib.sha256(
-    b"".join(get_data(__package__, f"{name}.py") or b"" for name in ("calls", "compiled", "loops", "spec"))
+    b"".join(get_data(__package__, f"{name}.py") or b"" for name in ("calls", "compiled", "loops", "spec", "vectors"))
 ).hexdigest()
 """Of the kernel."""
 

@@ -18,8 +18,11 @@ from .calls import forward_at as forward_at
 from .layer import PARAMETER_TYPE, Array
 from .spec import BatchNormSpec
 
-SERIAL = 1 << 15
-"""Inputs of fewer values than this are done by the caller alone: waking a thread takes longer."""
+SERIAL, CREATING = 1 << 15, 1 << 18
+"""Inputs of fewer values than this are done by the caller alone: waking a thread takes longer, creating one much longer."""
+
+LARGE = 8 << 20
+"""Outputs from this many bytes on are written past the cache, where little of them would be left for who reads them next."""
 
 
 def team(body: int, size: int, asked: int | None = None) -> Team:
@@ -28,8 +31,10 @@ def team(body: int, size: int, asked: int | None = None) -> Team:
     Args:
         asked: at most so many threads; None for ``threads.limit()``.
     """
-    count = 1 if size < SERIAL else threads.limit() if asked is None else threads.within(asked)
-    return body, threads.starters(), count
+    place, count = threads.starters(), 1
+    if size >= (SERIAL if threads.awake() else CREATING):
+        count = threads.limit() if asked is None else threads.within(asked)
+    return body, place, count, LARGE
 
 
 def run_forward(

@@ -7,8 +7,8 @@ which reorders nothing, so the bits depend on the shape alone (BN-15); threads s
 of channels.
 
 Several chunks are taken at a time, which lie in different samples: what goes with a lane is then loaded once for all of them, and
-the processor, whose queue of loads is short, sees further ahead. Where a group holds all channels, samples are neighbours in
-memory, and one after the other is faster. (Measured; fetching ahead by instructions was slower everywhere.)
+the processor, whose queue of loads is short, sees further ahead. What writes as much as it reads is made of vectors by hand: see
+``vectors``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from .compiled import compiled, inlined, inner, load, part, store, unsigned, vanishes
 from .spec import BLOCK, JOINED, LANES, PIVOT
+from .vectors import ROWS, by_lines, goes_past, has_vectors, whole_lines
 
 # One scratch array per call holds five vectors of LANES values at constant distances: the compiler sees that they do not overlap.
 _PAD = 24
@@ -170,12 +171,12 @@ def _count(plan: Plan, begin: int, end: int) -> int:
 
 @inner
 def _steps(plan: Plan, block: int) -> tuple[int, int]:
-    """A block's share of the steps of a pass that sums nothing: a step takes one piece of four rows."""
-    steps = math.ceil(plan.rows / 4) * plan.pieces
+    """A block's share of the steps of a pass that sums nothing: a step takes one piece of ROWS rows."""
+    steps = math.ceil(plan.rows / ROWS) * plan.pieces
     return steps * block // plan.blocks, steps * (block + 1) // plan.blocks
 
 
-# Inner loops. Four (or two) chunks at a time: a lane adds them one after the other, but is read and written only once.
+# Inner loops. Four chunks at a time: a lane adds them one after the other, but is read and written only once.
 
 
 @inner
@@ -188,6 +189,13 @@ def _clear(lanes: Any, used: int) -> None:
 def _add(a: Any, lanes: Any) -> None:
     for j in range(a.shape[0]):
         lanes[j] += load(a[j])
+
+
+@inner
+def _add4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
+    """To lanes that count as 0."""
+    for j in range(a.shape[0]):
+        lanes[j] = (((0.0 + load(a[j])) + load(b[j])) + load(c[j])) + load(d[j])
 
 
 @inner
@@ -220,24 +228,30 @@ def _at_least(value: float, least: float) -> float:
     return least if value < least else value
 
 
-@inner
-def _normalise4(a: Any, b: Any, c: Any, d: Any, ya: Any, yb: Any, yc: Any, yd: Any, least: float, lanes: Any) -> None:
-    for j in range(a.shape[0]):
-        mean, scale, beta = lanes[j + _MEAN], lanes[j + _SCALE], lanes[j + _BETA]
-        p, q, r, s = load(a[j]), load(b[j]), load(c[j]), load(d[j])
-        store(ya, j, _at_least((p - mean) * scale + beta, least))
-        store(yb, j, _at_least((q - mean) * scale + beta, least))
-        store(yc, j, _at_least((r - mean) * scale + beta, least))
-        store(yd, j, _at_least((s - mean) * scale + beta, least))
+_normalise_lines, _normalise_lines_past = by_lines(
+    (_MEAN, _SCALE, _BETA),
+    lambda b, least, x, mean, scale, beta: _least_of(b, b.fadd(b.fmul(b.fsub(x, mean), scale), beta), least),
+)
+
+
+def _least_of(builder: Any, value: Any, least: Any) -> Any:
+    """``_at_least`` of vectors."""
+    return builder.select(builder.fcmp_ordered("<", value, least), least, value)
 
 
 @inner
-def _rectify(a: Any, da: Any, dx: Any, lanes: Any) -> None:
-    """dx from dy where a ReLU follows: 0 where y, which is made anew, is not positive."""
-    least = vanishes(a)
-    for j in range(a.shape[0]):
-        y = (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _SCALE] + lanes[j + _BETA]
-        store(dx, j, 0.0 if y <= least else load(da[j]))
+def _normalise_rows(x: Any, y: Any, start: int, row: int, width: int, past: bool, least: float, lanes: Any) -> None:
+    """``_normalise`` of ROWS rows that begin ``row`` values apart, into the cache or past it."""
+    begin, end, line = whole_lines(part(y, start, width), row)
+    if past:
+        for j in range(begin, end, line):
+            _normalise_lines_past(y, (x,), start + j, row, lanes, j, least)
+    else:
+        for j in range(begin, end, line):
+            _normalise_lines(y, (x,), start + j, row, lanes, j, least)
+    for at, n in ((0, begin), (end, width - end)):
+        for i in range(start + at, start + at + ROWS * row, row):
+            _normalise(part(x, i, n), part(y, i, n), least, part(lanes, at, lanes.shape[0] - at))
 
 
 @inner
@@ -259,6 +273,30 @@ def _correlate4(a: Any, b: Any, c: Any, d: Any, da: Any, db: Any, dc: Any, dd: A
 
 
 @inner
+def _correlate_rectified(a: Any, da: Any, lanes: Any) -> None:
+    """``_correlate`` where a ReLU follows: its gradient is 0 where y, which is made anew, is not positive."""
+    least = vanishes(a)
+    for j in range(a.shape[0]):
+        p, dp = load(a[j]) - lanes[j + _MEAN], load(da[j])
+        dp = 0.0 if p * lanes[j + _SCALE] + lanes[j + _BETA] <= least else dp
+        lanes[j + _A] += dp
+        lanes[j + _B] += dp * p
+
+
+@inner
+def _correlate_rectified4(a: Any, b: Any, c: Any, d: Any, da: Any, db: Any, dc: Any, dd: Any, lanes: Any) -> None:
+    least = vanishes(a)
+    for j in range(a.shape[0]):
+        mean, scale, beta = lanes[j + _MEAN], lanes[j + _SCALE], lanes[j + _BETA]
+        dp, dq, dr, ds = load(da[j]), load(db[j]), load(dc[j]), load(dd[j])
+        p, q, r, s = load(a[j]) - mean, load(b[j]) - mean, load(c[j]) - mean, load(d[j]) - mean
+        dp, dq = 0.0 if p * scale + beta <= least else dp, 0.0 if q * scale + beta <= least else dq
+        dr, ds = 0.0 if r * scale + beta <= least else dr, 0.0 if s * scale + beta <= least else ds
+        lanes[j + _A] = (((lanes[j + _A] + dp) + dq) + dr) + ds
+        lanes[j + _B] = (((lanes[j + _B] + dp * p) + dq * q) + dr * r) + ds * s
+
+
+@inner
 def _propagate(a: Any, da: Any, dx: Any, lanes: Any) -> None:
     """dx from dy: lanes _A hold the mean of dy, _B what goes with x-mean."""
     for j in range(a.shape[0]):
@@ -267,24 +305,36 @@ def _propagate(a: Any, da: Any, dx: Any, lanes: Any) -> None:
 
 
 @inner
-def _propagate2(a: Any, b: Any, da: Any, db: Any, dxa: Any, dxb: Any, lanes: Any) -> None:
-    for j in range(a.shape[0]):
-        mean, offset, slope, scale = lanes[j + _MEAN], lanes[j + _A], lanes[j + _B], lanes[j + _SCALE]
-        p, q, dp, dq = load(a[j]), load(b[j]), load(da[j]), load(db[j])
-        store(dxa, j, ((dp - offset) - (p - mean) * slope) * scale)
-        store(dxb, j, ((dq - offset) - (q - mean) * slope) * scale)
-
-
-@inner
-def _propagate_in_place(a: Any, dx: Any, through: bool, lanes: Any) -> None:
-    """The same where dx holds what a ReLU has left of dy: where arrays overlap, the other loops go value by value."""
+def _propagate_rectified(a: Any, da: Any, dx: Any, through: bool, lanes: Any) -> None:
+    """``_propagate``, or without ``through`` ``_scale``, where a ReLU follows."""
+    least = vanishes(a)
     if through:
         for j in range(a.shape[0]):
-            along = (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _B]
-            store(dx, j, ((load(dx[j]) - lanes[j + _A]) - along) * lanes[j + _SCALE])
+            p, dp = load(a[j]) - lanes[j + _MEAN], load(da[j])
+            dp = 0.0 if p * lanes[j + _SCALE] + lanes[j + _BETA] <= least else dp
+            store(dx, j, ((dp - lanes[j + _A]) - p * lanes[j + _B]) * lanes[j + _SCALE])
     else:
         for j in range(a.shape[0]):
-            store(dx, j, load(dx[j]) * lanes[j + _SCALE])
+            y = (load(a[j]) - lanes[j + _MEAN]) * lanes[j + _SCALE] + lanes[j + _BETA]
+            store(dx, j, (0.0 if y <= least else load(da[j])) * lanes[j + _SCALE])
+
+
+_propagate_lines, _propagate_lines_past = by_lines(
+    (_MEAN, _A, _B, _SCALE),
+    lambda b, _, x, dy, mean, offset, slope, scale: b.fmul(b.fsub(b.fsub(dy, offset), b.fmul(b.fsub(x, mean), slope)), scale),
+)
+
+
+def _propagate_rectified_vector(
+    b: Any, least: Any, x: Any, dy: Any, mean: Any, offset: Any, slope: Any, scale: Any, beta: Any
+) -> Any:
+    """``_propagate_rectified`` of vectors."""
+    p = b.fsub(x, mean)
+    dy = b.select(b.fcmp_ordered("<=", b.fadd(b.fmul(p, scale), beta), least), b.fsub(least, least), dy)
+    return b.fmul(b.fsub(b.fsub(dy, offset), b.fmul(p, slope)), scale)
+
+
+_rectified_lines, _rectified_lines_past = by_lines((_MEAN, _A, _B, _SCALE, _BETA), _propagate_rectified_vector)
 
 
 @inner
@@ -292,6 +342,37 @@ def _scale(da: Any, dx: Any, lanes: Any) -> None:
     """dx from dy where the statistics are constants."""
     for j in range(da.shape[0]):
         store(dx, j, load(da[j]) * lanes[j + _SCALE])
+
+
+@inner
+def _propagate_row(a: Any, da: Any, dx: Any, through: bool, rectify: bool, lanes: Any) -> None:
+    if rectify:
+        _propagate_rectified(a, da, dx, through, lanes)
+    elif through:
+        _propagate(a, da, dx, lanes)
+    else:
+        _scale(da, dx, lanes)
+
+
+@inner
+def _propagate_rows(x: Any, dy: Any, dx: Any, start: int, row: int, width: int, past: bool, rectify: bool, lanes: Any) -> None:
+    """``_propagate`` and ``_propagate_rectified`` of ROWS rows, into the cache or past it."""
+    begin, end, line = whole_lines(part(dx, start, width), row)
+    if rectify and past:
+        for j in range(begin, end, line):
+            _rectified_lines_past(dx, (x, dy), start + j, row, lanes, j, vanishes(x))
+    elif rectify:
+        for j in range(begin, end, line):
+            _rectified_lines(dx, (x, dy), start + j, row, lanes, j, vanishes(x))
+    elif past:
+        for j in range(begin, end, line):
+            _propagate_lines_past(dx, (x, dy), start + j, row, lanes, j, 0.0)
+    else:
+        for j in range(begin, end, line):
+            _propagate_lines(dx, (x, dy), start + j, row, lanes, j, 0.0)
+    for at, n in ((0, begin), (end, width - end)):
+        for i in range(start + at, start + at + ROWS * row, row):
+            _propagate_row(part(x, i, n), part(dy, i, n), part(dx, i, n), True, rectify, part(lanes, at, lanes.shape[0] - at))
 
 
 # Passes over the tasks first..last, a task being one block of one group.
@@ -317,11 +398,16 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
         group, block = task // plan.blocks, task % plan.blocks
         begin, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
 
-        _clear(lanes, used)
         few = min(begin + PIVOT, end)
-        for chunk in range(begin, few):
-            i, width = _chunk(plan, group, chunk)
-            _add(part(flat, i, width), lanes)
+        i, width = _chunk(plan, group, begin)
+        four, j, k, m = _four(plan, group, begin, few)
+        if four:
+            _add4(part(flat, i, width), part(flat, j, width), part(flat, k, width), part(flat, m, width), lanes)
+        else:
+            _clear(lanes, used)
+            for chunk in range(begin, few):
+                i, width = _chunk(plan, group, chunk)
+                _add(part(flat, i, width), lanes)
         _fold_lanes(lanes, unsigned(_A), plan, group, sums[0, block])
         first_channel, last_channel = _channels(plan, group)
         count = _count(plan, begin, few)
@@ -345,9 +431,9 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
 
 @inlined
 def _normalise_blocks(
-    plan: Plan, flat: Any, y: Any, scale: Any, beta: Any, saved: Any, rectify: bool, first: int, last: int, lanes: Any
+    plan: Plan, flat: Any, y: Any, scale: Any, beta: Any, saved: Any, rectify: bool, large: int, first: int, last: int, lanes: Any
 ) -> None:
-    least = 0.0 if rectify else -np.inf
+    least, past, whole = 0.0 if rectify else -np.inf, goes_past(y, plan.row, large), plan.n // plan.joined
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
         if task == first or block == 0:
@@ -356,28 +442,23 @@ def _normalise_blocks(
             _spread(beta, plan, group, lanes[_BETA:])
         first_step, last_step = _steps(plan, block)
         for step in range(first_step, last_step):
-            row, piece = 4 * (step // plan.pieces), step % plan.pieces
+            row, piece = ROWS * (step // plan.pieces), step % plan.pieces
             i, w = _chunk(plan, group, row * plan.pieces + piece)
-            if row + 3 < plan.rows and plan.groups > 1:
-                j, k, m = i + plan.row, i + 2 * plan.row, i + 3 * plan.row
-                _normalise4(
-                    part(flat, i, w), part(flat, j, w), part(flat, k, w), part(flat, m, w),
-                    part(y, i, w), part(y, j, w), part(y, k, w), part(y, m, w), least, lanes,
-                )  # fmt: skip
+            if row + ROWS <= whole and has_vectors(y):
+                _normalise_rows(flat, y, i, plan.row, w, past, least, lanes)
             else:
-                for r in range(row, min(row + 4, plan.rows)):
+                for r in range(row, min(row + ROWS, plan.rows)):
                     i, w = _chunk(plan, group, r * plan.pieces + piece)
                     _normalise(part(flat, i, w), part(y, i, w), least, lanes)
 
 
 @inlined
 def _correlate_blocks(
-    plan: Plan, flat: Any, dy: Any, dx: Any, gamma: Any, beta: Any, saved: Any, sums: Any, means: Any, rectify: bool,
+    plan: Plan, flat: Any, dy: Any, gamma: Any, beta: Any, saved: Any, sums: Any, means: Any, rectify: bool,
     first: int, last: int, lanes: Any,
 ) -> None:  # fmt: skip
-    """sums[0], sums[1]: of dy, and of dy*(x-mean). Where a ReLU follows, dy has gone through it first, to dx."""
+    """sums[0], sums[1]: of dy, which has gone through the ReLU where one follows, and of dy*(x-mean)."""
     used = _lanes_in_use(plan)
-    given = dx if rectify else dy
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
         if task == first or block == 0:
@@ -393,17 +474,17 @@ def _correlate_blocks(
         while chunk < end:
             i, w = _chunk(plan, group, chunk)
             four, j, k, m = _four(plan, group, chunk, end)
-            if rectify:
-                for each in range(chunk, chunk + (4 if four else 1)):
-                    start, _ = _chunk(plan, group, each)
-                    _rectify(part(flat, start, w), part(dy, start, w), part(dx, start, w), lanes)
             if four:
-                _correlate4(
-                    part(flat, i, w), part(flat, j, w), part(flat, k, w), part(flat, m, w),
-                    part(given, i, w), part(given, j, w), part(given, k, w), part(given, m, w), lanes,
-                )  # fmt: skip
+                xs = part(flat, i, w), part(flat, j, w), part(flat, k, w), part(flat, m, w)
+                dys = part(dy, i, w), part(dy, j, w), part(dy, k, w), part(dy, m, w)
+                if rectify:
+                    _correlate_rectified4(*xs, *dys, lanes)
+                else:
+                    _correlate4(*xs, *dys, lanes)
+            elif rectify:
+                _correlate_rectified(part(flat, i, w), part(dy, i, w), lanes)
             else:
-                _correlate(part(flat, i, w), part(given, i, w), lanes)
+                _correlate(part(flat, i, w), part(dy, i, w), lanes)
             chunk += 4 if four else 1
         _fold_lanes(lanes, unsigned(_A), plan, group, sums[0, block])
         _fold_lanes(lanes, unsigned(_B), plan, group, sums[1, block])
@@ -411,10 +492,11 @@ def _correlate_blocks(
 
 @inlined
 def _propagate_blocks(
-    plan: Plan, flat: Any, dy: Any, dx: Any, saved: Any, means: Any, through: bool, rectify: bool,
+    plan: Plan, flat: Any, dy: Any, dx: Any, beta: Any, saved: Any, means: Any, through: bool, rectify: bool, large: int,
     first: int, last: int, lanes: Any,
 ) -> None:  # fmt: skip
     """means: what is taken from dy for each channel, what goes with x-mean, and gamma*invstd."""
+    past, whole = goes_past(dx, plan.row, large), plan.n // plan.joined
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
         if task == first or block == 0:
@@ -422,25 +504,19 @@ def _propagate_blocks(
             _spread(means[0], plan, group, lanes[_A:])
             _spread(means[1], plan, group, lanes[_B:])
             _spread(means[2], plan, group, lanes[_SCALE:])
+            if rectify:
+                _spread(beta, plan, group, lanes[_BETA:])
         first_step, last_step = _steps(plan, block)
         for step in range(first_step, last_step):
-            row, piece = 4 * (step // plan.pieces), step % plan.pieces
+            # the last rows first: where not all of x and dy stay in the cache, these do
+            row, piece = ROWS * (math.ceil(plan.rows / ROWS) - 1 - step // plan.pieces), step % plan.pieces
             i, w = _chunk(plan, group, row * plan.pieces + piece)
-            if through and not rectify and row + 3 < plan.rows and plan.groups > 1:
-                for j in range(i, i + 4 * plan.row, 2 * plan.row):
-                    k = j + plan.row
-                    _propagate2(
-                        part(flat, j, w), part(flat, k, w), part(dy, j, w), part(dy, k, w), part(dx, j, w), part(dx, k, w), lanes
-                    )  # fmt: skip
+            if row + ROWS <= whole and through and has_vectors(dx):
+                _propagate_rows(flat, dy, dx, i, plan.row, w, past, rectify, lanes)
             else:
-                for r in range(row, min(row + 4, plan.rows)):
+                for r in range(row, min(row + ROWS, plan.rows)):
                     i, w = _chunk(plan, group, r * plan.pieces + piece)
-                    if rectify:
-                        _propagate_in_place(part(flat, i, w), part(dx, i, w), through, lanes)
-                    elif through:
-                        _propagate(part(flat, i, w), part(dy, i, w), part(dx, i, w), lanes)
-                    else:
-                        _scale(part(dy, i, w), part(dx, i, w), lanes)
+                    _propagate_row(part(flat, i, w), part(dy, i, w), part(dx, i, w), through, rectify, lanes)
 
 
 # Between the passes: what the sums of a channel say.
@@ -541,9 +617,11 @@ def _tasks(plan: Plan, stage: int, first: int, last: int, i: int) -> tuple[int, 
 def forward_stage(
     stage: int, first: int, last: int, shape: tuple[int, int, int], x: Any, y: Any, gamma: Any, beta: Any,
     moving_mean: Any, moving_var: Any, saved: Any, sums: Any,
-    eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
+    eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool, large: int,
 ) -> int:  # fmt: skip
     """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last. x and y are flat.
+
+    An output from ``large`` bytes on is written past the cache.
 
     Returns how many channels' moving statistics were left as they were (BN-11).
     """
@@ -558,14 +636,14 @@ def forward_stage(
                 plan, m, sums, saved, gamma, moving_mean, moving_var, eps, old, unbiased, use_batch, update, c, c_end
             )
         if stage == 0 or stage == 3:
-            _normalise_blocks(plan, x, y, sums[0, 0], beta, saved, rectify, begin, end, lanes)
+            _normalise_blocks(plan, x, y, sums[0, 0], beta, saved, rectify, large, begin, end, lanes)
     return left
 
 
 @inlined
 def backward_stage(
     stage: int, first: int, last: int, shape: tuple[int, int, int], x: Any, dy: Any, dx: Any, gamma: Any, beta: Any, saved: Any,
-    dgamma: Any, dbeta: Any, sums: Any, means: Any, through: bool, rectify: bool,
+    dgamma: Any, dbeta: Any, sums: Any, means: Any, through: bool, rectify: bool, large: int,
 ) -> None:  # fmt: skip
     """One stage of a backward, as of a forward; x, dy and dx are flat."""
     plan, m = plan_of(shape), shape[0] * shape[2]
@@ -573,8 +651,8 @@ def backward_stage(
     for i in range(last - first if stage == 0 else 1):
         begin, end, c, c_end = _tasks(plan, stage, first, last, i)
         if stage <= 1:
-            _correlate_blocks(plan, x, dy, dx, gamma, beta, saved, sums, means, rectify, begin, end, lanes)
+            _correlate_blocks(plan, x, dy, gamma, beta, saved, sums, means, rectify, begin, end, lanes)
         if stage == 0 or stage == 2:
             _gradients(m, sums, saved, gamma, dgamma, dbeta, means, c, c_end)
         if stage == 0 or stage == 3:
-            _propagate_blocks(plan, x, dy, dx, saved, means, through, rectify, begin, end, lanes)
+            _propagate_blocks(plan, x, dy, dx, beta, saved, means, through, rectify, large, begin, end, lanes)

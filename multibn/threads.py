@@ -45,6 +45,11 @@ def starters() -> int:
     return _place
 
 
+def awake() -> bool:
+    """Whether there are threads that need not be created first; ``starters`` has looked."""
+    return _openmp not in (None, _libc)
+
+
 def _address(library: ctypes.CDLL, name: str) -> int:
     return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 if hasattr(library, name) else 0
 

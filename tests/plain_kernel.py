@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,20 @@ class CFunction:
         self.address = ctypes.cast(self.ctypes, ctypes.c_void_p).value
 
 
+def by_lines(lanes: Sequence[int], formula: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """``vectors.by_lines``, with NumPy's operators for the compiler's."""
+    builder = SimpleNamespace(fadd=np.add, fsub=np.subtract, fmul=np.multiply, select=np.where)
+    builder.fcmp_ordered = lambda sign, a, b: a < b if sign == "<" else a <= b
+
+    def write(out: Array, inputs: Sequence[Array], start: int, row: int, scratch: Array, j: int, number: float) -> None:
+        n = vectors.LINE // out.itemsize
+        for i in range(start, start + vectors.ROWS * row, row):
+            given = [each[i : i + n].astype(np.float64) for each in inputs]
+            out[i : i + n] = formula(builder, number, *given, *(scratch[j + lane : j + lane + n] for lane in lanes))
+
+    return write, write
+
+
 # What the compiler would make of these is known to it alone.
 vars(compiled).update(
     pointer=lambda address: address,
@@ -50,6 +65,10 @@ vars(compiled).update(
     unsigned=int,
     c_function=CFunction,
 )
+
+from multibn import vectors
+
+vars(vectors).update(by_lines=by_lines)
 
 from golden_bits import FILE, NAMES, SHAPES, SPEC, golden
 
@@ -69,12 +88,14 @@ def check(dtype: str, *names: str) -> None:
 check("float32", "one chunk for many channels", "fully connected", "last group smaller", "a row in uneven chunks", "joined")
 check("float64", "one chunk for many channels")
 check("float16", "one chunk for many channels")
-kernel.SERIAL = 0  # the ways of large input, on small input
+kernel.SERIAL = kernel.CREATING = 0  # the ways of large input, on small input
 starters = np.array([0, *threads._starters[1:]])  # not OpenMP's: Python may be called from the system's alone
 threads.starters = lambda: int(starters.ctypes.data)
 for count in (1, 2):
     threads.limit = [lambda: 1, lambda: 2][count - 1]
     check("float32", "one chunk for many channels", "four samples at a time")
+kernel.LARGE = 0
+check("float32", "past the cache")
 
 # Inference, and a channel that is not finite, against the reference; and a backward as the first call for its type.
 for training, poison in ((True, np.nan), (False, 0.0)):
@@ -111,7 +132,8 @@ def check_relu(training: bool, *shape: int) -> None:
         np.testing.assert_array_equal(got, want)
 
 
-for training in (True, False):
+for training, kernel.LARGE in ((True, 0), (False, 0), (True, 1 << 60)):
+    check_relu(training, 5, 16, 71)
     check_relu(training, 7, 2, 3)
     check_relu(training, 5, 3, 900)
     check_relu(training, 5, 9, 3)  # channels enough to fold them together, of an odd width

@@ -32,6 +32,7 @@ def home(request: pytest.FixtureRequest) -> Callable[[int, BatchNormSpec], Any]:
 def thread_count(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Every way of asking for so many threads."""
     monkeypatch.setattr(threads, "limit", lambda: request.param)
+    monkeypatch.setattr(kernel, "CREATING", kernel.SERIAL)
     try:
         import torch
     except ImportError:
@@ -107,6 +108,40 @@ def random(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Array:
 )  # fmt: skip
 def test_reference_and_kernel_agree(shape: tuple[int, ...], dtype: str, thread_count: int) -> None:
     assert_same_bits(both(random(shape, dtype), random(shape, dtype, 1), BatchNormSpec()))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 16, 1), (5, 16, 61), (70, 16, 37), (9, 16, 317), (6, 16, LANES + 1), (6, 48, 301), (300, 64), (34, 32, 7), (8, 3, 5)],
+    ids=str,
+)  # fmt: skip
+def test_reference_and_kernel_agree_past_the_cache(
+    shape: tuple[int, ...], dtype: str, thread_count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines that chunks share; rows joined, the last ones fewer; rows in pieces; the last shape's rows begin anywhere."""
+    for bound in ("LARGE", "SERIAL", "CREATING"):
+        monkeypatch.setattr(kernel, bound, 0)
+    assert_same_bits(both(random(shape, dtype), random(shape, dtype, 1), BatchNormSpec()))
+
+
+def test_large_output_is_written_past_the_cache_in_every_place_of_a_line() -> None:
+    """Above LARGE as it is, from memory that begins anywhere; nothing is written beside the output."""
+    shape = (36, 16, 61 * 63)
+    x, dy = random(shape, "float32"), random(shape, "float32", 1)
+    assert x.nbytes >= kernel.LARGE
+    expected, _ = both(x, dy, BatchNormSpec())
+    gamma, beta, mean, var = (np.random.default_rng(5).uniform(0.5, 2, (4, 16))).astype(np.float32)
+    for offset in (1, 7, 15):
+        rooms = [np.full(x.size + 32, 7, np.float32) for _ in range(2)]
+        y, dx = (room[offset : offset + x.size].reshape(shape) for room in rooms)
+        saved, dgamma, dbeta = np.empty((2, 16)), gamma.copy(), gamma.copy()
+        spec = BatchNormSpec()
+        kernel.run_forward(x, y, gamma, beta, mean.copy(), var.copy(), saved, spec.eps, 0.9, False, True, True)
+        kernel.run_backward(x, dy, dx, gamma, saved, dgamma, dbeta, True)
+        assert (y.tobytes(), dx.tobytes()) == (expected[0].tobytes(), expected[1].tobytes())
+        for room in rooms:
+            assert np.array_equal(np.delete(room, slice(offset, offset + x.size)), np.full(32, 7, np.float32))
 
 
 @pytest.mark.parametrize(

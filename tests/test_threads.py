@@ -39,7 +39,9 @@ def forward(body: int, starters: Array, count: int, shape: tuple[int, int, int],
     y, (gamma, beta, mean, var) = np.empty_like(x), np.ones((4, shape[1]), np.float32)
     saved = np.empty((2, shape[1]))
     places = (a.ctypes.data for a in (x, y, gamma, beta, mean, var, saved))
-    calls.forward_at((body, starters.ctypes.data, count), shape, *places, 0, 1e-5, 0.9, True, use_batch, use_batch, False)
+    calls.forward_at(
+        (body, starters.ctypes.data, count, 1 << 60), shape, *places, 0, 1e-5, 0.9, True, use_batch, use_batch, False
+    )
     return np.concatenate([y.ravel(), saved.ravel(), mean, var])
 
 
@@ -86,7 +88,7 @@ def test_all_channels_left_by_all_threads_are_counted(starters: Array) -> None:
     y, (gamma, beta, mean, var) = np.empty_like(x), np.ones((4, x.shape[1]), np.float32)
     saved = np.empty((2, x.shape[1]))
     places = (a.ctypes.data for a in (x, y, gamma, beta, mean, var, saved))
-    team = (kernel.prepare(np.float32).forward.address, starters.ctypes.data, 3)
+    team = (kernel.prepare(np.float32).forward.address, starters.ctypes.data, 3, 1 << 60)
     assert calls.forward_at(team, x.shape, *places, 0, 1e-5, 0.9, True, True, True, False) == x.shape[1]
 
 
@@ -122,6 +124,7 @@ def test_a_forked_child_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         threads._forget()
         assert threads.starters() == ctypes.addressof(place), "compiled code has this address"
         assert place.value == 0
+        assert not threads.awake()
     finally:
         place.value = before
 
@@ -137,8 +140,17 @@ def test_without_openmp_there_is_no_address_of_it(monkeypatch: pytest.MonkeyPatc
         threads._starters[0] = 0
         threads.starters()
         assert threads._starters[0] == 0
+        assert not threads.awake()
     finally:
         threads._starters[0] = before
+
+
+@pytest.mark.parametrize(("awake", "least"), [(True, kernel.SERIAL), (False, kernel.CREATING)])
+def test_threads_help_from_the_size_that_pays_for_them(awake: bool, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "awake", lambda: awake)
+    monkeypatch.setattr(threads, "limit", lambda: 5)
+    assert [kernel.team(0, size)[2] for size in (least - 1, least)] == [1, 5]
+    assert kernel.team(0, least, 3)[2] == 3
 
 
 def test_a_library_without_the_function_has_no_address_of_it() -> None:

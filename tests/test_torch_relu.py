@@ -66,6 +66,17 @@ def test_nan_stays_and_zero_has_no_gradient() -> None:
         assert torch.equal(a.isnan(), b.isnan())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_channels_have_no_gradient_where_y_is_0(dtype: Any) -> None:
+    """In training, in rows long enough for vectors."""
+    two = net(16).to(dtype)
+    with torch.no_grad():
+        two[0].bias.zero_()
+    one, x, dy = fused(two), torch.full((9, 16, 8, 8), 3.0, dtype=dtype), torch.randn(9, 16, 8, 8, dtype=dtype)
+    for a, b in zip(results(two, x, dy), results(one, x, dy), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_values_that_vanish_in_the_type_of_y_have_no_gradient() -> None:
     """y is 0 once it is rounded, though it is not before."""
     two = net(1).eval()

@@ -24,7 +24,7 @@ from numba import carray, types
 from multibn import compiled as kernel_compiled
 from multibn.calls import backward_at, forward_at
 from multibn.compiled import c_function, keep, pointer, stamp
-from multibn.kernel import SERIAL
+from multibn.kernel import LARGE, SERIAL
 
 CONFIG = np.dtype(
     [(name, np.int64) for name in ("arguments", "outputs", "states", "dependencies")]  # where the answers to the lists are
@@ -161,8 +161,8 @@ def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, s
         old = batches[0] / (batches[0] + 1)
         batches[0] += 1
     left = forward_at(
-        (config.forward, config.starters, 1), shape, x, y, gamma.ctypes.data, beta.ctypes.data, mean, var, saved.ctypes.data, 0,
-        config.eps, old, config.unbiased != 0, use_batch, update, False,
+        (config.forward, config.starters, 1, LARGE), shape, x, y, gamma.ctypes.data, beta.ctypes.data, mean, var,
+        saved.ctypes.data, 0, config.eps, old, config.unbiased != 0, use_batch, update, False,
     )  # fmt: skip
     keep((gamma, beta))
     saved[2] = 1.0 if use_batch else 0.0
@@ -179,8 +179,8 @@ def _differentiate(
     dx = _view(gradients[0], shape, slot) if into else np.empty(shape, np.float32)
     dgamma, dbeta = np.empty(channels, np.float32), np.empty(channels, np.float32)
     backward_at(
-        (config.backward, config.starters, 1), shape, _address(x, slot), _address(dy, slot), dx.ctypes.data, gamma.ctypes.data,
-        gamma.ctypes.data, saved.ctypes.data, dgamma.ctypes.data, dbeta.ctypes.data, saved[2, 0] != 0, False,
+        (config.backward, config.starters, 1, LARGE), shape, _address(x, slot), _address(dy, slot), dx.ctypes.data,
+        gamma.ctypes.data, gamma.ctypes.data, saved.ctypes.data, dgamma.ctypes.data, dbeta.ctypes.data, saved[2, 0] != 0, False,
     )  # fmt: skip
     keep((dx, gamma))
     if requests[0] == ADD:
