@@ -23,7 +23,7 @@ from mxnet.base import _LIB, NDArrayHandle, check_call
 
 from multibn.kernel import SERIAL
 
-from . import by_kernel
+from . import by_kernel, lent
 from .callbacks import layers, refusing
 from .description import Layer, type_name
 from .native import RECORD_SIZE, Record
@@ -61,8 +61,9 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
         check_call(_LIB.MXNDArrayWaitToRead(array.handle))
     if training:
         _wait_to_write(context, states)
-    y, (n, channels, s) = mx.nd.empty(shape, context, x.dtype), layer.by_channel(shape)
+    n, channels, s = layer.by_channel(shape)
     small = type_name(x) == "float32" and n * channels * s < SERIAL
+    y = (mx.nd if small else lent).empty(shape, context, x.dtype)
     run, functions = _functions(small)
     at = _C.malloc(RECORD_SIZE + 32 * channels)
     record = Record.from_address(at)

@@ -375,5 +375,14 @@ def compile_calls() -> tuple[Any, Any, Any]:
     )  # fmt: skip
 
 
+def _give_back(tensor: int) -> None:  # pragma: no cover
+    carray(pointer(tensor), 8, np.int64)[6] = 0
+
+
+def compile_give_back() -> Any:
+    """What MXNet calls with a DLManagedTensor of ``lent.py`` that it has no use for any more."""
+    return _callback(types.void(_ADDRESS), _give_back)
+
+
 def _callback(signature: Any, function: Any) -> Any:
     return c_function(signature, function, _SOURCES)
