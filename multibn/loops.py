@@ -193,9 +193,9 @@ def _add(a: Any, lanes: Any) -> None:
 
 @inner
 def _add4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
-    """To lanes that count as 0."""
+    """PIVOT chunks, to lanes that count as 0: what they hold is not read."""
     for j in range(a.shape[0]):
-        lanes[j] = (((0.0 + load(a[j])) + load(b[j])) + load(c[j])) + load(d[j])
+        lanes[j] = ((load(a[j]) + load(b[j])) + load(c[j])) + load(d[j])
 
 
 @inner
@@ -228,15 +228,13 @@ def _at_least(value: float, least: float) -> float:
     return least if value < least else value
 
 
-_normalise_lines, _normalise_lines_past = by_lines(
-    (_MEAN, _SCALE, _BETA),
-    lambda b, least, x, mean, scale, beta: _least_of(b, b.fadd(b.fmul(b.fsub(x, mean), scale), beta), least),
-)
+def _normalise_vector(b: Any, least: Any, x: Any, mean: Any, scale: Any, beta: Any) -> Any:
+    """``_normalise`` of vectors."""
+    y = b.fadd(b.fmul(b.fsub(x, mean), scale), beta)
+    return b.select(b.fcmp_ordered("<", y, least), least, y)
 
 
-def _least_of(builder: Any, value: Any, least: Any) -> Any:
-    """``_at_least`` of vectors."""
-    return builder.select(builder.fcmp_ordered("<", value, least), least, value)
+_normalise_lines, _normalise_lines_past = by_lines((_MEAN, _SCALE, _BETA), _normalise_vector)
 
 
 @inner
@@ -319,10 +317,12 @@ def _propagate_rectified(a: Any, da: Any, dx: Any, through: bool, lanes: Any) ->
             store(dx, j, (0.0 if y <= least else load(da[j])) * lanes[j + _SCALE])
 
 
-_propagate_lines, _propagate_lines_past = by_lines(
-    (_MEAN, _A, _B, _SCALE),
-    lambda b, _, x, dy, mean, offset, slope, scale: b.fmul(b.fsub(b.fsub(dy, offset), b.fmul(b.fsub(x, mean), slope)), scale),
-)
+def _propagate_vector(b: Any, _: Any, x: Any, dy: Any, mean: Any, offset: Any, slope: Any, scale: Any) -> Any:
+    """``_propagate`` of vectors."""
+    return b.fmul(b.fsub(b.fsub(dy, offset), b.fmul(b.fsub(x, mean), slope)), scale)
+
+
+_propagate_lines, _propagate_lines_past = by_lines((_MEAN, _A, _B, _SCALE), _propagate_vector)
 
 
 def _propagate_rectified_vector(
@@ -346,6 +346,7 @@ def _scale(da: Any, dx: Any, lanes: Any) -> None:
 
 @inner
 def _propagate_row(a: Any, da: Any, dx: Any, through: bool, rectify: bool, lanes: Any) -> None:
+    """dx of a chunk, by the loop that serves."""
     if rectify:
         _propagate_rectified(a, da, dx, through, lanes)
     elif through:

@@ -40,8 +40,11 @@ def has_vectors(out: Any) -> bool:
 
 @inner
 def goes_past(out: Any, row: int, large: int) -> bool:
-    """Whether an output of ``large`` bytes or more can be written past the cache: its rows begin at the same place of a line."""
-    return out.nbytes >= large and row * out.itemsize % LINE == 0
+    """Whether an output of ``large`` bytes or more can be written past the cache.
+
+    All its rows must begin at the same place of a line, and lines with a value: NumPy has arrays that begin at any byte.
+    """
+    return out.nbytes >= large and row * out.itemsize % LINE == 0 and out.ctypes.data % out.itemsize == 0
 
 
 @inner

@@ -132,16 +132,17 @@ def test_large_output_is_written_past_the_cache_in_every_place_of_a_line() -> No
     assert x.nbytes >= kernel.LARGE
     expected, _ = both(x, dy, BatchNormSpec())
     gamma, beta, mean, var = (np.random.default_rng(5).uniform(0.5, 2, (4, 16))).astype(np.float32)
-    for offset in (1, 7, 15):
-        rooms = [np.full(x.size + 32, 7, np.float32) for _ in range(2)]
-        y, dx = (room[offset : offset + x.size].reshape(shape) for room in rooms)
+    for offset in (1, 4, 28, 60):  # bytes; 1: values that begin nowhere of their own
+        rooms = [np.full(x.nbytes + 128, 7, np.uint8) for _ in range(2)]
+        outs: list[Array] = [np.ndarray(shape, np.float32, room.data, offset) for room in rooms]
+        y, dx = outs
         saved, dgamma, dbeta = np.empty((2, 16)), gamma.copy(), gamma.copy()
         spec = BatchNormSpec()
         kernel.run_forward(x, y, gamma, beta, mean.copy(), var.copy(), saved, spec.eps, 0.9, False, True, True)
         kernel.run_backward(x, dy, dx, gamma, saved, dgamma, dbeta, True)
         assert (y.tobytes(), dx.tobytes()) == (expected[0].tobytes(), expected[1].tobytes())
         for room in rooms:
-            assert np.array_equal(np.delete(room, slice(offset, offset + x.size)), np.full(32, 7, np.float32))
+            assert np.array_equal(np.delete(room, slice(offset, offset + x.nbytes)), np.full(128, 7, np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def empty(shape: tuple[int, ...], context: Any, dtype: Any) -> Any:
     if nbytes < LENT or kind.name not in _TYPES or context.device_id != 0:  # DLPack's arrays are all on cpu(0)
         return mx.nd.empty(shape, context, dtype)
     with _lending:
-        _out[:] = [each for each in _out if not _returned(*each)]
+        take_back()
         memory = take(nbytes)
         at = _C.malloc(ctypes.sizeof(_Tensor) + 8 * len(shape))
         tensor = _Tensor.from_address(at)
@@ -64,6 +64,11 @@ def empty(shape: tuple[int, ...], context: Any, dtype: Any) -> Any:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
         _out.append((at, memory))
     return mx.nd.NDArray(handle)
+
+
+def take_back() -> None:
+    """Let ``multibn.memory`` have what is marked."""
+    _out[:] = [each for each in _out if not _returned(*each)]
 
 
 def _returned(at: int, memory: Array) -> bool:
