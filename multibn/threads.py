@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cache
 
 import numpy as np
 
@@ -29,8 +30,15 @@ def within(asked: int) -> int:
 
 
 def _at_most(variable: str, count: int) -> int:
+    asked = _asked(variable)
+    return count if asked is None else min(count, asked)
+
+
+@cache
+def _asked(variable: str) -> int | None:
+    """What a variable of the environment says; what is changed later counts no more than it does for OpenMP and Numba."""
     value = os.environ.get(variable, "").split(",")[0]
-    return min(count, int(value)) if value.isdigit() and int(value) > 0 else count
+    return int(value) if value.isdigit() and int(value) > 0 else None
 
 
 def starters() -> int:

@@ -107,6 +107,7 @@ def test_limit(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expec
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(threads, "_asked", threads._asked.__wrapped__)
     if affinity:
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     else:
