@@ -15,6 +15,7 @@ from multibn import kernel, memory
 @pytest.fixture(autouse=True)
 def _nothing_kept(monkeypatch: Any) -> None:
     monkeypatch.setattr(memory, "_kept", type(memory._kept)())
+    monkeypatch.setattr(memory, "_kept_bytes", 0)
 
 
 def address(a: Any) -> Any:
@@ -51,9 +52,11 @@ def test_no_more_is_kept_than_promised_and_the_oldest_goes_first(monkeypatch: An
         memory.take(size)
     assert {size: len(blocks) for size, blocks in memory._kept.items() if blocks} == {1000: 1, 2000: 1, 1500: 1}
     memory.take(4000)
-    assert {size: len(blocks) for size, blocks in memory._kept.items()} == {4000: 1}
+    assert {size: len(blocks) for size, blocks in memory._kept.items() if blocks} == {4000: 1}
+    assert memory._kept_bytes == 4000
     memory.release()
     assert not memory._kept
+    assert memory._kept_bytes == 0
 
 
 @pytest.fixture
