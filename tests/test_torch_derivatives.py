@@ -195,6 +195,21 @@ def test_a_pulled_apart_gamma_is_read_right() -> None:
     torch.testing.assert_close(one.grad, 2 * layer(x).square().sum().view(1) * 2)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_was_taken_out_of_a_transform_is_a_tensor_like_others(training: bool, enabled: bool) -> None:
+    taken, x, layer = [], torch.randn(8, 3), ours.BatchNorm1d(3).train(training)
+
+    def total(v: Any) -> Any:
+        taken.append(v * 2)
+        return v.sum()
+
+    grad(total)(x)
+    assert torch._C._functorch.is_dead_tensor_wrapper(taken[0])
+    with torch.set_grad_enabled(enabled):
+        torch.testing.assert_close(layer(taken[0]), copy.deepcopy(layer).train(training)(x * 2), rtol=0, atol=0)
+
+
 def test_gradients_that_are_mapped_over() -> None:
     layer: Any = fixed("kernel", "training")
     x = torch.randn(4, 3, dtype=torch.float64)

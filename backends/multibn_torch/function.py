@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import Array, addressof, c_double
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -31,8 +32,9 @@ def by_kernel(
     """
     y: Tensor
     refused: list[Tensor] = []
+    x = _alive(x)  # it may have been taken out of a transform, in a shell that has no memory
     if torch.is_grad_enabled():
-        y = _Kernel.apply(x, gamma, beta, moving, how, refused, rectify)  # type: ignore[no-untyped-call]
+        y = _apply(x, gamma, beta, (moving, how, refused, rectify))
     else:
         y, _ = kernel_forward(x, gamma, beta, moving, how, refused, rectify)
     if refused and layer is not None:
@@ -58,32 +60,40 @@ def recomputed() -> bool:
 class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor],
-        rectify: bool,
-    ) -> Tensor:  # fmt: skip
-        y, ctx.statistics = kernel_forward(x, gamma, beta, moving, how, refused, rectify)
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: tuple[Moving, How, list[Tensor], bool]
+    ) -> Tensor:
+        moving, how, refused, rectify = call
+        y, statistics = kernel_forward(x, gamma, beta, moving, how, refused, rectify)
         ctx.save_for_backward(x, gamma, beta if rectify else None)
-        ctx.how, ctx.has_beta, ctx.rectify = how, beta is not None, rectify
+        ctx.kept = statistics, how, beta is not None, rectify
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, gamma, beta = ctx.saved_tensors
-        eps, _, _, through, _ = ctx.how
+        statistics, (eps, _, _, through, _), has_beta, rectify = ctx.kept
         if looked_through(dy):
-            if ctx.rectify:
-                dy = dy * formulas.positive(x, gamma, beta, ctx.statistics)
-            dx, dgamma, dbeta = formulas.gradients(dy, x, gamma, ctx.statistics, eps, through)
+            known = as_tensor(statistics)
+            if rectify:
+                dy = dy * formulas.positive(x, gamma, beta, known)
+            dx, dgamma, dbeta = formulas.gradients(dy, x, gamma, known, eps, through)
         else:
-            dx, dgamma, dbeta = kernel_backward(dy, x, gamma, ctx.statistics, through, beta, ctx.rectify)
-        return dx, None if gamma is None else dgamma, dbeta if ctx.has_beta else None, None, None, None, None
+            dx, dgamma, dbeta = kernel_backward(dy, x, gamma, addressof(statistics), through, beta, rectify)
+        return dx, None if gamma is None else dgamma, dbeta if has_beta else None, None
+
+
+_kernel: Any = _Kernel
+_alive: Any = torch._C._functorch.unwrap_if_dead
+# PyTorch asks in each call, forward and backward, which kind of a function this is, for longer than a small batch takes.
+_apply: Any = super(torch.autograd.Function, _kernel).apply
+_kernel._backward_cls.apply = _kernel.backward
 
 
 def kernel_forward(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None = None,
     rectify: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (for rectify max(y, 0)) and, for ``kernel_backward``, the statistics that normalised.
+) -> tuple[Tensor, Array[c_double]]:  # fmt: skip
+    """y (for rectify max(y, 0)) and, for ``kernel_backward``, the statistics that normalised, (2, C).
 
     x is put into ``refused`` where the moving statistics of a channel do not take it in (BN-11).
     """
@@ -93,17 +103,17 @@ def kernel_forward(
         n = int(batches)  # type: ignore[arg-type]
         old = n / (n + 1)
     kind = _kind(x.dtype, x.shape[1])
-    statistics = torch.empty_like(kind.statistics)  # half the time of torch.empty
-    x = dense(x)
+    statistics = kind.statistics()  # a tensor takes many times as long to make
+    x, size, shape = _laid_out(x)
     y = output_like(x)
-    gamma, beta, whole_mean, whole_var = _whole(gamma), _whole(beta), _whole(mean), _whole(var)
-    if size := x.numel():
+    gamma, beta, whole_mean, whole_var = _whole(gamma, beta, mean, var)
+    if size:
         one, zero = kind.one, kind.zero
         left = kind.kernel.forward_at(
-            kind.kernel.team(kind.forward, size, torch.get_num_threads()), _shape(x, size), x.data_ptr(), y.data_ptr(),
+            kind.kernel.team(kind.forward, size, torch.get_num_threads()), shape, x.data_ptr(), y.data_ptr(),
             one if gamma is None else gamma.data_ptr(), zero if beta is None else beta.data_ptr(),
             zero if whole_mean is None else whole_mean.data_ptr(), one if whole_var is None else whole_var.data_ptr(),
-            statistics.data_ptr(), 0 if batches is None else batches.data_ptr(), eps, old, unbiased, use_batch, update, rectify,
+            addressof(statistics), 0 if batches is None else batches.data_ptr(), eps, old, unbiased, use_batch, update, rectify,
         )  # fmt: skip
         if left and refused is not None:
             refused.append(x)
@@ -116,24 +126,26 @@ def kernel_forward(
 
 
 def kernel_backward(
-    dy: Tensor, x: Tensor, gamma: Tensor | None, statistics: Tensor, through: bool, beta: Tensor | None = None,
+    dy: Tensor, x: Tensor, gamma: Tensor | None, statistics: int, through: bool, beta: Tensor | None = None,
     rectify: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dgamma and dbeta of ``kernel_forward``; through: whether it used batch statistics (BN-08)."""
+    """dx, dgamma and dbeta of ``kernel_forward``, whose statistics lie at the given address.
+
+    through: whether it used batch statistics (BN-08).
+    """
     kind = _kind(x.dtype, x.shape[1])
-    x = dense(x)
+    x, size, shape = _laid_out(x)
     dx = output_like(x)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
-    size = x.numel()
     if size == 0:
         return dx, torch.zeros_like(kind.parameter), torch.zeros_like(kind.parameter)
     dgamma, dbeta = torch.empty_like(kind.parameter), torch.empty_like(kind.parameter)
-    gamma, beta = _whole(gamma), _whole(beta)
+    gamma, beta = _whole(gamma, beta)
     kind.kernel.backward_at(
-        kind.kernel.team(kind.backward, size, torch.get_num_threads()), _shape(x, size), x.data_ptr(), dy.data_ptr(),
+        kind.kernel.team(kind.backward, size, torch.get_num_threads()), shape, x.data_ptr(), dy.data_ptr(),
         dx.data_ptr(), kind.one if gamma is None else gamma.data_ptr(), kind.zero if beta is None else beta.data_ptr(),
-        statistics.data_ptr(), dgamma.data_ptr(), dbeta.data_ptr(), through, rectify,
+        statistics, dgamma.data_ptr(), dbeta.data_ptr(), through, rectify,
     )  # fmt: skip
     return dx, dgamma, dbeta
 
@@ -149,7 +161,7 @@ class _Kind(NamedTuple):
     zero: int
     parameter: Tensor
     """Like gamma."""
-    statistics: Tensor
+    statistics: type[Array[c_double]]
     kept: Any
 
 
@@ -159,32 +171,39 @@ def _kind(dtype: torch.dtype, channels: int) -> _Kind:
 
     bodies = kernel.prepare({torch.float16: "int16", torch.bfloat16: "uint16"}.get(dtype) or str(dtype).removeprefix("torch."))
     one = torch.ones(channels, dtype=PARAMETER[dtype], device=_CPU)
-    zero, statistics = torch.zeros_like(one), torch.empty((2, channels), dtype=torch.float64, device=_CPU)
+    zero = torch.zeros_like(one)
     addresses = bodies.forward.address, bodies.backward.address, one.data_ptr(), zero.data_ptr()
-    return _Kind(kernel, *addresses, zero, statistics, (bodies, one))
+    return _Kind(kernel, *addresses, zero, c_double * (2 * channels), (bodies, one))
+
+
+def as_tensor(statistics: Array[c_double]) -> Tensor:
+    """What ``kernel_forward`` returned, where it lies."""
+    return torch.frombuffer(statistics, dtype=torch.float64).view(2, -1)
 
 
 def dense(x: Tensor) -> Tensor:
     """x itself where its memory is NC... or channels-last, else a copy in NC... order."""
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+    return _laid_out(x)[0]
 
 
-def _whole(t: Tensor | None) -> Tensor | None:
-    """One value per channel, side by side in memory: t itself unless it is a slice or expanded."""
-    return t if t is None or t.is_contiguous() else t.contiguous()
+def _laid_out(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
+    """``dense``, how many values it has, and (N, C, S) for the kernel; S is 1 for channels-last memory."""
+    shape, size = x.shape, x.numel()
+    n, channels = shape[0], shape[1]
+    if not x.is_contiguous():
+        if x.movedim(1, -1).is_contiguous():
+            return x, size, (size // channels, channels, 1)
+        x = x.contiguous()
+    return x, size, (n, channels, size and size // (n * channels))
+
+
+def _whole(*ts: Tensor | None) -> list[Tensor | None]:
+    """Each with one value per channel, side by side in memory: itself unless it is a slice or expanded."""
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in ts]
 
 
 def output_like(x: Tensor) -> Tensor:
     """An output of x's shape, type and layout; a large one in memory that was used before."""
     if x.nbytes < LENT:
         return torch.empty_like(x)
-    storage = torch.from_numpy(take(x.nbytes)).untyped_storage()
-    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
-
-
-def _shape(x: Tensor, size: int) -> tuple[int, int, int]:
-    """(N, C, S) of a dense tensor of so many values; S is 1 for channels-last memory."""
-    shape = x.shape
-    if x.is_contiguous():
-        return shape[0], shape[1], size // (shape[0] * shape[1])
-    return size // shape[1], shape[1], 1
+    return torch.frombuffer(take(x.nbytes), dtype=x.dtype).as_strided_(x.shape, x.stride())

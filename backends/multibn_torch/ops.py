@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import formulas
 from .formulas import How, Moving
-from .function import PARAMETER, dense, kernel_backward, kernel_forward, looked_through, recomputed
+from .function import PARAMETER, as_tensor, dense, kernel_backward, kernel_forward, looked_through, recomputed
 from .masked import check_count, pack, unpack
 
 
@@ -48,7 +48,7 @@ def _forward(
     happens = update and values.numel() > 0 and not recomputed()
     how = How(eps, weight_of_old, unbiased, use_batch, happens)
     y, statistics = kernel_forward(values, gamma, beta, news if update else Moving(moving_mean, moving_var, batches), how)
-    return y if mask is None else unpack(y, mask, x), statistics, *news
+    return y if mask is None else unpack(y, mask, x), as_tensor(statistics), *news
 
 
 @_forward.register_fake
@@ -101,8 +101,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dgamma and dbeta."""
     if mask is None:
-        return kernel_backward(dy, x, gamma, statistics, through)
-    dx, dgamma, dbeta = kernel_backward(pack(dy, mask), pack(x, mask), gamma, statistics, through)
+        return kernel_backward(dy, x, gamma, statistics.data_ptr(), through)
+    dx, dgamma, dbeta = kernel_backward(pack(dy, mask), pack(x, mask), gamma, statistics.data_ptr(), through)
     return unpack(dx, mask, x), dgamma, dbeta
 
 
