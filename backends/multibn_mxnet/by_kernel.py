@@ -1,4 +1,4 @@
-"""The operator on CPU by the kernel's threads, for input that is worth them, and for what is rare: see ``native.py``."""
+"""The operator on CPU for what is rare, and for input that is worth huge pages: see ``native.py``."""
 
 from __future__ import annotations
 

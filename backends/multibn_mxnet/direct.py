@@ -21,7 +21,7 @@ import numpy as np
 from mxnet import autograd
 from mxnet.base import _LIB, NDArrayHandle, check_call
 
-from multibn.kernel import SERIAL
+from multibn.memory import HUGE
 
 from . import by_kernel, lent
 from .callbacks import layers, refusing
@@ -62,15 +62,15 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     if training:
         _wait_to_write(context, states)
     n, channels, s = layer.by_channel(shape)
-    small = type_name(x) == "float32" and n * channels * s < SERIAL
-    y = (mx.nd if small else lent).empty(shape, context, x.dtype)
-    run, functions = _functions(small)
+    compiled = type_name(x) == "float32" and x.size * 4 < HUGE
+    y = lent.empty(shape, context, x.dtype)
+    run, functions = _functions(compiled)
     at = _C.malloc(RECORD_SIZE + 32 * channels)
     record = Record.from_address(at)
     record.count, record.functions, record.contexts, record.at[:] = 2, functions, at + Record.at.offset, (at, at)
     record.configuration, record.n, record.channels, record.s, record.x = configuration(attribute), n, channels, s, 0
     try:
-        if small:
+        if compiled:
             its = [array.handle for array in arrays]
             handles = (_pointer * (len(its) + 3))(x.handle, *its[:inputs], y.handle, None, *its[inputs:])
             left = run(ctypes.addressof(handles), training, at)
@@ -132,10 +132,10 @@ def _parts(record: Record, x: Any) -> tuple[Any, Any]:
 
 
 @cache
-def _functions(small: bool) -> tuple[Any, int]:
+def _functions(compiled: bool) -> tuple[Any, int]:
     """The compiled forward, and where the addresses of the backward and of the end are."""
     forward, backward, end = calls()
-    both = (_pointer * 2)(backward.address if small else ctypes.cast(_in_python, _pointer).value, end.address)
+    both = (_pointer * 2)(backward.address if compiled else ctypes.cast(_in_python, _pointer).value, end.address)
     _kept.append(both)
     return forward.ctypes, ctypes.addressof(both)
 

@@ -1,9 +1,9 @@
-"""MXNet's callbacks for small CPU input, compiled: no Python, so no GIL, between MXNet and the kernel.
+"""MXNet's callbacks for CPU input, compiled: no Python, so no GIL, between MXNet and the kernel.
 
 These are the Custom operator's, and the backward of ``direct.py``. MXNet calls an operator's callbacks through C function
 pointers (``CustomOpPropCallbacks`` and ``CustomOpCallbacks`` of its ``c_api.h``), from its own threads. Pointers are taken as
 integers here. What is rare, or large enough not to mind, goes to ``callbacks.py``: every error, types other than float32, input
-worth threads, channel counts beyond the table.
+worth huge pages, channel counts beyond the table.
 """
 
 # mypy: disable-error-code="attr-defined, import-untyped, no-any-return, call-arg, call-overload, no-untyped-call"
@@ -24,7 +24,8 @@ from numba import carray, types
 from multibn import compiled as kernel_compiled
 from multibn.calls import backward_at, forward_at
 from multibn.compiled import c_function, keep, pointer, stamp
-from multibn.kernel import LARGE, SERIAL
+from multibn.kernel import CREATING, LARGE, SERIAL
+from multibn.memory import HUGE
 
 CONFIG = np.dtype(
     [(name, np.int64) for name in ("arguments", "outputs", "states", "dependencies")]  # where the answers to the lists are
@@ -35,11 +36,11 @@ CONFIG = np.dtype(
         for name in ("unbiased", "normalize_with_batch", "update", "average", "saved_shapes", "saved_shapes_count")
     ]
     + [("eps", np.float64), ("momentum", np.float64)]
-    + [(name, np.int64) for name in ("starters", "forward", "backward")]
+    + [(name, np.int64) for name in ("starters", "threads", "forward", "backward")]
 )
 """A layer's configuration, at the address that MXNet hands the callbacks as their state. ``gamma`` and ``beta`` are places among
-the inputs, 0 if there is none; ``rank`` is 0 where any will do; ``average`` says that momentum is None. ``forward`` and
-``backward`` are the addresses of the kernel's bodies for float32."""
+the inputs, 0 if there is none; ``rank`` is 0 where any will do; ``average`` says that momentum is None; ``threads`` may be used.
+``forward`` and ``backward`` are the addresses of the kernel's bodies for float32."""
 
 
 class Record(ctypes.Structure):
@@ -146,6 +147,19 @@ def _rows(address: int, channels: int) -> Any:  # pragma: no cover
 
 
 @compiled
+def taken(kind: int, size: int) -> bool:  # pragma: no cover
+    """Whether input of a type (MXNet's number) and of so many values is for compiled code."""
+    return kind == FLOAT32 and 0 < size < HUGE // 4
+
+
+@compiled
+def _team(config: Any, body: int, size: int) -> Any:  # pragma: no cover
+    """``kernel.team``."""
+    awake = carray(pointer(config.starters), 1, np.int64)[0] != 0
+    return body, config.starters, config.threads if size >= (SERIAL if awake else CREATING) else 1, LARGE
+
+
+@compiled
 def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, slot: Any) -> int:  # pragma: no cover
     """``by_kernel.forward``; handles are in the operator's order, that of ``saved`` is not looked at."""
     inputs, channels = config.inputs, shape[1]
@@ -161,8 +175,8 @@ def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, s
         old = batches[0] / (batches[0] + 1)
         batches[0] += 1
     left = forward_at(
-        (config.forward, config.starters, 1, LARGE), shape, x, y, gamma.ctypes.data, beta.ctypes.data, mean, var,
-        saved.ctypes.data, 0, config.eps, old, config.unbiased != 0, use_batch, update, False,
+        _team(config, config.forward, shape[0] * channels * shape[2]), shape, x, y, gamma.ctypes.data, beta.ctypes.data,
+        mean, var, saved.ctypes.data, 0, config.eps, old, config.unbiased != 0, use_batch, update, False,
     )  # fmt: skip
     keep((gamma, beta))
     saved[2] = 1.0 if use_batch else 0.0
@@ -179,7 +193,7 @@ def _differentiate(
     dx = _view(gradients[0], shape, slot) if into else np.empty(shape, np.float32)
     dgamma, dbeta = np.empty(channels, np.float32), np.empty(channels, np.float32)
     backward_at(
-        (config.backward, config.starters, 1, LARGE), shape, _address(x, slot), _address(dy, slot), dx.ctypes.data,
+        _team(config, config.backward, dx.size), shape, _address(x, slot), _address(dy, slot), dx.ctypes.data,
         gamma.ctypes.data, gamma.ctypes.data, saved.ctypes.data, dgamma.ctypes.data, dbeta.ctypes.data, saved[2, 0] != 0, False,
     )  # fmt: skip
     keep((dx, gamma))
@@ -201,7 +215,7 @@ def _forward(count: int, handle_list: int, tags: int, request_list: int, train: 
     slot[:] = 0
     _get_type(handles[0], slot.ctypes.data)
     kind, m = np.int32(slot[0]), shape[0] * shape[2]
-    if kind != FLOAT32 or m < 2 or m * shape[1] >= SERIAL or requests[0] in (NULL, ADD):
+    if not taken(kind, m * shape[1]) or m < 2 or requests[0] in (NULL, ADD):
         return _python_forward(count, handle_list, tags, request_list, train, state)
     keep = requests[1] != NULL
     saved = _rows(_address(handles[config.inputs + 1], slot), shape[1]) if keep else np.empty((3, shape[1]))
@@ -219,7 +233,7 @@ def _backward(count: int, handle_list: int, tags: int, request_list: int, train:
     slot[:] = 0
     _get_type(handles[2], slot.ctypes.data)
     kind, m = np.int32(slot[0]), shape[0] * shape[2]
-    if kind != FLOAT32 or m == 0 or m * shape[1] >= SERIAL:
+    if not taken(kind, m * shape[1]):
         return _python_backward(count, handle_list, tags, request_list, train, state)
     inputs, channels = config.inputs, shape[1]
     gamma = _vector(handles, 2 + config.gamma if config.gamma and config.scale else 0, channels, 1.0, slot)

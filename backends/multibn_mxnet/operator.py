@@ -74,6 +74,7 @@ class _Operator:
             "eps": spec.eps,
             "momentum": 0 if spec.momentum is None else spec.momentum,
             "starters": threads.starters(),
+            "threads": threads.limit(),
             "forward": bodies.forward.address,
             "backward": bodies.backward.address,
         }
