@@ -21,12 +21,10 @@ import numpy as np
 from mxnet import autograd
 from mxnet.base import _LIB, NDArrayHandle, check_call
 
-from multibn.memory import HUGE
-
 from . import by_kernel, lent
 from .callbacks import layers, refusing
 from .description import Layer, type_name
-from .native import RECORD_SIZE, Record
+from .native import RECORD_SIZE, WORTH_PYTHON, Record
 from .operator import calls, configuration
 
 _int, _pointer = ctypes.c_int, ctypes.c_void_p
@@ -62,7 +60,7 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     if training:
         _wait_to_write(context, states)
     n, channels, s = layer.by_channel(shape)
-    compiled = type_name(x) == "float32" and x.size * 4 < HUGE
+    compiled = type_name(x) == "float32" and x.size < WORTH_PYTHON
     y = lent.empty(shape, context, x.dtype)
     run, functions = _functions(compiled)
     at = _C.malloc(RECORD_SIZE + 32 * channels)

@@ -76,6 +76,9 @@ _python_type = types.ExternalFunction("multibn_mxnet_infer_type", _TYPE)
 _python_forward = types.ExternalFunction("multibn_mxnet_forward", _RUN)
 _python_backward = types.ExternalFunction("multibn_mxnet_backward", _RUN)
 
+WORTH_PYTHON = HUGE // 4
+"""Input of so many float32 values or more is for Python, which asks for huge pages."""
+
 FLOAT32, FLOAT64, FLOAT16, INT64, BFLOAT16 = 0, 1, 2, 6, 12
 NULL, ADD = 0, 3
 
@@ -147,12 +150,6 @@ def _rows(address: int, channels: int) -> Any:  # pragma: no cover
 
 
 @compiled
-def taken(kind: int, size: int) -> bool:  # pragma: no cover
-    """Whether input of a type (MXNet's number) and of so many values is for compiled code."""
-    return kind == FLOAT32 and 0 < size < HUGE // 4
-
-
-@compiled
 def _team(config: Any, body: int, size: int) -> Any:  # pragma: no cover
     """``kernel.team``."""
     awake = carray(pointer(config.starters), 1, np.int64)[0] != 0
@@ -215,7 +212,7 @@ def _forward(count: int, handle_list: int, tags: int, request_list: int, train: 
     slot[:] = 0
     _get_type(handles[0], slot.ctypes.data)
     kind, m = np.int32(slot[0]), shape[0] * shape[2]
-    if not taken(kind, m * shape[1]) or m < 2 or requests[0] in (NULL, ADD):
+    if kind != FLOAT32 or m < 2 or m * shape[1] >= WORTH_PYTHON or requests[0] in (NULL, ADD):
         return _python_forward(count, handle_list, tags, request_list, train, state)
     keep = requests[1] != NULL
     saved = _rows(_address(handles[config.inputs + 1], slot), shape[1]) if keep else np.empty((3, shape[1]))
@@ -233,7 +230,7 @@ def _backward(count: int, handle_list: int, tags: int, request_list: int, train:
     slot[:] = 0
     _get_type(handles[2], slot.ctypes.data)
     kind, m = np.int32(slot[0]), shape[0] * shape[2]
-    if not taken(kind, m * shape[1]):
+    if kind != FLOAT32 or m == 0 or m * shape[1] >= WORTH_PYTHON:
         return _python_backward(count, handle_list, tags, request_list, train, state)
     inputs, channels = config.inputs, shape[1]
     gamma = _vector(handles, 2 + config.gamma if config.gamma and config.scale else 0, channels, 1.0, slot)

@@ -84,7 +84,8 @@ class _Kernel(torch.autograd.Function):
 
 _kernel: Any = _Kernel
 _alive: Any = torch._C._functorch.unwrap_if_dead
-# PyTorch asks in each call, forward and backward, which kind of a function this is, for longer than a small batch takes.
+# PyTorch asks in each call, forward and backward, which kind of a function this is, for longer than a small batch takes; and for
+# transforms, which ``ways`` has sent elsewhere.
 _apply: Any = super(torch.autograd.Function, _kernel).apply
 _kernel._backward_cls.apply = _kernel.backward
 
