@@ -31,6 +31,11 @@ _A, _B, _MEAN, _SCALE, _BETA = (i * (LANES + _PAD) for i in range(5))
 SIDE_BY_SIDE = 8
 """Channels that are enough to fold them together."""
 
+EVEN = 4
+"""Groups are a multiple of this where there are channels enough: so many threads, or half as many, have equal shares.
+
+No bit depends on it, for each channel is summed by itself."""
+
 
 class Plan(NamedTuple):
     """How an (N, C, S) array is cut (BN-15)."""
@@ -64,7 +69,10 @@ def plan_of(shape: tuple[int, int, int]) -> Plan:
     joined = max(1, min(LANES // (channels * s), n // JOINED))
     rows = math.ceil(n / joined)
     pieces = math.ceil(s / LANES)
-    together = max(1, LANES // s)
+    together = channels
+    if channels * s >= LANES:
+        least = math.ceil(channels / max(1, LANES // s))  # groups, since a chunk has at most LANES values
+        together = math.ceil(channels / (EVEN * math.ceil(least / EVEN)))
     chunks = rows * pieces
     width = math.ceil(s / pieces)
     groups, blocks = math.ceil(channels / together), math.ceil(chunks / BLOCK)

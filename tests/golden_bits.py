@@ -28,7 +28,7 @@ SPEC = BatchNormSpec(momentum=0.9, moving_variance="unbiased")
 SHAPES: dict[str, tuple[int, ...]] = {
     "one chunk for many channels": (5, 7, 3),
     "fully connected": (300, 3),  # two blocks
-    "last group smaller": (4, 200, 2, 3),
+    "last group smaller": (4, 350, 2, 3),
     "a row in uneven chunks": (2, 2, 1300),
     "joined": (100, 3, 2),  # nine times as many short samples as one chunk takes
     "four samples at a time": (5, 2, 1100),
