@@ -8,19 +8,19 @@ import json
 import re
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 
 def answers(path: str) -> list[dict[str, str]]:
     """[{"id", "question", "answer"}], in the order of the file."""
-    spec = importlib.util.spec_from_file_location("habits_asked", path)
+    name = f"habits.{Path(path).stem}"  # of a package, so that it finds what lies beside it
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = [
-        f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == "habits_asked" and f.__name__[0] != "_"
-    ]
+    found = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == name and f.__name__[0] != "_"]
     found.sort(key=lambda f: f.__code__.co_firstlineno)
     return [{"id": f.__name__, "question": (f.__doc__ or "").strip(), "answer": _answer(f)} for f in found]
 

@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from .gradient import of_large_values
+
 X = np.random.default_rng(0).normal(3, 2, (6, 4, 5, 3)).astype(np.float32)
 
 
@@ -113,12 +115,7 @@ def policy_mixed() -> object:
 
 def gradient_of_large_values() -> object:
     """A spread of 2^40, 2^44, 2^60, gradients of about 2^-10, float32: the largest error of dx, as a part of the largest dx."""
-    told = []
-    for power in (40, 44, 60):
-        x, dy = (np.random.default_rng(seed).normal(size=(6, 3)).astype(np.float32) for seed in (4, 5))
-        x, dy = x * np.float32(2.0**power), dy / 1024
-        told.append(_missing(_dx(x, dy), x, dy, 1e-3))
-    return ", ".join(told)
+    return of_large_values(_dx, 1e-3, (40, 44, 60), 2**-10)
 
 
 def _dx(x: Any, dy: Any) -> Any:
@@ -140,15 +137,6 @@ def _dx(x: Any, dy: Any) -> Any:
         tape.watch(given)
         loss = tf.reduce_sum(layer(given, training=True) * dy)
     return tape.gradient(loss, given).numpy()
-
-
-def _missing(dx: Any, x: Any, dy: Any, eps: float) -> str:
-    """The largest error of a gradient, as a part of the largest gradient."""
-    x = x.astype(np.float64)
-    invstd = 1 / np.sqrt(x.var(0) + eps)
-    xhat = (x - x.mean(0)) * invstd
-    exact = invstd * (dy - dy.mean(0) - xhat * (dy * xhat).mean(0))
-    return f"{np.abs(dx - exact).max() / np.abs(exact).max():.1g}"
 
 
 def mask() -> object:
