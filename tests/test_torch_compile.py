@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from torch import nn
+from torch._dynamo.compiled_autograd import _enable
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -98,6 +100,23 @@ def test_layouts_survive_compilation() -> None:
         y, wanted = compiled(given), layer(given)
         assert torch.equal(y, wanted)
         assert y.stride() == wanted.stride()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # with PyTorch's layers too
+@pytest.mark.parametrize("fuse_relu", [True, False])
+def test_a_compiled_backward_gives_the_same_gradients(fuse_relu: bool) -> None:
+    """Compiled autograd traces the backward of a program that ran as it is written."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    ours.swap(net, fuse_relu)
+    plain, counter = copy.deepcopy(net), CompileCounterWithBackend("eager")
+    x, dy = torch.randn(2, 3, 5, 6), torch.randn(2, 4, 3, 4)
+    plain(x).backward(dy)
+    y = net(x)
+    with _enable(partial(torch.compile, backend=counter)):
+        y.backward(dy)
+    assert counter.frame_count > 0
+    for got, wanted in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(got.grad, wanted.grad)
 
 
 @pytest.mark.parametrize("inside", [True, False])

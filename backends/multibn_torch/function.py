@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from ctypes import Array, addressof, c_double
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -88,6 +89,21 @@ _alive: Any = torch._C._functorch.unwrap_if_dead
 # transforms, which ``ways`` has sent elsewhere.
 _apply: Any = super(torch.autograd.Function, _kernel).apply
 _kernel._backward_cls.apply = _kernel.backward
+
+
+def _run_as_written(function: Any) -> None:
+    """Tell a compiler that meets the function, as compiled autograd does, to run it and all it calls; else it warns of each step.
+
+    ``torch.compiler.disable`` says the same by a function around it, at each call.
+    """
+    function._torchdynamo_disable = True
+    frames: Any = torch._C._dynamo.eval_frame
+    with suppress(AttributeError):  # in older ones, which warn
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+
+
+_run_as_written(_kernel.backward)
 
 
 def kernel_forward(
