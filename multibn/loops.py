@@ -22,10 +22,10 @@ from .compiled import compiled, inlined, inner, load, part, store, unsigned, van
 from .spec import BLOCK, JOINED, LANES, PIVOT
 from .vectors import ROWS, by_lines, goes_past, has_vectors, whole_lines
 
-# One scratch array per call holds five vectors of LANES values at constant distances: the compiler sees that they do not overlap.
+# One scratch array per call holds six vectors of LANES values at constant distances: the compiler sees that they do not overlap.
 _PAD = 24
 """Values between them: at a distance of a power of two they would meet in the same few lines of the cache."""
-_A, _B, _MEAN, _SCALE, _BETA = (i * (LANES + _PAD) for i in range(5))
+_A, _B, _MEAN, _SCALE, _BETA, _ASIDE, _ALL = (i * (LANES + _PAD) for i in range(7))
 
 
 SIDE_BY_SIDE = 8
@@ -136,7 +136,7 @@ def _fold(lanes: Any, start: int, width: int, each: int) -> None:
 
 @inner
 def _fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> None:
-    """The sum of each channel of the group over its lanes, which begin at ``start``; those at _SCALE are spoilt."""
+    """The sum of each channel of the group over its lanes, which begin at ``start``; those at _ASIDE are spoilt."""
     first, last = _channels(plan, group)
     channels, width = unsigned(last - first), unsigned(plan.width)
     if plan.joined > 1:
@@ -145,7 +145,7 @@ def _fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> No
         for k in range(channels):
             sums[unsigned(first) + k] = lanes[start + k]
     elif channels >= SIDE_BY_SIDE:
-        aside = unsigned(_SCALE)
+        aside = unsigned(_ASIDE)
         _lay_side_by_side(lanes, start, aside, channels, width)
         _fold(lanes, aside, (width + unsigned(1)) // unsigned(2), channels)
         for k in range(channels):
@@ -502,18 +502,23 @@ def _correlate_blocks(
 @inlined
 def _propagate_blocks(
     plan: Plan, flat: Any, dy: Any, dx: Any, beta: Any, saved: Any, means: Any, through: bool, rectify: bool, large: int,
-    first: int, last: int, lanes: Any,
+    known: bool, first: int, last: int, lanes: Any,
 ) -> None:  # fmt: skip
-    """means: what is taken from dy for each channel, what goes with x-mean, and gamma*invstd."""
+    """means: what is taken from dy for each channel, what goes with x-mean, and gamma*invstd.
+
+    known: whether the lanes still hold what ``_correlate_blocks`` laid there for the same group.
+    """
     past, whole = goes_past(dx, plan.row, large), plan.n // plan.joined
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
         if task == first or block == 0:
-            _spread(saved[0], plan, group, lanes[_MEAN:])
             _spread(means[0], plan, group, lanes[_A:])
             _spread(means[1], plan, group, lanes[_B:])
-            _spread(means[2], plan, group, lanes[_SCALE:])
-            if rectify:
+            if not known:
+                _spread(saved[0], plan, group, lanes[_MEAN:])
+            if not (known and rectify):
+                _spread(means[2], plan, group, lanes[_SCALE:])
+            if rectify and not known:
                 _spread(beta, plan, group, lanes[_BETA:])
         first_step, last_step = _steps(plan, block)
         for step in range(first_step, last_step):
@@ -635,7 +640,7 @@ def forward_stage(
     Returns how many channels' moving statistics were left as they were (BN-11).
     """
     plan, m, left = plan_of(shape), shape[0] * shape[2], 0
-    lanes = np.empty(5 * (LANES + _PAD))
+    lanes = np.empty(_ALL)
     for i in range(last - first if stage == 0 else 1):
         begin, end, c, c_end = _tasks(plan, stage, first, last, i)
         if stage <= 1 and (use_batch or update):
@@ -656,7 +661,7 @@ def backward_stage(
 ) -> None:  # fmt: skip
     """One stage of a backward, as of a forward; x, dy and dx are flat."""
     plan, m = plan_of(shape), shape[0] * shape[2]
-    lanes = np.empty(5 * (LANES + _PAD))
+    lanes = np.empty(_ALL)
     for i in range(last - first if stage == 0 else 1):
         begin, end, c, c_end = _tasks(plan, stage, first, last, i)
         if stage <= 1:
@@ -664,4 +669,4 @@ def backward_stage(
         if stage == 0 or stage == 2:
             _gradients(m, sums, saved, gamma, dgamma, dbeta, means, c, c_end)
         if stage == 0 or stage == 3:
-            _propagate_blocks(plan, x, dy, dx, beta, saved, means, through, rectify, large, begin, end, lanes)
+            _propagate_blocks(plan, x, dy, dx, beta, saved, means, through, rectify, large, stage == 0, begin, end, lanes)
