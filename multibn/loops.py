@@ -69,10 +69,9 @@ def plan_of(shape: tuple[int, int, int]) -> Plan:
     joined = max(1, min(LANES // (channels * s), n // JOINED))
     rows = math.ceil(n / joined)
     pieces = math.ceil(s / LANES)
-    together = channels
-    if channels * s >= LANES:
-        least = math.ceil(channels / max(1, LANES // s))  # groups, since a chunk has at most LANES values
-        together = math.ceil(channels / (EVEN * math.ceil(least / EVEN)))
+    together = min(channels, max(1, LANES // s))
+    if channels * s >= LANES and s > 1:  # where S is 1, long rows are read faster
+        together = math.ceil(channels / (EVEN * math.ceil(channels / (EVEN * together))))
     chunks = rows * pieces
     width = math.ceil(s / pieces)
     groups, blocks = math.ceil(channels / together), math.ceil(chunks / BLOCK)
