@@ -57,15 +57,22 @@ def right(num_features: int, spec: BatchNormSpec) -> ReferenceSubject:
     return ReferenceSubject(num_features, spec)
 
 
-@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(FOLDER)) for file in FILES])
-def test_a_file_needs_numpy_and_its_framework_only(file: Path) -> None:
-    imports = set()
+def imported(file: Path) -> set[str]:
+    """What a file imports, and what the files import that lie beside it and that it imports."""
+    names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            imports |= {name.name.partition(".")[0] for name in node.names}
+            names |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names |= imported(file.parent / f"{node.module}.py")
         elif isinstance(node, ast.ImportFrom):
-            imports.add(str(node.module).partition(".")[0])
-    assert imports - set(sys.stdlib_module_names) <= FRAMEWORKS[file.stem] | {"numpy"}
+            names.add(str(node.module).partition(".")[0])
+    return names - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(FOLDER)) for file in FILES])
+def test_a_file_needs_numpy_and_its_framework_only(file: Path) -> None:
+    assert imported(file) <= FRAMEWORKS[file.stem] | {"numpy"}
 
 
 @EVERY
