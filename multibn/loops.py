@@ -32,7 +32,7 @@ SIDE_BY_SIDE = 8
 """Channels that are enough to fold them together."""
 
 EVEN = 4
-"""Groups are a multiple of this where there are channels enough: so many threads, or half as many, have equal shares.
+"""Channels are cut as if for a multiple of so many groups: where these are few, so many threads, or half, have equal shares.
 
 No bit depends on it, for each channel is summed by itself."""
 

@@ -74,6 +74,23 @@ def test_shapes_of_the_golden_bits_take_every_path() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("s", [1, 2, 4, 9, 49, 196, 784, LANES - 1, LANES, LANES + 1, 12544])
+@pytest.mark.parametrize("channels", [1, 3, 5, 64, 130, 512, 2048])
+def test_a_group_fits_into_a_chunk(channels: int, s: int) -> None:
+    plan = loops.plan_of((16, channels, s))
+    assert plan.joined * plan.together * plan.width <= LANES
+    assert (plan.groups - 1) * plan.together < channels <= plan.groups * plan.together
+
+
+@pytest.mark.parametrize(
+    ("shape", "together"), [((32, 512, 4), 128), ((16, 512, 9), 128), ((16, 128, 49), 32), ((8, 2048, 1), 2048)]
+)
+def test_threads_have_equal_groups(shape: tuple[int, int, int], together: int) -> None:
+    """But where S is 1."""
+    plan = loops.plan_of(shape)
+    assert (plan.together, plan.groups) == (together, shape[1] // together)
+
+
 def both(
     x: Array, dy: Array, spec: BatchNormSpec, *, training: bool = True, channel_axis: int = 1, batches: int = 0
 ) -> tuple[list[Any], list[Any]]:
