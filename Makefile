@@ -6,7 +6,7 @@ conform: .venv/ready
 	.venv/bin/multibn conform
 
 atlas: .venv/ready
-	$(PY) -m multibn_conformance.atlas
+	$(PY) -m multibn_conformance.atlas.make
 
 test: .venv/ready lint
 	$(PY) -m pytest -n auto --cov --cov-report=term-missing:skip-covered

@@ -1,10 +1,10 @@
 """multibn: one BatchNorm that means the same everywhere. Importing it loads NumPy and no framework."""
 
-from .spec import BLOCK as BLOCK
-from .spec import CLAUSES as CLAUSES
-from .spec import LANES as LANES
-from .spec import BatchNormSpec as BatchNormSpec
-from .whitening import WhiteningSpec as WhiteningSpec
-from .whitening_layer import Whitening as Whitening
+from .spec.batchnorm import BatchNormSpec as BatchNormSpec
+from .spec.clauses import BLOCK as BLOCK
+from .spec.clauses import CLAUSES as CLAUSES
+from .spec.clauses import LANES as LANES
+from .whitening.layer import Whitening as Whitening
+from .whitening.spec import WhiteningSpec as WhiteningSpec
 
 __version__ = "0.1.0"

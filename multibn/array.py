@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from . import identity, reference
-from .layer import Array, Backend, PoisonedBatch, objection, poisoned, poisoned_channels, spec_text
-from .spec import BatchNormSpec
-from .whitening import WhiteningSpec
-from .whitening_layer import ReferenceWhiteningSubject, WhiteningSubject
+from . import identity
+from .layer.inputs import objection
+from .layer.nonfinite import PoisonedBatch, poisoned, poisoned_channels
+from .layer.types import Array
+from .spec.batchnorm import BatchNormSpec, spec_text
 
 
 class BatchNorm:
@@ -119,57 +119,3 @@ class BatchNorm:
                 "Give the gradient of this forward's output."
             )
         return kernel.backward(dy, saved)
-
-
-class KernelSubject(BatchNorm):
-    """``BatchNorm`` as the conformance suite sees it, for input of any rank."""
-
-    def __init__(self, num_features: int, spec: BatchNormSpec | None = None) -> None:
-        super().__init__(num_features, None, spec)
-
-    def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
-        """Copies of the arrays become the state."""
-        self.gamma = gamma.copy() if gamma is not None and self.spec.scale else None
-        self.beta = beta.copy() if beta is not None and self.spec.center else None
-        if moving_mean is not None and moving_var is not None:
-            self.moving_mean, self.moving_var = moving_mean.copy(), moving_var.copy()
-        self.batches = 0
-
-    def forward(self, x: Array, training: bool) -> Array:
-        """The same, without a word: some cases are poisoned on purpose."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PoisonedBatch)
-            return super().forward(x, training)
-
-    def moving(self) -> tuple[Array, Array]:
-        """Copies of the moving statistics."""
-        return self.moving_mean.copy(), self.moving_var.copy()
-
-
-class ReferenceSubject(KernelSubject):
-    """The same, computed by ``multibn.reference``."""
-
-    def _forward(self, x: Array, training: bool) -> Array:
-        state = self.gamma, self.beta, self.moving_mean, self.moving_var
-        done = reference.forward(x, *state, self.spec, training, batches=self.batches)
-        self.moving_mean, self.moving_var, self._saved = done.moving_mean, done.moving_var, done.saved
-        return done.y
-
-    def _backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
-        return reference.backward(dy, self._saved)
-
-
-def _make(num_features: int, spec: BatchNormSpec | None, device: str, implementation: str) -> KernelSubject:
-    return {"reference": ReferenceSubject, "kernel": KernelSubject}[implementation](num_features, spec)
-
-
-def _make_whitening(num_features: int, spec: WhiteningSpec, device: str, implementation: str) -> WhiteningSubject:
-    return {"reference": ReferenceWhiteningSubject, "kernel": WhiteningSubject}[implementation](num_features, spec)
-
-
-def _devices() -> tuple[str, ...]:
-    return ("cpu",)
-
-
-BACKEND = Backend("numpy", {"numpy": np.__version__}, {"reference": "exact", "kernel": "exact"}, _devices, _make, _make_whitening)
-"""NumPy as the conformance suite sees it."""

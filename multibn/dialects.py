@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
-from .spec import BatchNormSpec
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .spec.batchnorm import BatchNormSpec
 
 
 @dataclass(frozen=True)
@@ -278,34 +275,3 @@ def get(name: str) -> Dialect:
     if name not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {name!r}. `multibn dialects` describes them.")
     return DIALECTS[name]
-
-
-def table() -> Table:
-    """All dialects for a terminal: one row each, with its source."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    rows = Table(title="What each BatchNorm does by default (momentum: the weight of the old value)", show_lines=True)
-    rows.add_column("dialect", style="bold", no_wrap=True)
-    rows.add_column("spec", no_wrap=True)
-    rows.add_column("what else it does, and how that is known", overflow="fold")
-    for dialect in DIALECTS.values():
-        rows.add_row(dialect.name, _spec_cell(dialect), escape(_text_cell(dialect)))
-    return rows
-
-
-def _spec_cell(dialect: Dialect) -> str:
-    spec = dialect.spec
-    lines = [f"eps {spec.eps:g}", f"momentum {spec.momentum}", spec.moving_variance]
-    lines += [f"no {name}" for name, present in (("gamma", spec.scale), ("beta", spec.center)) if not present]
-    return "\n".join([*lines, f"axis {dialect.channel_axis}", f"update: {dialect.updates_in}"])
-
-
-def _text_cell(dialect: Dialect) -> str:
-    return "\n".join(
-        (
-            f"{dialect.title}. Its own momentum: {dialect.native_momentum}.",
-            *dialect.notes,
-            f"{dialect.checked.capitalize()}: {dialect.source}.",
-        )
-    )

@@ -15,8 +15,8 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 
 from . import reference
-from .layer import Array
-from .spec import BatchNormSpec
+from .layer.types import Array
+from .spec.batchnorm import BatchNormSpec
 
 Init = Literal["standard", "identity"]
 """How gamma and beta begin: as 1 and 0, or, from the first training batch, as what makes the layer the identity."""
@@ -46,7 +46,7 @@ def untouched(gamma: Array, beta: Array, moving_mean: Array | None, moving_var: 
 
 def parameters(x: Array, eps: float, kind: Any, channel_axis: int = 1) -> tuple[Array, Array]:
     """gamma and beta, (C,) of type kind, with which training on x is the identity; 1 and 0 where they are not finite (BN-11)."""
-    mean, var = reference.statistics(reference._by_channel(x, channel_axis))
+    mean, var = reference.statistics(reference.by_channel(x, channel_axis))
     with np.errstate(over="ignore", invalid="ignore"):
         gamma, beta = np.sqrt(var + eps).astype(kind), mean.astype(kind)
     finite = np.isfinite(gamma) & np.isfinite(beta)
@@ -55,7 +55,7 @@ def parameters(x: Array, eps: float, kind: Any, channel_axis: int = 1) -> tuple[
 
 def bound(x: Array, eps: float) -> Array:
     """How far y of an exact implementation may be from x, of x's shape (N, C, ...); derived at the top of this file."""
-    values = reference._by_channel(x, 1)
+    values = reference.by_channel(x, 1)
     mean, var = (a[:, None] for a in reference.statistics(values))
     double = x.dtype == np.float64
     u, ulps = (2.0**-53, 1.0) if double else (2.0**-24, 0.51)

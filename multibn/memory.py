@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .layer import Array
+from .layer.types import Array
 
 HUGE = 32 << 20
 """Outputs from this many bytes on are worth huge pages: below, the allocator hands out memory that was touched before."""

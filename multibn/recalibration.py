@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from .layer import Array
+from .layer.types import Array
 
 _LIMB: Final = 18
 _CHUNK: Final = 1 << 16

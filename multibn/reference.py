@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .layer import Array, objection
-from .spec import BLOCK, JOINED, LANES, PIVOT, BatchNormSpec
+from .layer.inputs import objection
+from .layer.types import Array
+from .spec.batchnorm import BatchNormSpec
+from .spec.clauses import BLOCK, JOINED, LANES, PIVOT
 
 
 class Saved(NamedTuple):
@@ -78,7 +80,7 @@ def forward(
     array([0.75, 1.15, 1.55], dtype=float32)
     """
     _check(x, gamma, beta, moving_mean, moving_var, spec, training, channel_axis)
-    values = _by_channel(x, channel_axis)
+    values = by_channel(x, channel_axis)
     m = values.shape[0] * values.shape[2]
     mean, var = _float64(moving_mean), _float64(moving_var)
     new_mean, new_var = moving_mean.copy(), moving_var.copy()
@@ -121,7 +123,7 @@ def backward(dy: Array, saved: Saved) -> Backward:
             f"dy must have the input's shape {x.shape} and type {x.dtype}, got shape {dy.shape} and type {dy.dtype}. "
             "Give the gradient of this forward's output."
         )
-    values, dys = _by_channel(x, channel_axis), _by_channel(dy, channel_axis)
+    values, dys = by_channel(x, channel_axis), by_channel(dy, channel_axis)
     m = values.shape[0] * values.shape[2]
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         deviations = values - mean[:, None]  # xhat = deviations * invstd
@@ -212,7 +214,7 @@ def _padded(a: Array, axis: int, multiple: int) -> Array:
     return np.pad(a, [(0, -a.shape[i] % multiple if i == axis else 0) for i in range(a.ndim)])
 
 
-def _by_channel(x: Array, channel_axis: int) -> Array:
+def by_channel(x: Array, channel_axis: int) -> Array:
     """x as float64 (N, C, S): the axes before the channel axis, the channels, the axes after it."""
     axis = channel_axis % x.ndim
     before, after = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])

@@ -8,7 +8,7 @@ from typing import Any
 import mxnet as mx
 import pytest
 
-from multibn.layer import Array
+from multibn.layer.types import Array
 
 
 @pytest.fixture(params=[False, True], ids=["nd", "np"])

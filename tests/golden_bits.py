@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multibn import BatchNormSpec
-from multibn.layer import PARAMETER_TYPE, Array
+from multibn.layer.types import PARAMETER_TYPE, Array
 
 FILE = Path(__file__).with_suffix(".json")
 NAMES = ("y", "dx", "dgamma", "dbeta", "moving_mean", "moving_var")
@@ -80,8 +80,8 @@ def golden(make: Callable[[int, BatchNormSpec], Any], dtypes: list[str], shapes:
 
 def main(*dtypes: str) -> None:
     """Compute with the kernel, and write or print."""
-    from multibn import kernel
-    from multibn.array import KernelSubject
+    from multibn.kernel import entry as kernel
+    from multibn.numpy_backend import KernelSubject
 
     if dtypes == ("write",):
         FILE.write_text(json.dumps(golden(KernelSubject, ["float16", "float32", "float64"], SHAPES), indent=1) + "\n")

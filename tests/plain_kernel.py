@@ -15,8 +15,8 @@ import numpy as np
 from numba import carray as carray_of  # type: ignore[attr-defined]
 from numba import config, types
 
-from multibn import compiled
-from multibn.layer import Array
+from multibn.kernel import addresses, halves, jit
+from multibn.layer.types import Array
 
 assert getattr(config, "DISABLE_JIT")  # noqa: B009 - numba sets it at run time
 np.seterr(all="ignore")
@@ -35,7 +35,7 @@ def fetch_add(address: int, count: int) -> int:
 
 
 class CFunction:
-    """What ``compiled.c_function`` makes, of a function that stays Python's."""
+    """What ``jit.c_function`` makes, of a function that stays Python's."""
 
     def __init__(self, signature: Any, function: Callable[[int], int], sources: str) -> None:
         self.ctypes = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(function)
@@ -43,13 +43,13 @@ class CFunction:
 
 
 def by_lines(lanes: Sequence[int], formula: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """``vectors.by_lines``, with NumPy's operators for the compiler's."""
+    """``simd.by_lines``, with NumPy's operators for the compiler's."""
     builder = SimpleNamespace(fadd=np.add, fsub=np.subtract, fmul=np.multiply, select=np.where)
     builder.fcmp_ordered = lambda sign, a, b: a < b if sign == "<" else a <= b
 
     def write(out: Array, inputs: Sequence[Array], start: int, row: int, scratch: Array, j: int, number: float) -> None:
-        n = vectors.LINE // out.itemsize
-        for i in range(start, start + vectors.ROWS * row, row):
+        n = simd.LINE // out.itemsize
+        for i in range(start, start + simd.ROWS * row, row):
             given = [each[i : i + n].astype(np.float64) for each in inputs]
             out[i : i + n] = formula(builder, number, *given, *(scratch[j + lane : j + lane + n] for lane in lanes))
 
@@ -57,25 +57,27 @@ def by_lines(lanes: Sequence[int], formula: Callable[..., Any]) -> tuple[Callabl
 
 
 # What the compiler would make of these is known to it alone.
-vars(compiled).update(
+vars(addresses).update(
     pointer=lambda address: address,
     fetch_add=fetch_add,
     call=lambda address, given: ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(given))(int(address))(*map(int, given)),
     part=lambda array, start, width: array[start : start + width],
     unsigned=int,
-    c_function=CFunction,
 )
+vars(jit).update(c_function=CFunction)
 
-from multibn import vectors
+from multibn.kernel import simd
 
-vars(vectors).update(by_lines=by_lines)
+vars(simd).update(by_lines=by_lines)
 
 from golden_bits import FILE, NAMES, SHAPES, SPEC, golden
 
-from multibn import calls, kernel, reference, threads
-from multibn.array import KernelSubject
+from multibn import reference
+from multibn.kernel import arrays, schedule, threads
+from multibn.kernel import entry as kernel
+from multibn.numpy_backend import KernelSubject
 
-vars(calls).update(carray=carray)
+vars(schedule).update(carray=carray)
 KEPT = json.loads(FILE.read_text())
 
 
@@ -105,9 +107,9 @@ for training, poison in ((True, np.nan), (False, 0.0)):
     mean, var = zero.copy(), one.copy()
     done = reference.forward(x, one, zero, mean, var, SPEC, training)
     expected: list[Array | None] = [done.y, *reference.backward(dy, done.saved), done.moving_mean, done.moving_var]
-    y, saved = kernel.forward(x, one, zero, mean, var, SPEC, training)
+    y, saved = arrays.forward(x, one, zero, mean, var, SPEC, training)
     kernel._ready.clear()
-    for name, a, b in zip(NAMES, expected, [y, *kernel.backward(dy, saved), mean, var], strict=True):
+    for name, a, b in zip(NAMES, expected, [y, *arrays.backward(dy, saved), mean, var], strict=True):
         assert a is not None, name
         np.testing.assert_array_equal(b, a, name)
 
@@ -124,9 +126,9 @@ def check_relu(training: bool, *shape: int) -> None:
     old, unbiased = SPEC.weight_of_old(0), SPEC.moving_variance == "unbiased"
     places = [a.ctypes.data for a in (x, y, one, zero, *moved, saved)]
     team = kernel.team(bodies.forward.address, 0)
-    calls.forward_at(team, shape, *places, 0, SPEC.eps, old, unbiased, training, training, True)
+    schedule.forward_at(team, shape, *places, 0, SPEC.eps, old, unbiased, training, training, True)
     places = [a.ctypes.data for a in (x, dy, dx, one, zero, saved, dgamma, dbeta)]
-    calls.backward_at(kernel.team(bodies.backward.address, 0), shape, *places, training, True)
+    schedule.backward_at(kernel.team(bodies.backward.address, 0), shape, *places, training, True)
     for want, got in zip(expected, (y, dx, dgamma, dbeta), strict=True):
         assert want is not None
         np.testing.assert_array_equal(got, want)
@@ -167,10 +169,10 @@ def decoded(codes: Array, kind: str) -> Array:
 for kind in ("int16", "uint16", "float32", "float64"):
     values, numba_type = np.array(VALUES), getattr(types, kind)
     want = encoded(values, kind)
-    for store in (compiled.store, compiled._store_for(types.Array(numba_type, 1, "C"), 0, 0.0)):
+    for store in (halves.store, halves._store_for(types.Array(numba_type, 1, "C"), 0, 0.0)):
         out = np.zeros_like(want)
         for j, value in enumerate(values):
             store(out, j, value)
         assert out.tobytes() == want.tobytes(), (kind, out, want)
-    for load in (compiled.load, compiled._load_for(numba_type)):
+    for load in (halves.load, halves._load_for(numba_type)):
         assert np.array_equal([load(code) for code in want], decoded(want, kind), equal_nan=True), kind

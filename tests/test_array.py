@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from multibn.array import BACKEND, BatchNorm, KernelSubject, ReferenceSubject
-from multibn.layer import PoisonedBatch, poisoned
-from multibn.spec import BatchNormSpec
+from multibn.array import BatchNorm
+from multibn.layer.nonfinite import PoisonedBatch, poisoned
+from multibn.numpy_backend import BACKEND, KernelSubject, ReferenceSubject
+from multibn.spec.batchnorm import BatchNormSpec
 
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
 

@@ -10,11 +10,11 @@ mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
 pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'multibn[conformance]'")
 
 from multibn import BatchNormSpec
-from multibn.layer import Array
-from multibn_conformance.case import ALL_GRADIENTS, MOVING, back, case, infer, train, usual
-from multibn_conformance.judge import judge_maker
-from multibn_mxnet.article import beside_the_articles_block
-from multibn_mxnet.articles_block import BatchNorm
+from multibn.layer.types import Array
+from multibn_conformance.cases.case import ALL_GRADIENTS, MOVING, back, case, infer, train, usual
+from multibn_conformance.judging.judge import judge_maker
+from multibn_mxnet.studies.article import beside_the_articles_block
+from multibn_mxnet.studies.articles_block import BatchNorm
 
 
 class TheArticles:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from known_differences import KNOWN, Known
 
-from multibn_conformance import atlas, atlas_page
-from multibn_conformance.choice import WrongCall
-from multibn_conformance.fixed import CASES
-from multibn_conformance.own import FOLDER
-from multibn_conformance.own.registry import ALL
+from multibn.usage import UsageError
+from multibn_conformance.atlas import make
+from multibn_conformance.atlas import page as atlas_page
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.frameworks.own import FOLDER
+from multibn_conformance.frameworks.registry import ALL
 
 DOCS = Path(__file__).parents[1] / "docs"
 ATLAS: dict[str, Any] = json.loads((DOCS / "atlas.json").read_text())
@@ -46,7 +47,7 @@ def test_every_framework_is_in_it_and_keeps_its_dialect() -> None:
 
 def test_versions_are_the_pinned_ones() -> None:
     for own in ALL:
-        pins = dict(line.split("==") for line in (FOLDER / "environments" / f"{own.environment}.txt").read_text().split())
+        pins = dict(line.split("==") for line in (FOLDER.parent / "environments" / f"{own.environment}.txt").read_text().split())
         pinned = {name.lower().replace("_", "-"): version for name, version in pins.items()}
         told = BY_NAME[own.name]["packages"]
         assert {name: version.partition("+")[0] for name, version in told.items()} == {
@@ -89,19 +90,19 @@ class Pip:
 
 def test_an_environment_is_filled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = Pip(monkeypatch)
-    python = atlas.environment("onnx", tmp_path)
+    python = make.environment("onnx", tmp_path)
     assert python == tmp_path / "onnx" / "bin" / "python"
-    assert atlas.environment("onnx", tmp_path) == python
-    pins = str(FOLDER / "environments" / "onnx.txt")
+    assert make.environment("onnx", tmp_path) == python
+    pins = str(FOLDER.parent / "environments" / "onnx.txt")
     assert pip.calls == [[str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", pins]]
     (tmp_path / "onnx" / "done").write_text("other pins")
-    atlas.environment("onnx", tmp_path)
+    make.environment("onnx", tmp_path)
     assert len(pip.calls) == 2
 
 
 def test_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atlas, "CASES", {case.id: case for case in CASES.values() if case.clause in ("BN-06", "BN-07")})
-    found = atlas.measured(TORCH, Path(sys.executable))
+    monkeypatch.setattr(make, "CASES", {case.id: case for case in CASES.values() if case.clause in ("BN-06", "BN-07")})
+    found = make.measured(TORCH, Path(sys.executable))
     known = BY_NAME["torch.nn"]
     assert found["packages"]["torch"] == known["packages"]["torch"]
     assert found["spec"] == known["spec"] == {**found["spec"], "eps": pytest.approx(1e-5), "moving_variance": "unbiased"}
@@ -117,9 +118,9 @@ def framework(name: str, **other: Any) -> dict[str, Any]:
 
 def test_some_are_run_again_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "atlas.json").write_text(json.dumps({"frameworks": [framework("torch.nn"), framework("paddle.nn")]}))
-    monkeypatch.setattr(atlas, "environment", lambda name, folder: folder / name)
-    monkeypatch.setattr(atlas, "measured", lambda own, python: framework(own.name, numpy=str(python)))
-    assert atlas.make(["torch.nn", "keras2"], Path("e"), tmp_path) == []
+    monkeypatch.setattr(make, "environment", lambda name, folder: folder / name)
+    monkeypatch.setattr(make, "measured", lambda own, python: framework(own.name, numpy=str(python)))
+    assert make.make(["torch.nn", "keras2"], Path("e"), tmp_path) == []
     made = json.loads((tmp_path / "atlas.json").read_text())
     old = BY_NAME["torch.nn"]["numpy"]
     assert [(each["name"], each["numpy"]) for each in made["frameworks"]] == [
@@ -127,8 +128,8 @@ def test_some_are_run_again_and_the_others_stay(tmp_path: Path, monkeypatch: pyt
         ("keras2", "e/tensorflow"),
         ("paddle.nn", old),
     ]
-    assert made["format"] == atlas.FORMAT
-    assert set(made["missing"]) == set(atlas.MISSING)
+    assert made["format"] == make.FORMAT
+    assert set(made["missing"]) == set(make.MISSING)
 
 
 def test_what_was_run_is_kept_if_the_rest_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +138,10 @@ def test_what_was_run_is_kept_if_the_rest_is_not(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return framework(own.name)
 
-    monkeypatch.setattr(atlas, "environment", lambda name, folder: folder / name)
-    monkeypatch.setattr(atlas, "measured", runs)
+    monkeypatch.setattr(make, "environment", lambda name, folder: folder / name)
+    monkeypatch.setattr(make, "measured", runs)
     with pytest.raises(KeyboardInterrupt):
-        atlas.make([], Path("e"), tmp_path)
+        make.make([], Path("e"), tmp_path)
     assert [each["name"] for each in json.loads((tmp_path / "atlas.json").read_text())["frameworks"]] == ["torch.nn"]
 
 
@@ -155,25 +156,25 @@ def test_the_page_says_when_each_was_run() -> None:
 
 def test_what_cannot_be_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(own: Any, python: Path) -> Any:
-        raise WrongCall("no module named mxnet")
+        raise UsageError("no module named mxnet")
 
-    monkeypatch.setattr(atlas, "environment", lambda name, folder: folder / name)
-    monkeypatch.setattr(atlas, "measured", fails)
-    assert atlas.main(["gluon.nn", "--docs", str(tmp_path), "--environments", "e"]) == 1
+    monkeypatch.setattr(make, "environment", lambda name, folder: folder / name)
+    monkeypatch.setattr(make, "measured", fails)
+    assert make.main(["gluon.nn", "--docs", str(tmp_path), "--environments", "e"]) == 1
     assert capsys.readouterr().err == "could not be run: gluon.nn: no module named mxnet\n"
     assert "- gluon.nn: no module named mxnet\n" in (tmp_path / "atlas.md").read_text()
 
 
 def test_an_unknown_framework(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        atlas.main(["theano"])
+        make.main(["theano"])
     assert left.value.code == 2
-    told = "python -m multibn_conformance.atlas: error: there is no framework 'theano'; there are torch.nn, gluon.nn, "
+    told = "python -m multibn_conformance.atlas.make: error: there is no framework 'theano'; there are torch.nn, gluon.nn, "
     assert told in capsys.readouterr().err
 
 
 def test_numbers_that_json_has_not_are_words() -> None:
-    assert atlas._plain({1: (float("inf"), None), "a": [float("nan"), 2.5]}) == {"1": ["inf", None], "a": ["nan", 2.5]}
+    assert make._plain({1: (float("inf"), None), "a": [float("nan"), 2.5]}) == {"1": ["inf", None], "a": ["nan", 2.5]}
 
 
 def test_short_words() -> None:
@@ -189,7 +190,10 @@ def test_questions_are_asked_in_another_process(tmp_path: Path) -> None:
         'def number():\n    """A number."""\n    return 0.12345\n\n\ndef truth():\n    """True?"""\n    return False\n\n\n'
         'def error():\n    """Raises."""\n    raise ValueError("no\\nmore")\n\n\ndef _helper():\n    pass\n'
     )
-    command = [sys.executable, *map(str, (FOLDER / "ask.py", tmp_path / "habits.py", tmp_path / "out.json"))]
+    command = [
+        sys.executable,
+        *map(str, (Path(make.__file__).with_name("ask.py"), tmp_path / "habits.py", tmp_path / "out.json")),
+    ]
     subprocess.run(command, check=True)
     assert json.loads((tmp_path / "out.json").read_text()) == [
         {"id": "number", "question": "A number.", "answer": "0.123"},

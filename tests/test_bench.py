@@ -16,8 +16,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from multibn import bench, bench_result, cli
-from multibn.bench_result import Input, Result, Row
+from multibn import cli
+from multibn.bench import contest, result, show
+from multibn.bench import run as bench
+from multibn.bench.inputs import MODELS
+from multibn.bench.result import Input, Result, Row
 
 PROCESSORS = len(os.sched_getaffinity(0))
 
@@ -29,9 +32,9 @@ def row(given: Input, ours: list[float], own: list[float], copy: list[float] | N
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Result:
-    monkeypatch.setattr(bench_result, "version", lambda name: f"of-{name}")
+    monkeypatch.setattr(result, "version", lambda name: f"of-{name}")
     monkeypatch.setattr(platform, "python_version", lambda: "3.11.0")
-    monkeypatch.setattr(bench_result, "__version__", "0.0")
+    monkeypatch.setattr(result, "__version__", "0.0")
     rows = [
         row(Input("stages", (32, 64, 4, 4)), [10.0, 12.0, 30.0], [40.0, 12.0, 90.0], [10.0, 8.0, 10.0]),
         row(Input("stages", (32, 128, 2, 2)), [1.0, 1.0, 1.0], [12.0, 12.0, 12.0], [2.0, 2.0, 2.0]),
@@ -58,11 +61,11 @@ def test_without_a_copy_there_is_no_ratio_to_it() -> None:
 
 def test_samples_of_different_length_are_refused() -> None:
     with pytest.raises(ValueError):
-        bench_result.median_of_ratios([1.0, 2.0], [1.0])
+        result.median_of_ratios([1.0, 2.0], [1.0])
 
 
 def test_the_geometric_mean_of_two_and_eight_is_four() -> None:
-    assert round(bench_result.geometric_mean([2.0, 8.0]), 12) == 4.0
+    assert round(result.geometric_mean([2.0, 8.0]), 12) == 4.0
 
 
 def test_geometric_means_are_those_of_the_stages(made_up: Result) -> None:
@@ -74,15 +77,15 @@ def test_geometric_means_are_those_of_the_stages(made_up: Result) -> None:
 def test_the_processor_is_named(tmp_path: Path) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text("processor\t: 0\nmodel name\t: A processor\nflags\t: x\nprocessor\t: 1\nmodel name\t: A processor\n")
-    assert bench_result.processor(info) == "A processor, 2 processors"
-    nameless = bench_result.processor(tmp_path / "missing")
+    assert result.processor(info) == "A processor, 2 processors"
+    nameless = result.processor(tmp_path / "missing")
     assert nameless == (platform.processor() or platform.machine())
 
 
 def test_the_table(made_up: Result) -> None:
     console = Console(width=80, color_system=None)
     with console.capture() as capture:
-        console.print(bench_result.table(made_up, "torch"))
+        console.print(show.table(made_up, "torch"))
     assert [line.rstrip() for line in capture.get().splitlines() if line.strip()] == [
         "torch of-torch; own: torch.nn.BatchNorm2d",
         "  input                ours ms   own ms   copy ms   own/ours   ours/copy",
@@ -97,7 +100,7 @@ def test_the_table(made_up: Result) -> None:
 
 
 def test_the_caption_says_how_the_run_was_made(made_up: Result) -> None:
-    assert bench_result.caption(made_up).splitlines() == [
+    assert show.caption(made_up).splitlines() == [
         "Medians of 3 turns; forward + backward in training, or forward in inference.",
         "copy: copying the same bytes, two copies into memory allocated like y and three into memory allocated like dx; "
         "in inference one.",
@@ -154,7 +157,7 @@ def of_networks(made_up: Result) -> Result:
 def test_the_table_of_networks_has_the_limit(of_networks: Result) -> None:
     console = Console(width=80, color_system=None)
     with console.capture() as capture:
-        console.print(bench_result.table(of_networks, "torch"))
+        console.print(show.table(of_networks, "torch"))
     assert [line.rstrip() for line in capture.get().splitlines() if line.strip()] == [
         "torch of-torch; own: densenet121",
         "  input                            ours ms   own ms   own/ours   limit",
@@ -162,7 +165,7 @@ def test_the_table_of_networks_has_the_limit(of_networks: Result) -> None:
         "  training steps",
         "   densenet121 (16, 3, 112, 112)      9.00    10.00       1.25    2.00",
     ]
-    assert bench_result.caption(of_networks).splitlines() == [
+    assert show.caption(of_networks).splitlines() == [
         "Medians of 3 turns; a training step: forward, loss, backward, SGD.",
         "own: the network as it is; ours: after swap, in PyTorch with fuse_relu; limit: how many times faster it is without any "
         "BatchNorm.",
@@ -185,7 +188,7 @@ def test_the_picture_has_a_bar_for_each_and_the_ratio_above(made_up: Result) -> 
     from matplotlib.text import Annotation
 
     axes = Figure().subplots()
-    bench_result._bars(axes, made_up.rows["torch"][:2])
+    show._bars(axes, made_up.rows["torch"][:2])
     assert [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)] == [12.0, 40.0, 1.0, 12.0]
     assert [text.get_text() for text in axes.texts] == ["3.0\N{MULTIPLICATION SIGN}", "12.0\N{MULTIPLICATION SIGN}"]
     assert [text.xy for text in axes.texts if isinstance(text, Annotation)] == [(0, 40.0), (1, 12.0)]
@@ -203,7 +206,7 @@ def test_the_picture_has_a_bar_for_each_and_the_ratio_above(made_up: Result) -> 
 def test_the_picture_is_written(made_up: Result, tmp_path: Path, suffix: str, begins: bytes) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / f"bench{suffix}"
-    bench_result.draw(made_up, file)
+    show.draw(made_up, file)
     assert file.read_bytes().startswith(begins)
 
 
@@ -214,8 +217,8 @@ def test_turns_alternate_and_the_first_runs_do_not_count(monkeypatch: pytest.Mon
         calls.append((run(), repeats))
         return 2.0
 
-    monkeypatch.setattr(bench, "clock", clock)
-    samples = bench.take_turns({"ours": lambda: "ours", "own": lambda: "own"}, lambda: None, 3)
+    monkeypatch.setattr(contest, "clock", clock)
+    samples = contest.take_turns({"ours": lambda: "ours", "own": lambda: "own"}, lambda: None, 3)
     assert samples == {"ours": [2.0] * 3, "own": [2.0] * 3}
     assert calls[-6:] == [(who, 3) for who in ("ours", "own", "own", "ours", "ours", "own")]  # 3 of 2 ms last 5 ms
     assert len(calls) == 2 + 6 + 6
@@ -225,7 +228,7 @@ def test_the_clock_divides_by_the_repeats_and_clears_before_each(monkeypatch: py
     seconds = iter([10.0, 10.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
     calls: list[str] = []
-    assert bench.clock(lambda: calls.append("run"), lambda: calls.append("clear"), 2) == 250.0
+    assert contest.clock(lambda: calls.append("run"), lambda: calls.append("clear"), 2) == 250.0
     assert calls == ["clear", "clear", "run", "clear", "run"]
 
 
@@ -244,7 +247,7 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("framework", bench.MODULES)
+@pytest.mark.parametrize("framework", TINY)
 def test_a_framework_is_measured_in_its_own_process(
     framework: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,14 +272,14 @@ def test_a_framework_is_measured_in_its_own_process(
     assert out.endswith("\nmultibn bench\n")
 
 
-@pytest.mark.parametrize("model", bench.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 def test_a_network_is_trained_in_its_own_process(
     model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")
-    monkeypatch.setitem(bench.MODELS, model, Input("models", (2, 3, 32, 32), model=model))
+    tiny = {"torch": [Input("models", (2, 3, 32, 32), model=model)]}
     file = tmp_path / "bench.json"
-    assert bench.run(["torch"], {}, 1, True, file, None, "multibn bench", [model])
+    assert bench.run(["torch"], {}, 1, True, file, None, "multibn bench", [model], tiny)
     (found,) = json.loads(file.read_text())["frameworks"]["torch"]["rows"]
     assert (found["model"], found["own"]) == (model, model)
     assert list(found["samples_ms"]) == ["ours", "own", "none"]
@@ -287,7 +290,7 @@ def test_a_network_is_trained_in_its_own_process(
 def test_gluons_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     mx = pytest.importorskip("mxnet")
     from multibn_mxnet import GluonBatchNorm
-    from multibn_mxnet import bench as its
+    from multibn_mxnet.studies import bench as its
 
     made = [its._ZOO["resnet18"]() for _ in range(3)]
     monkeypatch.setitem(its._ZOO, "resnet18", iter(made).__next__)
@@ -309,9 +312,9 @@ def test_gluons_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_networks_are_those_of_the_papers(name: str, layers: int, parameters: int) -> None:
     """The numbers are torchvision's, whose names the weights have too."""
     torch = pytest.importorskip("torch")
-    from multibn_torch.models import MODELS
+    from multibn_torch.studies import models
 
-    network = MODELS[name]()
+    network = models.MODELS[name]()
     assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules()) == layers
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 1000)
@@ -322,7 +325,7 @@ def test_the_networks_are_those_of_the_papers(name: str, layers: int, parameters
 def test_a_process_that_fails_is_reported_and_the_others_are_measured(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(bench.MODULES, "torch", "multibn.no_such_module")
+    monkeypatch.setattr(bench, "modules", lambda: {"torch": "multibn.no_such_module"})
     file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     assert not bench.run(["torch"], {}, 1, True, file, picture, "multibn bench", inputs=TINY)
     reason = "its process ended with code 1; what it said stands above."
@@ -350,7 +353,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_all_that_is_installed_is_measured_unless_chosen(installed: Callable[..., None]) -> None:
-    assert bench.check([], None, None, None) == (["torch", "mxnet"], {}, min(2, PROCESSORS))
+    assert bench.check([], None, None, None) == (["mxnet", "torch"], {}, min(2, PROCESSORS))
     assert bench.check(["mxnet", "mxnet"], 1, Path("a.json"), None) == (["mxnet"], {}, 1)
     installed("torch")
     absent = {"mxnet": "not installed: pip install 'multibn[mxnet]'"}
@@ -361,7 +364,7 @@ def test_all_that_is_installed_is_measured_unless_chosen(installed: Callable[...
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--framework", "jax"], "--framework must be torch or mxnet, got jax."),
+        (["--framework", "jax"], "--framework must be mxnet or torch, got jax."),
         (["--threads", "0"], f"--threads must be from 1 to {PROCESSORS}, the processors that this process may use, got 0."),
         (["--threads", "9999"], f"--threads must be from 1 to {PROCESSORS}, the processors that this process may use, got 9999."),
         (["--model", "vgg"], "--model must be densenet121 or resnet18, got vgg."),
@@ -391,8 +394,8 @@ def test_with_nothing_installed_there_is_nothing_to_measure(installed: Callable[
     with pytest.raises(ValueError) as raised:
         bench.check([], None, None, None)
     assert str(raised.value) == (
-        "nothing to measure: torch is not installed: pip install 'multibn[torch]'; "
-        "mxnet is not installed: pip install 'multibn[mxnet]'."
+        "nothing to measure: mxnet is not installed: pip install 'multibn[mxnet]'; "
+        "torch is not installed: pip install 'multibn[torch]'."
     )
 
 

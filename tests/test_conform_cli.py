@@ -16,22 +16,25 @@ pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'mult
 
 from rich.console import Console
 
-from multibn.array import BACKEND
+from multibn.backend import Backend
 from multibn.cli import app
-from multibn.layer import Backend
-from multibn.spec import CLAUSES
-from multibn.whitening import CLAUSES as WHITENING
-from multibn_conformance import report, reproduce, subjects
-from multibn_conformance.choice import WrongCall
-from multibn_conformance.fixed import CASES
-from multibn_conformance.judge import Judgement
+from multibn.numpy_backend import BACKEND
+from multibn.spec.clauses import CLAUSES
+from multibn.usage import UsageError
+from multibn.whitening.spec import CLAUSES as WHITENING
+from multibn_conformance import reproduce
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.judging.judge import Judgement
+from multibn_conformance.reports import terminal as terminal_
+from multibn_conformance.runs import backends as backends_
+from multibn_conformance.subjects import backends as subjects
 from multibn_conformance.whitening.cases import CASES as WHITENING_CASES
 
 ROOT = Path(__file__).parents[1]
 
 THIRD_PARTY = """
-from multibn.array import KernelSubject, ReferenceSubject
-from multibn.layer import Backend
+from multibn.numpy_backend import KernelSubject, ReferenceSubject
+from multibn.backend import Backend
 
 class Wrong(ReferenceSubject):
     def _forward(self, x, training):
@@ -141,7 +144,7 @@ def test_a_case_that_differs_where_it_may_is_noted(monkeypatch: pytest.MonkeyPat
 
 
 def _reference(subject: Any, x: Any, training: bool) -> Any:
-    from multibn.array import ReferenceSubject
+    from multibn.numpy_backend import ReferenceSubject
 
     return ReferenceSubject._forward(subject, x, training)
 
@@ -204,7 +207,7 @@ def test_nobody_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_reproduce_refuses(subject: str, case: str, message: str) -> None:
-    with pytest.raises(WrongCall) as caught:
+    with pytest.raises(UsageError) as caught:
         reproduce(subject, case)
     assert str(caught.value) == message
 
@@ -243,7 +246,7 @@ def test_the_progress_bar_is_for_terminals() -> None:
     for terminal in (True, False):
         text = StringIO()
         candidates = [subjects.Candidate(BACKEND, "reference", "cpu")]
-        judgements = report.run(candidates, [CASES["BN-07-one-value"]], Console(file=text, force_terminal=terminal, width=100))
+        judgements = backends_.run(candidates, [CASES["BN-07-one-value"]], Console(file=text, force_terminal=terminal, width=100))
         assert [each.status for each in judgements] == ["pass"]
         assert ("numpy/reference/cpu" in text.getvalue()) == terminal
 
@@ -260,7 +263,7 @@ def test_the_table_of_seven_is_whole_in_80_columns() -> None:
         for ulp, dtype in ((2.3e5, "float32"), (1.2e4, "float64"))
     ]
     text = StringIO()
-    Console(file=text, width=80).print(report._table(judged, its))
+    Console(file=text, width=80).print(terminal_._table(judged, its))
     lines = [line.split() for line in text.getvalue().splitlines()]
     assert lines[1:3] == [[name for name, _ in names], [which for _, which in names]]
     assert lines[5:7] == [["BN-01", *["ok", "2e5,"] * 7], ["1e4d"] * 7]
@@ -315,9 +318,9 @@ def test_a_candidate_is_named_by_backend_implementation_and_device() -> None:
 @pytest.mark.parametrize(
     ("command", "arguments", "module"),
     [
-        ("identify", ["plain:make"], "identify"),
-        ("vectors", ["write", "DIR"], "vector_run"),
-        ("vectors", ["check", "DIR", "A"], "vector_run"),
+        ("identify", ["plain:make"], "identify.identity"),
+        ("vectors", ["write", "DIR"], "vectors.run"),
+        ("vectors", ["check", "DIR", "A"], "vectors.run"),
     ],
 )
 def test_what_is_not_installed_is_a_wrong_call(

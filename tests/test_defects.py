@@ -15,19 +15,21 @@ pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'mult
 from rich.console import Console
 from typer.testing import CliRunner
 
-from multibn.array import ReferenceSubject
 from multibn.cli import app
-from multibn.layer import Array
-from multibn.spec import CLAUSES, BatchNormSpec
-from multibn_conformance import self_test
-from multibn_conformance.defects import DEFECTS
-from multibn_conformance.fixed import CASES
-from multibn_conformance.fixed.quick import QUICK
-from multibn_conformance.judge import OTHER_BITS, judge_maker
-from multibn_conformance.right import Right, WorkingTextbook, across
-from multibn_conformance.self_test import catch
-from multibn_conformance.wrong import bits
-from multibn_conformance.wrong.defect import Defect
+from multibn.layer.types import Array
+from multibn.numpy_backend import ReferenceSubject
+from multibn.spec.batchnorm import BatchNormSpec
+from multibn.spec.clauses import CLAUSES
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.cases.fixed.quick import QUICK
+from multibn_conformance.defects import bits
+from multibn_conformance.defects.catalogue import DEFECTS
+from multibn_conformance.defects.defect import Defect
+from multibn_conformance.judging.compare import OTHER_BITS
+from multibn_conformance.judging.judge import judge_maker
+from multibn_conformance.runs import self_test
+from multibn_conformance.runs.self_test import catch
+from multibn_conformance.subjects.right import Right, WorkingTextbook, across
 
 SMALL = [case for case in CASES.values() if "digits" not in case.id and case.id not in ("BN-15-threads", "BN-15-blocks")]
 

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from multibn import BatchNormSpec, reference
-from multibn.dialects import DIALECTS, Dialect, get, table
+from multibn.commands import table
+from multibn.dialects import DIALECTS, Dialect, get
 
 EVERY = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS.keys())
 

@@ -19,21 +19,22 @@ pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'mult
 from browser import CONTRASTS, Opened, is_dark, outside
 from browser import browser as browser
 
-from multibn.array import KernelSubject, ReferenceSubject
+from multibn.backend import Backend, Subject
 from multibn.cli import app
-from multibn.layer import Backend, Subject
-from multibn.spec import CLAUSES, BatchNormSpec
-from multibn.whitening import CLAUSES as WHITENING_CLAUSES
-from multibn_conformance import charts, curves
-from multibn_conformance.case import case, train, usual
-from multibn_conformance.evidence import evidence
-from multibn_conformance.fixed import CASES
-from multibn_conformance.html_report import html_report, short
-from multibn_conformance.judge import Judgement, judge
-from multibn_conformance.junit import junit
-from multibn_conformance.publish import publish
-from multibn_conformance.record import TITLES, _both, _processor, record
-from multibn_conformance.subjects import Absent, Candidate
+from multibn.numpy_backend import KernelSubject, ReferenceSubject
+from multibn.spec.batchnorm import BatchNormSpec
+from multibn.spec.clauses import CLAUSES
+from multibn.whitening.spec import CLAUSES as WHITENING_CLAUSES
+from multibn_conformance.cases.case import case, train, usual
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.judging.judge import Judgement, judge
+from multibn_conformance.judging.measure import evidence
+from multibn_conformance.reports import charts, curves
+from multibn_conformance.reports.files import publish
+from multibn_conformance.reports.html import html_report, short
+from multibn_conformance.reports.junit import junit
+from multibn_conformance.reports.record import TITLES, _both, _processor, record
+from multibn_conformance.subjects.backends import Absent, Candidate
 from multibn_conformance.whitening.cases import CASES as WHITENING
 from multibn_conformance.whitening.judge import judge as judge_whitening
 from multibn_conformance.whitening.wrong import DEFECTS
@@ -342,7 +343,7 @@ def test_whitening_is_in_the_files_too(tmp_path: Path) -> None:
     verdicts = {each["id"]: each["verdict"] for each in run["cases"]}
     assert verdicts == {"BN-07-one-value": "must", "WH-03-zca": "must", "WH-08-one-value": "must raise"}
     its = next(each for each in run["judgements"] if each["case"] == "WH-03-zca")
-    assert its["snippet"].startswith("from multibn_conformance.whitening.run import reproduce\n")
+    assert its["snippet"].startswith("from multibn_conformance import reproduce\n")
     assert 'data-clause="WH-03" data-subject="numpy/kernel/cpu"' in names["html"].read_text()
     tests = ElementTree.parse(names["junit"]).getroot().iter("testcase")
     assert [each.get("name") for each in tests] == chosen[1::2] * 2

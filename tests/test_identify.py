@@ -15,16 +15,16 @@ from typer.testing import CliRunner
 
 pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'multibn[conformance]'")
 
-from multibn.array import ReferenceSubject
 from multibn.cli import app
 from multibn.dialects import DIALECTS, Dialect
-from multibn.layer import Array
-from multibn.spec import BatchNormSpec
-from multibn_conformance.defects import DEFECTS
-from multibn_conformance.identify import TITLES, Identity, identify
-from multibn_conformance.identity.accuracy import exact
-from multibn_conformance.identity.box import short
-from multibn_conformance.identity.nearest import ONE_VALUE
+from multibn.layer.types import Array
+from multibn.numpy_backend import ReferenceSubject
+from multibn.spec.batchnorm import BatchNormSpec
+from multibn_conformance.defects.catalogue import DEFECTS
+from multibn_conformance.identify.accuracy import exact
+from multibn_conformance.identify.box import short
+from multibn_conformance.identify.identity import TITLES, Identity, identify
+from multibn_conformance.identify.nearest import ONE_VALUE
 
 TESTS = Path(__file__).parent
 
@@ -94,7 +94,7 @@ def test_the_names_that_are_as_near() -> None:
 
 @pytest.mark.parametrize("framework", ["torch", "gluon"])
 def test_the_frameworks_own(framework: str) -> None:
-    module = pytest.importorskip(f"multibn_conformance.own.{framework}_nn", reason=f"{framework} is not installed")
+    module = pytest.importorskip(f"multibn_conformance.frameworks.layers.{framework}_nn", reason=f"{framework} is not installed")
     found = identify(module.make)
     assert found.nearest is not None
     assert found.nearest.names == (framework,)

@@ -9,7 +9,7 @@ import pytest
 
 from multibn import BatchNormSpec, identity
 from multibn.array import BatchNorm
-from multibn.layer import Array
+from multibn.layer.types import Array
 
 EPS = 1e-5
 

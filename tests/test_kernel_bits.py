@@ -11,12 +11,15 @@ import golden_bits as golden
 import numpy as np
 import pytest
 
-from multibn import BLOCK, LANES, BatchNormSpec, calls, kernel, loops, reference, threads
-from multibn.layer import PARAMETER_TYPE, Array
+from multibn import BLOCK, LANES, BatchNormSpec, reference
+from multibn.kernel import arrays, schedule, threads
+from multibn.kernel import entry as kernel
+from multibn.kernel import plan as loops
+from multibn.layer.types import PARAMETER_TYPE, Array
 
 KEPT = json.loads(golden.FILE.read_text())
 HOMES = ["numpy:reference", "numpy:kernel", "torch:kernel", "mxnet:kernel"]
-MODULES = {"numpy": "multibn.array", "torch": "multibn_torch", "mxnet": "multibn_mxnet"}
+MODULES = {"numpy": "multibn.numpy_backend", "torch": "multibn_torch", "mxnet": "multibn_mxnet"}
 
 
 @pytest.fixture
@@ -63,9 +66,9 @@ def test_shapes_of_the_golden_bits_take_every_path() -> None:
     """Serial; groups shared among threads; passes shared among threads; one and several blocks, chunks and groups."""
     paths = set()
     for shape in golden.SHAPES.values():
-        rows = kernel.by_channel(np.zeros(shape, np.float32), 1)
+        rows = arrays.by_channel(np.zeros(shape, np.float32), 1)
         plan = loops.plan_of(rows.shape)
-        how = "serial" if rows.size < kernel.SERIAL else "groups" if plan.groups >= calls.GROUPS * 2 else "staged"
+        how = "serial" if rows.size < kernel.SERIAL else "groups" if plan.groups >= schedule.GROUPS * 2 else "staged"
         paths |= {how, f"together {plan.together > 1}", f"blocks {plan.blocks > 1}", f"pieces {plan.chunks > shape[0]}"}
         paths |= {f"last group full {shape[1] % plan.together == 0}"}
     assert paths == {
@@ -100,9 +103,9 @@ def both(
     gamma, beta, mean, var = (rng.uniform(0.5, 2, channels).astype(kind) for _ in range(4))
     by_reference = reference.forward(x, gamma, beta, mean, var, spec, training, channel_axis, batches)
     gradients = reference.backward(dy, by_reference.saved)
-    y, saved = kernel.forward(x, gamma, beta, mean, var, spec, training, channel_axis, batches)
+    y, saved = arrays.forward(x, gamma, beta, mean, var, spec, training, channel_axis, batches)
     return [by_reference.y, *gradients, by_reference.moving_mean, by_reference.moving_var], [
-        y, *kernel.backward(dy, saved), mean, var,
+        y, *arrays.backward(dy, saved), mean, var,
     ]  # fmt: skip
 
 

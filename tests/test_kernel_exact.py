@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from multibn import kernel
-from multibn.layer import PARAMETER_TYPE, Array
+from multibn.kernel import arrays
+from multibn.layer.types import PARAMETER_TYPE, Array
 
 mpmath = pytest.importorskip("mpmath", reason="needs mpmath: pip install 'multibn[conformance]'")
 
@@ -40,7 +41,7 @@ def as_bits(values: Array, dtype: str) -> Array:
     """float64 values, rounded to a type, as the kernel takes it; bfloat16 is cut off, which is a value as good."""
     if dtype == "bfloat16":
         return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    return kernel.bits(values.astype(dtype))
+    return arrays.bits(values.astype(dtype))
 
 
 def as_values(bits: Array, dtype: str) -> Array:

@@ -57,8 +57,10 @@ class Runs:
         ignored = shutil.ignore_patterns("__pycache__")
         package = shutil.copytree(Path(multibn.__file__).parent, folder / "site" / "multibn", ignore=ignored)
         if not package_is_writable:
-            (package / "__pycache__").touch()  # a file where the folder would be: no user, not even root, can write there
-        home = folder if home_is_writable else package / "__pycache__" / "home"
+            (
+                package / "kernel" / "__pycache__"
+            ).touch()  # a file where the folder would be: no user, not even root, can write there
+        home = folder if home_is_writable else package / "kernel" / "__pycache__" / "home"
         self._futures[name] = self._pool.submit(self._run, dtype, home, {"PYTHONPATH": str(folder / "site"), **settings})
 
     def _run(self, dtype: str, home: Path, settings: dict[str, str]) -> Run:
@@ -122,16 +124,18 @@ def test_first_use_of_a_fresh_install_compiles_once_and_says_so(runs: Runs) -> N
     assert second.facts["bits"] == first.facts["bits"]
 
 
-@pytest.mark.parametrize("changed", ["calls", "compiled", "loops", "spec", "vectors"])
+@pytest.mark.parametrize(
+    "changed", ["kernel/schedule", "kernel/jit", "kernel/plan", "kernel/halves", "spec/clauses", "kernel/simd"]
+)
 def test_another_version_of_any_source_is_not_served_by_the_old_cache(runs: Runs, changed: str, tmp_path: Path) -> None:
     """Numba itself looks only at the file of the function that is called."""
     site = shutil.copytree(runs["host"].home / "site", tmp_path / "site")
-    assert list((site / "multibn" / "__pycache__").glob("loops.plan_of-*.nbc"))
+    assert list((site / "multibn" / "kernel" / "__pycache__").glob("plan.plan_of-*.nbc"))
     with (site / "multibn" / f"{changed}.py").open("a") as file:
         file.write("# changed\n")
     code = (
-        "from multibn import loops; loops.plan_of((2, 3, 4)); "
-        "print(sum(loops.plan_of.stats.cache_hits.values()), sum(loops.plan_of.stats.cache_misses.values()))"
+        "from multibn.kernel import plan; plan.plan_of((2, 3, 4)); "
+        "print(sum(plan.plan_of.stats.cache_hits.values()), sum(plan.plan_of.stats.cache_misses.values()))"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "COV_", "COVERAGE_"))}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=site, capture_output=True, text=True)
@@ -142,7 +146,7 @@ def test_read_only_install_is_cached_in_the_home_folder(runs: Runs) -> None:
     run = runs["generic"]
     assert run.stderr == NOTICE.format("float32")
     assert Path(run.facts["cache"]).is_relative_to(run.home)
-    assert list(Path(run.facts["cache"]).glob("calls._forward_body.*.nbc"))
+    assert list(Path(run.facts["cache"]).glob("schedule._forward_body.*.nbc"))
 
 
 def test_nothing_writable_at_all_still_works(runs: Runs) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from multibn import BatchNormSpec, compiled, kernel, threads
+from multibn import BatchNormSpec
+from multibn.kernel import arrays, jit, threads
+from multibn.kernel import entry as kernel
 
 LARGE = (70, 3, 37, 39)
 """Enough for threads."""
@@ -24,8 +26,8 @@ def step(seed: int, dtype: Any = np.float32) -> list[bytes]:
     rng = np.random.default_rng(seed)
     x, dy = (rng.normal(3, 2, LARGE).astype(dtype) for _ in range(2))
     gamma, beta, mean, var = (rng.uniform(1, 2, LARGE[1]).astype(dtype) for _ in range(4))
-    y, saved = kernel.forward(x, gamma, beta, mean, var, BatchNormSpec(), True)
-    return [a.tobytes() for a in (y, *kernel.backward(dy, saved), mean, var)]
+    y, saved = arrays.forward(x, gamma, beta, mean, var, BatchNormSpec(), True)
+    return [a.tobytes() for a in (y, *arrays.backward(dy, saved), mean, var)]
 
 
 def test_calls_from_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +42,9 @@ def test_calls_from_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 FORK = """
 import hashlib, os, threading, warnings
 import numpy as np
-from multibn import BatchNormSpec, threads
-from multibn.array import KernelSubject
+from multibn import BatchNormSpec
+from multibn.kernel import threads
+from multibn.numpy_backend import KernelSubject
 from {module} import BACKEND
 {more}
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 advises against fork in a process with threads
@@ -79,10 +82,10 @@ print("ok")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize(
     ("module", "more"),
-    [("multibn.array", ""), ("multibn_torch", "import torch; torch.set_num_threads(2)"), ("multibn_mxnet", "")],
+    [("multibn.numpy_backend", ""), ("multibn_torch", "import torch; torch.set_num_threads(2)"), ("multibn_mxnet", "")],
 )
 def test_a_forked_child_works_and_gives_the_same_bits(module: str, more: str) -> None:
-    if module != "multibn.array":
+    if module != "multibn.numpy_backend":
         framework = module.removeprefix("multibn_")
         pytest.importorskip(framework, reason=f"{framework} is not installed")
     code = FORK.format(module=module, more=more)
@@ -163,7 +166,7 @@ def test_denormal_input_and_output_are_not_flushed(count: int, openmp: bool, mon
     spec = BatchNormSpec(normalize_with="moving", eps=2.0**-60)
     var = np.full(40_000, 1 - 2.0**-24, np.float32)
     mean = np.full(40_000, 4 * 2.0**-147, np.float32)
-    y, _ = kernel.forward(x, one, zero, mean, var, spec, False)
+    y, _ = arrays.forward(x, one, zero, mean, var, spec, False)
     assert (y.astype(np.float64) * 2.0**147).T.tolist() == [[-3.0, -1.0, 1.0, 3.0]] * 40_000
 
 
@@ -208,6 +211,6 @@ def test_compiled_without_a_place_for_the_result(monkeypatch: pytest.MonkeyPatch
             raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
         return lambda function: function
 
-    monkeypatch.setattr(compiled, "njit", njit)
-    assert compiled.compiled(len) is len
+    monkeypatch.setattr(jit, "njit", njit)
+    assert jit.compiled(len) is len
     assert asked == [{"nogil": True, "error_model": "numpy", "cache": True}, {"nogil": True, "error_model": "numpy"}]

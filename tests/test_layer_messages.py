@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from multibn import BatchNormSpec
-from multibn.layer import objection, spec_text, values_per_channel
+from multibn.layer.inputs import objection
+from multibn.layer.types import values_per_channel
+from multibn.spec.batchnorm import spec_text
 
 FLOAT32 = {"gamma": ((3,), "float32")}
 

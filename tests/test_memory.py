@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from multibn import kernel, memory
+from multibn import memory
+from multibn.kernel import entry as kernel
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from gluon_arrays import numpy_mode as numpy_mode
 
 import multibn_mxnet
 from multibn import BatchNormSpec, reference
-from multibn.layer import Array
+from multibn.layer.types import Array
 
 SPECS = [
     BatchNormSpec(eps=1e-3),

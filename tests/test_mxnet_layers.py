@@ -22,8 +22,8 @@ from gluon_arrays import numpy_mode as numpy_mode
 import multibn_mxnet
 from multibn import BatchNormSpec, reference
 from multibn.kernel import run_backward, run_forward
-from multibn.layer import Array
-from multibn_mxnet import by_kernel
+from multibn.layer.types import Array
+from multibn_mxnet.operator import by_kernel
 
 WAYS: dict[str, dict[str, bool] | None] = {
     "imperative": None,
@@ -423,7 +423,7 @@ def test_callbacks_compile_where_nothing_can_be_written(monkeypatch: pytest.Monk
     from numba import types
     from numba.core.ccallback import CFunc
 
-    from multibn_mxnet import native
+    from multibn_mxnet.operator import native
 
     def nowhere(_: CFunc) -> None:
         raise RuntimeError("cannot cache function: no locator available")

@@ -14,24 +14,25 @@ import pytest
 mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
 
 from multibn.memory import LENT
-from multibn_mxnet import GluonBatchNorm, lent
+from multibn_mxnet import GluonBatchNorm
+from multibn_mxnet.direct import output_memory
 
 SIDE = 512  # of a square of float32 that is large enough to be lent
 assert 4 * SIDE**2 >= LENT
 
 
 def square(dtype: Any = np.float32, context: Any = None) -> Any:
-    return lent.empty((SIDE, SIDE), context or mx.cpu(), dtype)
+    return output_memory.empty((SIDE, SIDE), context or mx.cpu(), dtype)
 
 
 def places() -> list[int]:
     """Where the memory of all that is lent lies."""
-    return [memory.ctypes.data for _, memory in lent._out]
+    return [memory.ctypes.data for _, memory in output_memory._out]
 
 
 def given_back() -> None:
     mx.nd.waitall()
-    lent.take_back()
+    output_memory.take_back()
 
 
 @pytest.mark.parametrize("use", [lambda y: y, lambda y: y.reshape((-1,)), lambda y: y[3:5], lambda y: y.as_np_ndarray()])
@@ -80,7 +81,7 @@ def test_lent_arrays_are_like_others(dtype: str) -> None:
 def test_not_everything_is_lent(shape: tuple[int, int], context: Any, dtype: str) -> None:
     given_back()
     before = places()
-    y = lent.empty(shape, context, dtype)
+    y = output_memory.empty(shape, context, dtype)
     assert (y.shape, y.context, y.dtype) == (shape, context, np.dtype(dtype))
     assert places() == before
 
@@ -98,7 +99,7 @@ def test_outputs_and_gradients_of_several_forwards_do_not_mix(hold: bool) -> Non
             x.attach_grad()
             with mx.autograd.record():
                 y = block(x)
-                assert np.frombuffer(lent._out[-1][1], np.float32).tobytes() == y.asnumpy().tobytes(), "y is lent"
+                assert np.frombuffer(output_memory._out[-1][1], np.float32).tobytes() == y.asnumpy().tobytes(), "y is lent"
                 losses.append((y * y * x).sum())
             if hold:
                 held.append(y)
@@ -128,7 +129,7 @@ def test_several_threads_at_once() -> None:
 def test_a_process_may_end_while_something_is_lent() -> None:
     code = (
         "import mxnet as mx, numpy as np; from multibn_mxnet import lent; "
-        f"kept = [lent.empty(({SIDE}, {SIDE}), mx.cpu(), np.float32) for _ in range(3)]; kept[0][:] = 1; "
+        f"kept = [output_memory.empty(({SIDE}, {SIDE}), mx.cpu(), np.float32) for _ in range(3)]; kept[0][:] = 1; "
         "kept[1] = mx.nd.dot(kept[0], kept[0]); del kept[0]"
     )
     for _ in range(3):
@@ -138,8 +139,8 @@ def test_a_process_may_end_while_something_is_lent() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_forked_child_has_a_lock_of_its_own() -> None:
-    with lent._lending:
-        before = lent._lending
-        lent._forget()
-        assert lent._lending is not before
-        assert not lent._lending.locked()
+    with output_memory._lending:
+        before = output_memory._lending
+        output_memory._forget()
+        assert output_memory._lending is not before
+        assert not output_memory._lending.locked()

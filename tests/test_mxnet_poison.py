@@ -12,7 +12,7 @@ mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
 
 import multibn_mxnet
 from multibn import BatchNormSpec
-from multibn.layer import PoisonedBatch, poisoned
+from multibn.layer.nonfinite import PoisonedBatch, poisoned
 
 IMPLEMENTATIONS = ["kernel", "framework", "composed"]
 ONE = (

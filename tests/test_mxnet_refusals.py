@@ -12,7 +12,8 @@ mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
 
 import multibn_mxnet
 from multibn import BatchNormSpec
-from multibn_mxnet import by_framework, callbacks
+from multibn_mxnet.framework import operators as by_framework
+from multibn_mxnet.operator import callbacks
 
 RANK = (
     "expected input of rank 4, got rank 3, shape (2, 3, 4) (BN-01). The axes are batch, channel, then space; "

@@ -13,7 +13,7 @@ mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
 from mxnet.gluon.model_zoo import vision
 
 import multibn_mxnet
-from multibn.layer import Array
+from multibn.layer.types import Array
 
 NAMES = [
     *(f"resnet{depth}_v{version}" for version in (1, 2) for depth in (18, 34, 50, 101, 152)),

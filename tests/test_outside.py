@@ -19,19 +19,21 @@ from typer.testing import CliRunner
 
 pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'multibn[conformance]'")
 
-from multibn.array import ReferenceSubject
 from multibn.cli import app
 from multibn.dialects import DIALECTS
-from multibn.spec import CLAUSES, BatchNormSpec
-from multibn_conformance import fixed, outside, worker
-from multibn_conformance.anyone import judged
-from multibn_conformance.defects import DEFECTS
-from multibn_conformance.fit import fitted, spec_from
-from multibn_conformance.fixed import CASES
-from multibn_conformance.inputs import Layout, Values
-from multibn_conformance.judge import judge, judge_maker
-from multibn_conformance.outside import started
-from multibn_conformance.perform import Broken
+from multibn.numpy_backend import ReferenceSubject
+from multibn.spec.batchnorm import BatchNormSpec
+from multibn.spec.clauses import CLAUSES
+from multibn_conformance.cases import fixed
+from multibn_conformance.cases.fit import fitted
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.cases.inputs import Layout, Values
+from multibn_conformance.defects.catalogue import DEFECTS
+from multibn_conformance.judging.judge import judge, judge_maker
+from multibn_conformance.runs.external import judged
+from multibn_conformance.subjects import outside, worker
+from multibn_conformance.subjects.outside import Broken, started
+from multibn_conformance.usage import spec_from
 
 TESTS = Path(__file__).parent
 GUIDE = TESTS.parent / "docs" / "judge-your-own.md"

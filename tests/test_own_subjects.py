@@ -18,20 +18,21 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from multibn.array import ReferenceSubject
 from multibn.cli import app
 from multibn.dialects import DIALECTS
-from multibn.spec import BatchNormSpec
-from multibn_conformance import own_random, own_run
-from multibn_conformance.case import Case, Step
-from multibn_conformance.choice import WrongCall
-from multibn_conformance.defects import DEFECTS
-from multibn_conformance.fixed import CASES
-from multibn_conformance.judge import Error, tried
-from multibn_conformance.own import FOLDER, Own, Stated, on_the_path
-from multibn_conformance.own.registry import ALL
-from multibn_conformance.own_run import Judged, differences, judged, show
-from multibn_conformance.spoken import Compared, compare, compared, in_dialect
+from multibn.numpy_backend import ReferenceSubject
+from multibn.spec.batchnorm import BatchNormSpec
+from multibn.usage import UsageError
+from multibn_conformance.cases.case import Case, Step
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.defects.catalogue import DEFECTS
+from multibn_conformance.frameworks import run as own_run
+from multibn_conformance.frameworks import seeds as own_random
+from multibn_conformance.frameworks.dialect import Compared, compare, compared, in_dialect
+from multibn_conformance.frameworks.own import FOLDER, Own, Stated, on_the_path
+from multibn_conformance.frameworks.registry import ALL
+from multibn_conformance.frameworks.run import Judged, differences, judged, show
+from multibn_conformance.judging.compare import Error, tried
 
 EVERY = pytest.mark.parametrize("own", ALL, ids=[own.name for own in ALL])
 BY_NAME = {own.name: own for own in ALL}
@@ -49,7 +50,9 @@ FRAMEWORKS = {
     "onnx_op": {"onnx", "onnxruntime"},
     "paddle_nn": {"paddle"},
 }
-FILES = sorted(each for folder in (FOLDER, FOLDER / "habits") for each in folder.glob("*.py") if each.stem in FRAMEWORKS)
+FILES = sorted(
+    each for folder in (FOLDER, FOLDER.parents[1] / "atlas" / "habits") for each in folder.glob("*.py") if each.stem in FRAMEWORKS
+)
 RIGHT = Own("right", "right:make", "torch", ("numpy",), None)
 
 
@@ -70,7 +73,7 @@ def imported(file: Path) -> set[str]:
     return names - set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(FOLDER)) for file in FILES])
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(FOLDER.parents[1])) for file in FILES])
 def test_a_file_needs_numpy_and_its_framework_only(file: Path) -> None:
     assert imported(file) <= FRAMEWORKS[file.stem] | {"numpy"}
 
@@ -80,7 +83,8 @@ def test_what_is_said_of_it(own: Own) -> None:
     file, _, function = own.subject.partition(":")
     assert f"def {function}(num_features: int, spec: Any = None, device: str = " in (FOLDER / f"{file}.py").read_text()
     pinned = {
-        line.partition("==")[0].lower() for line in (FOLDER / "environments" / f"{own.environment}.txt").read_text().split()
+        line.partition("==")[0].lower()
+        for line in (FOLDER.parent / "environments" / f"{own.environment}.txt").read_text().split()
     }
     assert {name.lower().replace("-", "_") for name in own.packages} <= {name.replace("-", "_") for name in pinned}
     assert own.dialect is None or own.dialect in DIALECTS
@@ -115,7 +119,7 @@ CHOSEN = (
 
 @pytest.mark.parametrize("name", ["torch.nn", "gluon.nn", "mx.nd.BatchNorm"])
 def test_it_keeps_its_dialect(name: str) -> None:
-    from multibn_conformance.own import gluon_nn, mxnet_op, torch_nn
+    from multibn_conformance.frameworks.layers import gluon_nn, mxnet_op, torch_nn
 
     makers: dict[str, Callable[..., Any]] = {
         "torch.nn": torch_nn.make,
@@ -134,7 +138,7 @@ def test_it_keeps_its_dialect(name: str) -> None:
 
 
 def test_what_a_framework_cannot_do_is_told() -> None:
-    from multibn_conformance.own import torch_nn
+    from multibn_conformance.frameworks.layers import torch_nn
 
     told = compare(BY_NAME["torch.nn"], CASES["BN-04-no-scale-center"], torch_nn.make)
     assert told == Compared(
@@ -334,14 +338,14 @@ def test_run_says_whether_one_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nobody_to_judge() -> None:
     message = "nobody to judge: paddle.nn/cpu: ModuleNotFoundError: No module named 'paddle'."
-    with pytest.raises(WrongCall) as wrong:
+    with pytest.raises(UsageError) as wrong:
         own_run.run([CASES["BN-07-one-value"]], ["paddle.nn"], None, (), Console(file=io.StringIO()))
     assert str(wrong.value) == message
 
 
 def test_options_that_have_no_meaning_with_own() -> None:
     own_run.alone({"--spec": None})
-    with pytest.raises(WrongCall) as wrong:
+    with pytest.raises(UsageError) as wrong:
         own_run.alone({"--spec": "torch", "--html": None, "--json": "x"})
     assert str(wrong.value) == "--own judges the frameworks' own BatchNorms, each as it is: leave --spec and --json out."
 
@@ -368,7 +372,7 @@ def test_random_cases_are_of_types_that_the_dialect_computes_in() -> None:
 
 
 def test_random_cases_keep_the_dialect() -> None:
-    from multibn_conformance.own import torch_nn
+    from multibn_conformance.frameworks.layers import torch_nn
 
     done = list(own_random.compared(BY_NAME["torch.nn"], range(40), torch_nn.make, "again"))
     assert len(done) > 15
@@ -377,7 +381,7 @@ def test_random_cases_keep_the_dialect() -> None:
 
 def test_a_random_case_that_breaks_a_dialect_can_be_run_again() -> None:
     biased = replace(BY_NAME["torch.nn"], fixed={"moving_variance": "biased"})
-    from multibn_conformance.own import torch_nn
+    from multibn_conformance.frameworks.layers import torch_nn
 
     again = own_run._command(biased, sys.executable, "cpu")
     broken = next(each for each in own_random.compared(biased, range(60), torch_nn.make, again) if each.keeping == "breaks")

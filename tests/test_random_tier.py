@@ -19,21 +19,23 @@ pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'mult
 from rich.console import Console
 from typer.testing import CliRunner
 
+from multibn.backend import Backend
 from multibn.cli import app
-from multibn.layer import Backend
-from multibn.spec import CLAUSES, BatchNormSpec
+from multibn.spec.batchnorm import BatchNormSpec
+from multibn.spec.clauses import CLAUSES
+from multibn.usage import UsageError
 from multibn_conformance import reproduce
-from multibn_conformance.case import Case, Step
-from multibn_conformance.choice import WrongCall
-from multibn_conformance.defects import DEFECTS
-from multibn_conformance.fixed import CASES
-from multibn_conformance.fixed.quick import QUICK
-from multibn_conformance.inputs import Values
-from multibn_conformance.judge import Judgement, judge
-from multibn_conformance.random_tier import code_of, drawn, judge_seed, run
-from multibn_conformance.right import Right, Textbook
-from multibn_conformance.self_test import RIGHT
-from multibn_conformance.subjects import Candidate, candidates
+from multibn_conformance.cases.case import Case, Step
+from multibn_conformance.cases.drawn import code_of, drawn
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.cases.fixed.quick import QUICK
+from multibn_conformance.cases.inputs import Values
+from multibn_conformance.defects.catalogue import DEFECTS
+from multibn_conformance.judging.judge import Judgement, judge
+from multibn_conformance.runs.seeds import judge_seed, run
+from multibn_conformance.runs.self_test import RIGHT
+from multibn_conformance.subjects.backends import Candidate, candidates
+from multibn_conformance.subjects.right import Right, Textbook
 
 
 def made_by(make: Any) -> Candidate:
@@ -132,8 +134,8 @@ def test_code_of_a_case() -> None:
     assert code_of("a/b/cpu", case) == (
         "from multibn.spec import BatchNormSpec\n"
         "from multibn_conformance import reproduce\n"
-        "from multibn_conformance.case import Case, Step\n"
-        "from multibn_conformance.inputs import Values\n"
+        "from multibn_conformance.cases.case import Case, Step\n"
+        "from multibn_conformance.cases.inputs import Values\n"
         "print(reproduce('a/b/cpu', Case(id='BN-07-x', clause='BN-07', comment='c', catches='b', steps=(Step(do='infer', "
         'values=Values(shape=(2, 1), planted=((0, float("nan")), (1, float("-inf")))), observe=(\'y\',)),), features=1, '
         "spec=BatchNormSpec(eps=1e-12))))"
@@ -143,7 +145,7 @@ def test_code_of_a_case() -> None:
 def test_reproduce_takes_a_case() -> None:
     case = Case("BN-07-x", "BN-07", "c", "b", (Step("infer", Values((2, 1)), ("y",)),), 1)
     assert reproduce("numpy/reference/cpu", case) == "pass"
-    with pytest.raises(WrongCall, match="these are patterns of several"):
+    with pytest.raises(UsageError, match="these are patterns of several"):
         reproduce("numpy/*", case)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from multibn import BatchNormSpec
-from multibn.layer import Array
+from multibn.layer.types import Array
 from multibn.recalibration import WholeData
 
 X = np.random.default_rng(0).normal(1, 2, (23, 2, 6, 5)).astype(np.float32)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from multibn import BLOCK, LANES, BatchNormSpec, reference
-from multibn.layer import Array
+from multibn.layer.types import Array
 from multibn.reference import Forward, backward, forward, ordered_sum, statistics
-from multibn.spec import JOINED
+from multibn.spec.clauses import JOINED
 
 mpmath = pytest.importorskip("mpmath", reason="needs mpmath: pip install 'multibn[conformance]'")
 pytest.importorskip("hypothesis", reason="needs Hypothesis: pip install 'multibn[conformance]'")

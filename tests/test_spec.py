@@ -189,7 +189,7 @@ def test_clauses_are_numbered_without_a_gap() -> None:
 def test_import_loads_no_framework_and_no_compiler() -> None:
     program = """
 import sys
-import multibn, multibn.dialects, multibn.layer, multibn.reference
+import multibn, multibn.dialects, multibn.layer.inputs, multibn.reference
 print(*sorted({"torch", "mxnet", "numba", "rich", "typer", "pytest", "mpmath"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -11,19 +11,23 @@ import pytest
 
 pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'multibn[conformance]'")
 
-from multibn.array import ReferenceSubject
-from multibn.layer import Precision
-from multibn.spec import CLAUSES, BatchNormSpec
-from multibn_conformance import bounds, judge, oracle, tightness
-from multibn_conformance.case import back, case, train, usual
-from multibn_conformance.defects import DEFECTS
-from multibn_conformance.fixed import CASES
-from multibn_conformance.inputs import Layout, Values, state
-from multibn_conformance.judge import Judgement, judge_maker
-from multibn_conformance.oracle import Term, differentiate, expected
-from multibn_conformance.perform import Make, Wrong
-from multibn_conformance.right import Right, Textbook, WorkingTextbook
-from multibn_conformance.tightness import BEGIN, END, nearest, table
+from multibn.backend import Precision
+from multibn.numpy_backend import ReferenceSubject
+from multibn.spec.batchnorm import BatchNormSpec
+from multibn.spec.clauses import CLAUSES
+from multibn_conformance.cases.case import back, case, train, usual
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.cases.inputs import Layout, Values, state
+from multibn_conformance.defects.catalogue import DEFECTS
+from multibn_conformance.judging import compare
+from multibn_conformance.judging.judge import Judgement, judge_maker
+from multibn_conformance.judging.perform import Make, Wrong
+from multibn_conformance.oracle import bounds
+from multibn_conformance.oracle import exact as oracle
+from multibn_conformance.oracle.exact import Term, differentiate, expected
+from multibn_conformance.reports import tightness
+from multibn_conformance.reports.tightness import BEGIN, END, nearest, table
+from multibn_conformance.subjects.right import Right, Textbook, WorkingTextbook
 
 
 def judged(make: Make, precision: Precision = "exact", **only: str) -> Iterator[Judgement]:
@@ -181,7 +185,7 @@ def test_a_case_that_may_differ_does_not_count() -> None:
 
 
 def test_digits_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "find_spec", lambda name: None)
+    monkeypatch.setattr(compare, "find_spec", lambda name: None)
     judgement = judge_maker(ReferenceSubject, CASES["BN-16-digits-layer-0"], "tried/one/cpu", "exact")
     assert judgement.message == "needs scikit-learn, for its digits: pip install 'multibn[conformance]'"
     assert judgement.status == "skip"
@@ -250,7 +254,7 @@ def test_layouts_hold_the_same_values(layout: Layout) -> None:
 
 def test_the_digits_network_learns() -> None:
     pytest.importorskip("sklearn")
-    from multibn_conformance import digits
+    from multibn import digits
 
     record = digits._record()
     assert len(record) == 10
@@ -263,16 +267,16 @@ def test_the_digits_network_learns() -> None:
 
 
 def test_what_is_on_the_bound_passes_and_what_is_beyond_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "_bound", lambda *_: (np.full(2, 0.25), np.ones(2)))
+    monkeypatch.setattr(compare, "bound_of", lambda *_: (np.full(2, 0.25), np.ones(2)))
     exact = oracle.Exact(np.array([1.0, np.nan]), np.array([0.0, np.nan]))
     right = expected(CASES["BN-12-two-values"])[0]
     on, beyond = np.array([1.25, np.nan]), np.array([np.nextafter(1.25, 2), np.nan])
-    assert judge._within("here", on, exact, "y", right, "exact") == judge.Error(2.0**50, 1.0)
+    assert compare._within("here", on, exact, "y", right, "exact") == compare.Error(2.0**50, 1.0)
     with pytest.raises(Wrong) as caught:
-        judge._within("here", beyond, exact, "y", right, "exact")
+        compare._within("here", beyond, exact, "y", right, "exact")
     assert str(caught.value) == (
         "here[0]: got 1.2500000000000002, should be 1.0: off by 1.13e+15 ulp of float64, 1 times the bound for exact arithmetic "
         "(0.25); 1 of 2 are out of bounds."
     )
     with pytest.raises(Wrong):
-        judge._within("here", np.array([1.0, 1.0]), exact, "y", right, "exact")
+        compare._within("here", np.array([1.0, 1.0]), exact, "y", right, "exact")

@@ -10,12 +10,13 @@ import time
 import numpy as np
 import pytest
 
-from multibn import calls, kernel, threads
-from multibn.layer import Array
+from multibn.kernel import entry as kernel
+from multibn.kernel import schedule, threads
+from multibn.layer.types import Array
 
 GROUPS, STAGED = (2, 4096, 64), (70, 3, 37 * 39)
 """Enough groups to give each thread some, and too few."""
-STAGE = calls.CALL.fields["stage"][1] if calls.CALL.fields else 0
+STAGE = schedule.CALL.fields["stage"][1] if schedule.CALL.fields else 0
 BODY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
 
 
@@ -39,7 +40,7 @@ def forward(body: int, starters: Array, count: int, shape: tuple[int, int, int],
     y, (gamma, beta, mean, var) = np.empty_like(x), np.ones((4, shape[1]), np.float32)
     saved = np.empty((2, shape[1]))
     places = (a.ctypes.data for a in (x, y, gamma, beta, mean, var, saved))
-    calls.forward_at(
+    schedule.forward_at(
         (body, starters.ctypes.data, count, 1 << 60), shape, *places, 0, 1e-5, 0.9, True, use_batch, use_batch, False
     )
     return np.concatenate([y.ravel(), saved.ravel(), mean, var])
@@ -89,7 +90,7 @@ def test_all_channels_left_by_all_threads_are_counted(starters: Array) -> None:
     saved = np.empty((2, x.shape[1]))
     places = (a.ctypes.data for a in (x, y, gamma, beta, mean, var, saved))
     team = (kernel.prepare(np.float32).forward.address, starters.ctypes.data, 3, 1 << 60)
-    assert calls.forward_at(team, x.shape, *places, 0, 1e-5, 0.9, True, True, True, False) == x.shape[1]
+    assert schedule.forward_at(team, x.shape, *places, 0, 1e-5, 0.9, True, True, True, False) == x.shape[1]
 
 
 @pytest.mark.parametrize(("variables", "expected"), [

@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import multibn_torch as ours
-from multibn_torch.formulas import How, Moving
-from multibn_torch.ops import by_operator
+from multibn_torch.forward.formulas import How, Moving
+from multibn_torch.forward.operators import by_operator
 
 pytestmark = [  # 2026-11-25: torch 2.13's forward mode compiles its formulas with what it deprecates
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),

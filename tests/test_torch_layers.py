@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import multibn_torch as ours
 from multibn import BatchNormSpec, kernel, reference
-from multibn.layer import PoisonedBatch
+from multibn.layer.nonfinite import PoisonedBatch
 
 PAIRS = [
     (ours.BatchNorm1d, torch.nn.BatchNorm1d, (6, 3)),

@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import multibn_torch as ours
 from multibn import BatchNormSpec
-from multibn.layer import Array
-from multibn_conformance.fixed import CASES
-from multibn_conformance.judge import judge_maker
+from multibn.layer.types import Array
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.judging.judge import judge_maker
 
 IMPLEMENTATIONS: list[Any] = ["kernel", "framework"]
 

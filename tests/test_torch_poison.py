@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import multibn_torch as ours
-from multibn.layer import PoisonedBatch, poisoned
+from multibn.layer.nonfinite import PoisonedBatch, poisoned
 
 LAYER = "2.norm, BatchNorm2d(4)"
 ONE = (

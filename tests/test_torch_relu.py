@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import multibn_torch as ours
-from multibn_torch.function import PARAMETER
+from multibn_torch.forward.eager import PARAMETER
 from multibn_torch.swap import ReLU, swap
 
 nn = torch.nn

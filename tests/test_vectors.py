@@ -16,14 +16,16 @@ from typer.testing import CliRunner
 
 pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'multibn[conformance]'")
 
-from multibn.array import ReferenceSubject
 from multibn.cli import app
-from multibn.layer import Array
-from multibn.spec import BatchNormSpec
-from multibn_conformance import judge, vector_run, vectors
-from multibn_conformance.choice import WrongCall
-from multibn_conformance.fixed import CASES
-from multibn_conformance.oracle import expected
+from multibn.layer.types import Array
+from multibn.numpy_backend import ReferenceSubject
+from multibn.spec.batchnorm import BatchNormSpec
+from multibn.usage import UsageError
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.judging import compare
+from multibn_conformance.oracle.exact import expected
+from multibn_conformance.vectors import run
+from multibn_conformance.vectors import write as vectors
 
 NAMES = [
     "BN-01-refuses-channels-last",
@@ -170,7 +172,7 @@ def test_expected_values_are_exact_and_bounds_are_the_judges(written: Path) -> N
         assert exact is not None
         assert [float.fromhex(each) for each in right["values"]] == exact.high.ravel().tolist()
         assert [float.fromhex(each) for each in right["rest"]] == exact.low.ravel().tolist()
-        bound, _ = judge._bound(name, exact, expected(CASES[case["id"]])[0], "working")
+        bound, _ = compare.bound_of(name, exact, expected(CASES[case["id"]])[0], "working")
         assert right["bound"]["working"] == [float(f"{each:.3g}") for each in bound.ravel()]
     x = array(first["input"], written / "cases")
     step = CASES[case["id"]].steps[0].values
@@ -375,7 +377,7 @@ def test_wrong_calls(written: Path, right: Path, tmp_path: Path) -> None:
 
 
 def test_cases_that_cannot_be_made_here_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "find_spec", lambda name: None)
+    monkeypatch.setattr(compare, "find_spec", lambda name: None)
     code, out, _ = called("write", str(tmp_path / "new"), "--case", "BN-16-digits-layer-0", "--case", "BN-07-one-value")
     assert code == 0
     assert out.splitlines() == [
@@ -386,12 +388,12 @@ def test_cases_that_cannot_be_made_here_are_told(tmp_path: Path, monkeypatch: py
 
 def test_played_answers_make_no_subjects_of_other_cases() -> None:
     with pytest.raises(NotImplementedError, match=r"^answers are played back case by case$"):
-        vector_run._none(3, None, "files", "answers")
+        run._none(3, None, "files", "answers")
 
 
 def test_a_folder_cannot_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(WrongCall, match=r"^.*file holds something already\. Give a new folder\.$"):
+    with pytest.raises(UsageError, match=r"^.*file holds something already\. Give a new folder\.$"):
         vectors.write(tmp_path / "file", [])
 
 

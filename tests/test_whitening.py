@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 import multibn
-from multibn import WhiteningSpec, whitening_matrix
-from multibn.layer import Array
+from multibn import WhiteningSpec
+from multibn.layer.types import Array
 from multibn.memory import LENT
-from multibn.whitening import CLAUSES, KINDS, whiten
-from multibn.whitening_layer import ReferenceWhitening
+from multibn.whitening import matrix
+from multibn.whitening.derivation import whiten
+from multibn.whitening.layer import ReferenceWhitening
+from multibn.whitening.spec import CLAUSES, KINDS
 
 Whitening = multibn.Whitening
 
@@ -186,7 +188,7 @@ def test_the_gradient_through_the_matrix_is_that_of_finite_differences(kind: Any
     spec = WhiteningSpec(kind=kind, eps=1e-3)
     covariance = covariance_of(correlated((30, 4)))[None]
     owed = np.random.default_rng(5).standard_normal((1, 4, 4))
-    came = whitening_matrix.adjoint(whitening_matrix.decompose(covariance), owed, spec)
+    came = matrix.adjoint(matrix.decompose(covariance), owed, spec)
     for i in range(4):
         for j in range(4):
             step = np.zeros((1, 4, 4))
@@ -194,7 +196,7 @@ def test_the_gradient_through_the_matrix_is_that_of_finite_differences(kind: Any
             step[0, j, i] += 1e-5
 
             def loss(at: Array) -> float:
-                return float((owed * whitening_matrix.matrix(whitening_matrix.decompose(at), spec)).sum())
+                return float((owed * matrix.matrix(matrix.decompose(at), spec)).sum())
 
             slope = (loss(covariance + step) - loss(covariance - step)) / 2e-5
             assert slope == pytest.approx(2 * came[0, i, j], rel=1e-5, abs=1e-5)
@@ -204,11 +206,11 @@ def test_equal_eigenvalues_have_a_zca_gradient_and_no_pca_gradient() -> None:
     covariance = np.eye(3)[None] * 0.5
     owed = np.arange(9.0).reshape(1, 3, 3)
     spec = WhiteningSpec(kind="zca", eps=0.5)
-    came = whitening_matrix.adjoint(whitening_matrix.decompose(covariance), owed, spec)
+    came = matrix.adjoint(matrix.decompose(covariance), owed, spec)
     np.testing.assert_allclose(came, -(owed + owed.swapaxes(1, 2)) / 4)  # f' = -1/2 at l + eps = 1
     pca = WhiteningSpec(kind="pca")
     with pytest.raises(ValueError) as error:
-        whitening_matrix.adjoint(whitening_matrix.decompose(covariance), owed, pca)
+        matrix.adjoint(matrix.decompose(covariance), owed, pca)
     assert str(error.value) == (
         "kind='pca' has no gradient where eigenvalues of the covariance are equal: those numbered 0 and 1 of "
         "group 0 are 0.5 and 0.5 "
@@ -216,7 +218,7 @@ def test_equal_eigenvalues_have_a_zca_gradient_and_no_pca_gradient() -> None:
         "kind='zca', whose gradient exists."
     )
     empty = np.diag([1.0, 0.0, 0.0])[None]  # what has no variance is held fixed
-    assert np.isfinite(whitening_matrix.adjoint(whitening_matrix.decompose(empty), owed, pca)).all()
+    assert np.isfinite(matrix.adjoint(matrix.decompose(empty), owed, pca)).all()
 
 
 def test_the_layer_refuses_and_stays_as_it_was() -> None:

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'multibn[torch]'")
 
-from multibn import bench_whitening
-from multibn.bench import take_turns
-from multibn.bench_whitening import BATCHNORM, Input, Row
+from multibn.bench import whitening as bench_whitening
+from multibn.bench.contest import take_turns
+from multibn.bench.whitening import BATCHNORM, Input, Row
 from multibn.cli import app
-from multibn_torch import whitening_bench
+from multibn_torch.studies import whitening_bench
 
 
 @pytest.mark.parametrize(("ours", "plain"), bench_whitening.AGAINST.items())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from multibn import Whitening, WhiteningSpec
-from multibn.layer import Array
-from multibn.whitening import KINDS
+from multibn.layer.types import Array
+from multibn.whitening.spec import KINDS
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'multibn[torch]'")
 mx = pytest.importorskip("mxnet", reason="needs MXNet: pip install 'multibn[mxnet]'")

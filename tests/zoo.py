@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from multibn.array import ReferenceSubject
+from multibn.numpy_backend import ReferenceSubject
 
 _hoard: list[Any] = []
 

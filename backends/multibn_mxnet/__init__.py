@@ -6,4 +6,4 @@ from .block import GluonBatchNorm as GluonBatchNorm
 from .block import GluonBatchNormReLU as GluonBatchNormReLU
 from .recalibrate import recalibrate as recalibrate
 from .swap import swap as swap
-from .whitening import Whitening as Whitening
+from .whitening.block import Whitening as Whitening

@@ -8,11 +8,13 @@ from typing import Any
 import mxnet as mx
 from mxnet import autograd
 
-from multibn.layer import Array, Backend, PoisonedBatch
-from multibn.spec import BatchNormSpec
+from multibn.backend import Backend
+from multibn.layer.nonfinite import PoisonedBatch
+from multibn.layer.types import Array
+from multibn.spec.batchnorm import BatchNormSpec
 
 from .block import BatchNorm
-from .whitening_subject import GluonWhitening
+from .whitening.subject import GluonWhitening
 
 
 class GluonSubject:
@@ -75,4 +77,5 @@ BACKEND = Backend(
     make=GluonSubject,
     whitening=GluonWhitening,
     no_whitening=("composed",),
+    title="Gluon",
 )

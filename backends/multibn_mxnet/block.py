@@ -15,12 +15,11 @@ from mxnet.base import _LIB, MXNetError, check_call
 from mxnet.gluon.parameter import DeferredInitializationError
 
 from multibn import identity
-from multibn.layer import spec_text
-from multibn.spec import BatchNormSpec
+from multibn.spec.batchnorm import BatchNormSpec, spec_text
 
-from . import poison
+from . import nonfinite
 from .description import Layer
-from .operator import NAME
+from .operator.register import NAME
 
 IMPLEMENTATIONS = ("auto", "kernel", "framework", "composed")
 
@@ -31,7 +30,7 @@ def check_implementation(implementation: str, known: Sequence[str] = IMPLEMENTAT
         raise ValueError(f"implementation must be {', '.join(map(repr, known))}, got {implementation!r}.")
 
 
-class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
+class Normalization(gluon.HybridBlock):  # type: ignore[misc]
     """What the blocks share. A subclass says what its layer is, and has the parameters that the operator takes, by its names."""
 
     fuse_relu = False
@@ -111,11 +110,11 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
         if not directly:
             y = self._begun(self._normalize(mx.nd, x, arrays, composed))
             if layer.spec.update_statistics and autograd.is_training():
-                poison.watch(self, x, y)
+                nonfinite.watch(self, x, y)
             return y
         y, left = direct.normalize(layer, self._attribute, x, arrays)
         if left:
-            poison.tell(self, x)
+            nonfinite.tell(self, x)
         return _relu(y) if self.fuse_relu else y
 
     def _begun(self, y: Any) -> Any:
@@ -163,14 +162,14 @@ class _Normalization(gluon.HybridBlock):  # type: ignore[misc]
 @cache
 def _direct() -> Any:
     """Numba, which that needs, takes a while to import."""
-    from . import direct
+    from .direct import call as direct
 
     return direct
 
 
 @cache
 def _composed() -> Any:
-    from . import composed
+    from .framework import composed
 
     return composed
 
@@ -205,7 +204,7 @@ def _objection(
     )  # fmt: skip
 
 
-class BatchNorm(_Normalization):
+class BatchNorm(Normalization):
     """The article's block, in Gluon.
 
     Args:
@@ -279,7 +278,7 @@ class BatchNorm(_Normalization):
         return f"BatchNorm({self.num_features}, {self.num_dims}, {spec_text(self.spec)}{init})"
 
 
-class _GluonNormalization(_Normalization):
+class GluonNormalization(Normalization):
     """What the blocks with Gluon's own signature share."""
 
     def __init__(self, *arguments: Any, implementation: str = "auto", init: identity.Init = "standard", **named: Any) -> None:
@@ -306,7 +305,7 @@ class _GluonNormalization(_Normalization):
         return Layer(spec, implementation, its["axis"], None, ("gamma", "beta"), init)
 
 
-class GluonBatchNorm(_GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[misc]
+class GluonBatchNorm(GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[misc]
     """Takes the place of ``mxnet.gluon.nn.BatchNorm``: its arguments, its checkpoints, any rank >= 2 and any channel axis.
 
     Other than Gluon's, it updates the moving statistics in forward, once (BN-05); with scale=False it counts gamma as 1 and does
@@ -318,7 +317,7 @@ class GluonBatchNorm(_GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[m
     """
 
 
-class GluonBatchNormReLU(_GluonNormalization, gluon.nn.BatchNormReLU):  # type: ignore[misc]
+class GluonBatchNormReLU(GluonNormalization, gluon.nn.BatchNormReLU):  # type: ignore[misc]
     """Takes the place of ``mxnet.gluon.nn.BatchNormReLU``; under ``npx.set_np()`` too, where Gluon's forgets the ReLU.
 
     Raises:

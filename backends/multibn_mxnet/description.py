@@ -12,8 +12,9 @@ import mxnet as mx
 import numpy as np
 
 from multibn.identity import Init
-from multibn.layer import Array, objection
-from multibn.spec import BatchNormSpec
+from multibn.layer.inputs import objection
+from multibn.layer.types import Array
+from multibn.spec.batchnorm import BatchNormSpec
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
 
-from multibn.layer import Array
+from multibn.layer.types import Array
 from multibn.recalibration import WholeData, check_batches, inputs, layer_by_layer
 
-from .block import BatchNorm, _Normalization
+from .block import BatchNorm, Normalization
 from .description import as_numpy
 
 
@@ -45,7 +45,7 @@ def recalibrate(net: Any, batches: Iterable[Any], *, one_by_one: bool = False) -
     found: list[Any] = []
     net.apply(found.append)
     blocks = list({id(block): block for block in found}.values())
-    layers = [block for block in blocks if isinstance(block, (_Normalization, gluon.nn.BatchNorm))]
+    layers = [block for block in blocks if isinstance(block, (Normalization, gluon.nn.BatchNorm))]
     active = [block for block in blocks if getattr(block, "_active", False)]
     before: dict[int, Any] = {}
 
@@ -63,7 +63,7 @@ def recalibrate(net: Any, batches: Iterable[Any], *, one_by_one: bool = False) -
         statistics = block.running_mean, block.running_var
         old = [parameter.data(parameter.list_ctx()[0]).asnumpy() for parameter in statistics]
         before[id(block)] = statistics, old
-        unbiased = isinstance(block, _Normalization) and block.spec.moving_variance == "unbiased"
+        unbiased = isinstance(block, Normalization) and block.spec.moving_variance == "unbiased"
         _set(statistics, data.settle(old[0], old[1], unbiased))
 
     for block in active:

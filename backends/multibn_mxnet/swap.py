@@ -6,7 +6,7 @@ from typing import Any
 
 from mxnet import gluon
 
-from .block import GluonBatchNorm, GluonBatchNormReLU, _GluonNormalization, _Normalization, check_implementation
+from .block import GluonBatchNorm, GluonBatchNormReLU, GluonNormalization, Normalization, check_implementation
 
 _OURS = {gluon.nn.BatchNorm: GluonBatchNorm, gluon.nn.BatchNormReLU: GluonBatchNormReLU}
 
@@ -39,13 +39,13 @@ def swap(net: Any, implementation: str | None = None) -> list[str]:
     found = {id(block): block for block in blocks if type(block) in _OURS}
     for block in found.values():
         try:
-            _GluonNormalization._describe(block)
+            GluonNormalization._describe(block)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{block.name}: {error}") from None
     for block in found.values():
         block.__class__ = _OURS[type(block)]
     for block in blocks:
-        if implementation is not None and isinstance(block, _Normalization):
+        if implementation is not None and isinstance(block, Normalization):
             block.implementation = implementation
             block.forget_layer()
     for block in blocks:

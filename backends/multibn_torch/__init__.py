@@ -10,4 +10,4 @@ from .swap import swap as swap
 from .switches import freeze_affine as freeze_affine
 from .switches import freeze_statistics as freeze_statistics
 from .switches import use_moving_statistics as use_moving_statistics
-from .whitening import Whitening as Whitening
+from .whitening.module import Whitening as Whitening

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from multibn.layer import Array, Backend, PoisonedBatch
-from multibn.spec import BatchNormSpec
+from multibn.backend import Backend
+from multibn.layer.nonfinite import PoisonedBatch
+from multibn.layer.types import Array
+from multibn.spec.batchnorm import BatchNormSpec
 
 from .layers import BatchNorm, Layer
-from .whitening_subject import TorchWhitening
+from .whitening.subject import TorchWhitening
 
 
 class TorchSubject:
@@ -78,4 +80,5 @@ BACKEND = Backend(
     devices=_devices,
     make=TorchSubject,
     whitening=TorchWhitening,
+    title="PyTorch",
 )

@@ -12,18 +12,18 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from multibn import identity
-from multibn.layer import objection, spec_text
-from multibn.spec import BatchNormSpec
+from multibn.layer.inputs import objection
+from multibn.spec.batchnorm import BatchNormSpec, spec_text
 
-from .begin import begin
-from .formulas import How, Moving
-from .function import PARAMETER
+from .forward.dispatch import normalise, rectify
+from .forward.eager import PARAMETER
+from .forward.formulas import How, Moving
+from .forward.identity import begin
 from .switches import Switches
-from .ways import normalise, rectify
 
 Implementation = Literal["auto", "kernel", "framework"]
 
-_ERRORS: dict[str, type[Exception]] = {
+ERRORS: dict[str, type[Exception]] = {
     "rank": ValueError,
     "channels": RuntimeError,
     "input type": NotImplementedError,
@@ -160,14 +160,14 @@ class Layer(Switches, _BatchNorm):
         state = {name: t for name in names if (t := getattr(self, name)) is not None}
         problem = objection(
             tuple(x.shape),
-            _name(x),
+            type_name(x),
             num_features=self.num_features,
             ranks=self.ranks,
             needs_batch=needs_batch,
-            parameters={name: (tuple(t.shape), _name(t)) for name, t in state.items()},
+            parameters={name: (tuple(t.shape), type_name(t)) for name, t in state.items()},
         )
         if problem is not None:
-            raise _ERRORS[problem.kind](problem.message)
+            raise ERRORS[problem.kind](problem.message)
         for name, t in state.items():
             if t.is_cpu != x.is_cpu:
                 raise RuntimeError(
@@ -204,7 +204,8 @@ def _as_leaf(layer: Layer, x: Proxy, mask: Proxy | None) -> Proxy:
     return y
 
 
-def _name(t: Tensor) -> str:
+def type_name(t: Tensor) -> str:
+    """NumPy\'s name of a tensor\'s type, as ``float32``."""
     return str(t.dtype).removeprefix("torch.")
 
 

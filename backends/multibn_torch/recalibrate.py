@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multibn.layer import Array
+from multibn.layer.types import Array
 from multibn.recalibration import WholeData, check_batches, inputs, layer_by_layer
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from .forward.dispatch import rectified
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, check, keep_single
-from .ways import rectified
 
 _OURS: dict[type[torch.nn.Module], type[Layer]] = {
     torch.nn.BatchNorm1d: BatchNorm1d,

@@ -9,14 +9,24 @@ import pytest
 if find_spec("mpmath") is None:
     pytest.skip("the oracle needs mpmath: pip install 'multibn[conformance]'", allow_module_level=True)
 
-from multibn_conformance.case import Case
-from multibn_conformance.judge import judge
-from multibn_conformance.plugin import chosen_by, seeds_by
-from multibn_conformance.subjects import Absent, Candidate
+from .cases.case import Case
+from .judging.judge import judge
+from .plugin import chosen_by, seeds_by, whitening_by
+from .subjects.backends import Absent, Candidate
+from .whitening.case import WhiteningCase
+from .whitening.judge import judge as judge_whitening
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Subjects and cases, as the options choose them."""
+    if "whitening_case" in metafunc.fixturenames:
+        able, whitening = whitening_by(metafunc.config)
+        of_whitening = [
+            pytest.param(each, case, id=f"{each.name}-{case.id}".replace("/", "-")) for each in able for case in whitening
+        ]
+        none = pytest.param(None, None, id="none", marks=pytest.mark.skip(reason="no case of whitening was chosen"))
+        metafunc.parametrize(("candidate", "whitening_case"), of_whitening or [none])
+        return
     present, absent, cases = chosen_by(metafunc.config)
     if "number" in metafunc.fixturenames:
         seeds = [(each, number) for number in seeds_by(metafunc.config) for each in present]
@@ -42,9 +52,17 @@ def test_conforms(candidate: Candidate | Absent, case: Case) -> None:
 def test_conforms_at_random(candidate: Candidate, number: int) -> None:
     """The same for the case of a seed."""
     pytest.importorskip("hypothesis", reason="random cases need hypothesis: pip install 'multibn[conformance]'")
-    from multibn_conformance.random_tier import judge_seed
+    from .runs.seeds import judge_seed
 
     _, judgement = judge_seed(candidate, number)
+    if judgement.status == "skip":
+        pytest.skip(judgement.message)
+    assert judgement.status == "pass", f"{judgement.message}\n{judgement.snippet}"
+
+
+def test_whitening_conforms(candidate: Candidate, whitening_case: WhiteningCase) -> None:
+    """The whitening layer gives what the case wants."""
+    judgement = judge_whitening(candidate, whitening_case)
     if judgement.status == "skip":
         pytest.skip(judgement.message)
     assert judgement.status == "pass", f"{judgement.message}\n{judgement.snippet}"

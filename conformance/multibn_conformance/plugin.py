@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from .case import Case
-    from .subjects import Absent, Candidate
+    from .cases.case import Case
+    from .subjects.backends import Absent, Candidate
+    from .whitening.case import WhiteningCase
 
 OPTIONS = ("--backend", "--device", "--case", "--clause")
 
@@ -36,11 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """A wrong choice ends the run before it begins: it must not pass as no tests."""
     if any(session.config.getoption(name) for name in OPTIONS):
-        from .choice import WrongCall
+        from multibn.usage import UsageError
 
         try:
             chosen_by(session.config)
-        except WrongCall as error:
+        except UsageError as error:
             raise pytest.UsageError(str(error)) from error
 
 
@@ -48,17 +49,27 @@ def chosen_by(config: pytest.Config) -> tuple[list[Candidate], list[Absent], lis
     """Who is judged, who is not, and by which cases.
 
     Raises:
-        WrongCall: an option names what there is not.
+        UsageError: an option names what there is not.
     """
-    from .choice import chosen_cases
-    from .fixed import CASES
-    from .subjects import candidates
-    from .whitening.run import split
+    from .cases.fixed import CASES
+    from .cases.select import chosen_cases
+    from .subjects.backends import candidates
+    from .whitening.select import split
 
     backends, devices, ids, clauses = (config.getoption(name) for name in OPTIONS)
     cases, of, whitening = split(ids, clauses, other_tier(config))
     none = (ids or clauses) and whitening and not (cases or of)
     return *candidates(backends, devices), [] if none else chosen_cases(CASES, cases, of, config.getoption("--quick"))
+
+
+def whitening_by(config: pytest.Config) -> tuple[list[Candidate], list[WhiteningCase]]:
+    """Subjects that whiten, and the cases of whitening that they are judged by."""
+    from .subjects.backends import candidates
+    from .whitening.select import split
+
+    backends, devices, ids, clauses = (config.getoption(name) for name in OPTIONS)
+    able = [each for each in candidates(backends, devices)[0] if each.whitens]
+    return able, split(ids, clauses, other_tier(config))[2]
 
 
 def other_tier(config: pytest.Config) -> bool:

@@ -9,8 +9,9 @@ from typing import Any, Final
 import numpy as np
 
 from multibn import identity
-from multibn.layer import Array, Backend
-from multibn.spec import BatchNormSpec
+from multibn.backend import Backend
+from multibn.layer.types import Array
+from multibn.spec.batchnorm import BatchNormSpec
 
 EXAMPLE: Final = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
 """The article's: its first channel has the mean (0+1+2+3+12+13+14+15)/8 = 7.5."""
@@ -21,6 +22,7 @@ def of(backend: Backend, begins_as_identity: Callable[[Array], Array]) -> dict[s
     x = np.random.default_rng(0).normal(3, 2, (16, 4, 8, 8)).astype(np.float32)
     off = np.abs(begins_as_identity(x).astype(np.float64) - x)
     return {
+        "title": backend.title,
         "versions": dict(backend.versions),
         "example": {name: example(backend, name) for name in backend.implementations},
         "identity": {"off": float(off.max()), "part": float((off / identity.bound(x, 1e-5)).max())},

@@ -6,7 +6,6 @@ import inspect
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,11 +19,11 @@ from rich.console import Console
 
 import multibn
 from multibn import identity
-from multibn.array import BACKEND
+from multibn.numpy_backend import BACKEND
 
 from . import facts, pictures, statements, train, verdicts
 from .plan import Plan, Run
-from .run import FRAMEWORKS, Study, run
+from .run import Study, run
 
 SECTIONS: Final = {
     "whitening": "Whitening would help",
@@ -64,7 +63,7 @@ def page(studies: Mapping[str, Study], plan: Plan, seconds: float, command: str)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(math=formula, code=code, sci=sci)
     style = Markup(loader.get_source(environment, "article.css")[0])
-    names = {name: FRAMEWORKS[name] for name in studies}
+    names = {name: study.facts["title"] for name, study in studies.items()}
     claims = {
         claim: {name: judge(study.results, plan) for name, study in studies.items()} for claim, judge in verdicts.CLAIMS.items()
     }
@@ -112,7 +111,7 @@ def sci(value: float) -> Markup:
 
 
 def _functions(studies: Mapping[str, Study]) -> dict[str, Any]:
-    """What the template shows the source of; the frameworks' own sources are read, not imported."""
+    """What the template shows the source of: functions, and the sources that the frameworks' processes sent."""
     return {
         **{
             name: getattr(statements, name)
@@ -127,23 +126,13 @@ def _functions(studies: Mapping[str, Study]) -> dict[str, Any]:
         "start": Plan.start,
         "saturating": Plan.saturating,
         "few": Plan.few,
-        **{f"net_{name}": _source(name, "article", "class Net") for name in studies},
-        **({"block": _source("mxnet", "articles_block", "def batch_norm")} if "mxnet" in studies else {}),
-        **({"costly": _source("torch", "article", "def whiten", "def cost")} if "torch" in studies else {}),
+        **{f"net_{name}": study.facts["sources"]["net"] for name, study in studies.items()},
+        **{key: text for study in studies.values() for key, text in study.facts["sources"].items() if key != "net"},
     }
 
 
-def _source(framework: str, module: str, first: str, last: str = 'if __name__ == "__main__"') -> str:
-    """Part of a framework's module, from one line to another; importing it here would load the framework."""
-    spec = find_spec(f"multibn_{framework}")
-    assert spec is not None
-    assert spec.origin is not None
-    text = (Path(spec.origin).parent / f"{module}.py").read_text(encoding="utf-8")
-    return text[text.index(first) :].split("\n" + last)[0].split("\ndef linear")[0].strip()
-
-
 def _numbers(studies: Mapping[str, Study]) -> dict[str, Any]:
-    its = {FRAMEWORKS[name]: study.facts for name, study in studies.items()}
+    its = {study.facts["title"]: study.facts for study in studies.values()}
     found = {"NumPy": facts.of(BACKEND, statements.begins_as_identity), **its}
     biases = statements.bias()
     off = statements.at_test_time()
@@ -154,9 +143,14 @@ def _numbers(studies: Mapping[str, Study]) -> dict[str, Any]:
         "algorithm": statements.algorithm(),
         "off": off,
         "facts": found,
-        "cost": studies["torch"].facts["cost"] if "torch" in studies else None,
-        "block": studies["mxnet"].facts["block"] if "mxnet" in studies else None,
+        "cost": _first(studies, "cost"),
+        "block": _first(studies, "block"),
     }
+
+
+def _first(studies: Mapping[str, Study], fact: str) -> Any:
+    """A fact that one framework has; None where none has it."""
+    return next((study.facts[fact] for study in studies.values() if fact in study.facts), None)
 
 
 def _pictures(studies: Mapping[str, Study], plan: Plan) -> dict[str, str]:
@@ -173,11 +167,12 @@ def _pictures(studies: Mapping[str, Study], plan: Plan) -> dict[str, str]:
             statements.at_test_time(), "averages", "Both averages come close to the statistics of all data."
         ),
     }
-    if "torch" in studies:
+    cost = _first(studies, "cost")
+    if cost is not None:
         about = "Whitening takes more time than BatchNorm, the more channels, the more so."
-        found["cost"] = pictures.costs(studies["torch"].facts["cost"], "cost", about)
+        found["cost"] = pictures.costs(cost, "cost", about)
     for name, study in studies.items():
-        results, where = study.results, FRAMEWORKS[name]
+        results, where = study.results, study.facts["title"]
         about = f"{where}: test digits known with and without BatchNorm, against the"
         found[f"rates-{name}"] = pictures.study(
             results, plan, plan.rate, plan.rates, "learning rate", f"rates-{name}", f"{about} learning rate."

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from multibn.layer import Array
+from multibn.layer.types import Array
 
 TEST: Final = 360
 """Digits that nobody trains on, of 1797."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -16,10 +17,17 @@ from typing import Any, Final, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from multibn.usage import UsageError
+
 from .plan import Plan, Run
 
-FRAMEWORKS: Final = {"torch": "PyTorch", "mxnet": "Gluon"}
-"""Package -> its name on the page; ``multibn_PACKAGE.article`` has its nets."""
+GROUP: Final = "multibn.article"
+"""Entry points framework -> the module with its nets, run with ``python -m``: see ``train.serve``."""
+
+
+def modules() -> dict[str, str]:
+    """Framework -> the module with its nets, for every backend that registers one."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
 
 
 class Study(NamedTuple):
@@ -33,18 +41,19 @@ def check(frameworks: Sequence[str], out: Path) -> list[str]:
     """The frameworks to run: those asked for, or all that are installed.
 
     Raises:
-        ValueError: an unknown framework, one that is not installed, none at all, or a file that cannot be written.
+        UsageError: an unknown framework, one that is not installed, none at all, or a file that cannot be written.
     """
+    known = modules()
     for name in frameworks:
-        if name not in FRAMEWORKS:
-            raise ValueError(f"--framework must be {' or '.join(FRAMEWORKS)}, got {name}.")
+        if name not in known:
+            raise UsageError(f"--framework must be {' or '.join(known)}, got {name}.")
         if find_spec(name) is None:
-            raise ValueError(f"{name} is not installed: pip install 'multibn[{name}]'.")
-    present = [name for name in FRAMEWORKS if name in (frameworks or FRAMEWORKS) and find_spec(name)]
+            raise UsageError(f"{name} is not installed: pip install 'multibn[{name}]'.")
+    present = [name for name in known if name in (frameworks or known) and find_spec(name)]
     if not present:
-        raise ValueError("no framework is installed to train in: pip install 'multibn[torch]' or 'multibn[mxnet]'.")
+        raise UsageError("no framework is installed to train in: pip install 'multibn[torch]' or 'multibn[mxnet]'.")
     if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f"--out must be the name of a file in a folder that exists, got {out}.")
+        raise UsageError(f"--out must be the name of a file in a folder that exists, got {out}.")
     return present
 
 
@@ -57,7 +66,7 @@ def run(frameworks: Sequence[str], plan: Plan, console: Console) -> dict[str, St
     runs = plan.runs()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar, ThreadPoolExecutor() as pool:
-        bars = {name: bar.add_task(f"{FRAMEWORKS[name]} trains", total=len(runs)) for name in frameworks}
+        bars = {name: bar.add_task(f"{name} trains", total=len(runs)) for name in frameworks}
         steps: dict[str, Callable[[], None]] = {name: lambda task=task: bar.advance(task) for name, task in bars.items()}  # type: ignore[misc]
         studies = pool.map(lambda name: ask(name, runs, steps[name]), frameworks)
         return dict(zip(frameworks, studies, strict=True))
@@ -66,7 +75,7 @@ def run(frameworks: Sequence[str], plan: Plan, console: Console) -> dict[str, St
 def ask(framework: str, runs: Sequence[Run], step: Callable[[], None]) -> Study:
     """The study of one framework, on one thread; step is called after each run."""
     settings = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
-    command = [sys.executable, "-m", f"multibn_{framework}.article"]
+    command = [sys.executable, "-m", modules()[framework]]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": {**os.environ, **settings}}
     with subprocess.Popen(command, **pipes) as process:
         assert process.stdin is not None

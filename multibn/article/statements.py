@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from multibn import BatchNormSpec
-from multibn.array import BatchNorm, ReferenceSubject
-from multibn.layer import Array
+from multibn.array import BatchNorm
+from multibn.layer.types import Array
+from multibn.numpy_backend import ReferenceSubject
 from multibn.recalibration import WholeData
 
 from .plan import digits
@@ -63,13 +64,28 @@ def train_a_bias(make: Callable[..., ReferenceSubject], steps: int) -> dict[str,
     return {"bias": sizes, "loss": losses}
 
 
-def bias(steps: int = 200) -> dict[str, dict[str, list[float]]]:
-    """With BatchNorm, and with two of the conformance suite's wrong ones."""
-    from multibn_conformance.defects import DEFECTS
+class MeanAsConstant(ReferenceSubject):
+    """A wrong BatchNorm: its gradient does not flow through the mean."""
 
+    def _backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
+        dx, dgamma, dbeta = super()._backward(dy)
+        back = self._saved.gamma * self._saved.invstd * dy.mean(axis=0)
+        return (dx + back).astype(dy.dtype), dgamma, dbeta
+
+
+class StatisticsAsConstants(ReferenceSubject):
+    """A wrong BatchNorm: its gradient flows neither through the mean nor through the variance."""
+
+    def _backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
+        _, dgamma, dbeta = super()._backward(dy)
+        return (self._saved.gamma * self._saved.invstd * dy).astype(dy.dtype), dgamma, dbeta
+
+
+def bias(steps: int = 200) -> dict[str, dict[str, list[float]]]:
+    """With BatchNorm, and with two wrong ones."""
     makers = {
-        "mean and variance as constants": DEFECTS["statistics-as-constants"].make,
-        "the mean as a constant": DEFECTS["no-gradient-through-the-mean"].make,
+        "mean and variance as constants": StatisticsAsConstants,
+        "the mean as a constant": MeanAsConstant,
         "BatchNorm": ReferenceSubject,
     }
     return {name: train_a_bias(make, steps) for name, make in makers.items()}

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from multibn.layer import Array
+from multibn.layer.types import Array
 
 from .plan import RECORDS, TEST, Run, batches, digits, weights
 

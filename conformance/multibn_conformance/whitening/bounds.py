@@ -18,9 +18,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from multibn.layer import PARAMETER_TYPE, Array, Precision
-from multibn.whitening import WhiteningSpec
-from multibn_conformance.bounds import FEW, roundoff, ulp
+from multibn.backend import Precision
+from multibn.layer.types import PARAMETER_TYPE, Array
+from multibn.whitening.spec import WhiteningSpec
+from multibn_conformance.oracle.bounds import FEW, roundoff, ulp
 
 from .oracle import Facts, Update
 

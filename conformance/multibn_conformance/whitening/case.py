@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from multibn.layer import PARAMETER_TYPE, Array
-from multibn.whitening import WhiteningSpec
+from multibn.layer.types import PARAMETER_TYPE, Array
+from multibn.whitening.spec import WhiteningSpec
 
 Observed = Literal["y", "dx", "dgamma", "dbeta", "moving_mean", "moving_covariance", "unchanged"]
 Action = Literal["train", "infer", "backward", "refuse", "refuse backward"]

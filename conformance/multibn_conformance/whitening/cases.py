@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from multibn.whitening import CLAUSES, KINDS, WhiteningSpec
+from multibn.whitening.spec import CLAUSES, KINDS, WhiteningSpec
 
 from .case import ALL_GRADIENTS, MOVING, Data, Observed, Step, WhiteningCase
 

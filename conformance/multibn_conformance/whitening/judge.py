@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from multibn.layer import PARAMETER_TYPE, Array, Precision, Subject
-from multibn.whitening import CLAUSES, WhiteningSpec
-from multibn_conformance.bounds import ulp
-from multibn_conformance.judge import Error, Judgement, _both_none, _type_and_shape
-from multibn_conformance.oracle import Exact
-from multibn_conformance.perform import Wrong, _array, _call, _copies, _same_bits
-from multibn_conformance.subjects import Candidate
+from multibn.backend import Precision, Subject
+from multibn.layer.types import PARAMETER_TYPE, Array
+from multibn.whitening.spec import CLAUSES, WhiteningSpec
+from multibn_conformance.judging.compare import Error, both_none, type_and_shape
+from multibn_conformance.judging.judge import Judgement
+from multibn_conformance.judging.perform import Wrong, array_from, call_subject, copies, same_bits
+from multibn_conformance.oracle.bounds import ulp
+from multibn_conformance.oracle.exact import Exact
+from multibn_conformance.subjects.backends import Candidate
 
 from .bounds import Bounds, for_moving
 from .case import Step, WhiteningCase, state
@@ -55,7 +57,7 @@ def judge_maker(make: Make, case: WhiteningCase, name: str, precision: Precision
     except Wrong as wrong:
         told = f"{case.comment} It catches a whitening that {case.catches}."
         message = f"{case.id}: {wrong}\n{case.clause}: {CLAUSES[case.clause]}\n{told}"
-        snippet = f"from multibn_conformance.whitening.run import reproduce\nprint(reproduce({name!r}, {case.id!r}))"
+        snippet = f"from multibn_conformance import reproduce\nprint(reproduce({name!r}, {case.id!r}))"
         return Judgement(name, case.id, case.clause, "fail", wrong.ulp, wrong.ratio, message, snippet, case.dtype)
     return Judgement(name, case.id, case.clause, "pass", error.ulp, error.ratio, dtype=case.dtype)
 
@@ -66,9 +68,9 @@ def perform(case: WhiteningCase, make: Make) -> Iterator[tuple[str, dict[str, Ar
     Raises:
         Wrong: it raises where it must not, or not where it must; changes its input; or does not keep its state.
     """
-    subject = _call("making it", make, case.features, case.spec)
+    subject = call_subject("making it", make, case.features, case.spec)
     arrays = state(case)
-    _call("load", subject.load, *_copies(arrays))
+    call_subject("load", subject.load, *copies(arrays))
     moving = arrays[2:]
     for number, step in enumerate(case.steps, 1):
         where = f"step {number} of {len(case.steps)} ({step.do})"
@@ -77,10 +79,10 @@ def perform(case: WhiteningCase, make: Make) -> Iterator[tuple[str, dict[str, Ar
         answers = _answers(where, step, subject, given)
         if before.tobytes() != given.tobytes():
             raise Wrong(f"{where}: the subject changed the array that it was given. It must leave its inputs as they are.")
-        read = [_array(f"{where}, {name}", a) for name, a in zip(_MOVING, _call(where, subject.moving), strict=True)]
+        read = [array_from(f"{where}, {name}", a) for name, a in zip(_MOVING, call_subject(where, subject.moving), strict=True)]
         if "unchanged" in step.observe or step.do.startswith("refuse"):
             for name, now, old in zip(_MOVING, read, moving, strict=True):
-                _same_bits(f"{where}: {name} must stay as it was", now.reshape(-1), old.reshape(-1))
+                same_bits(f"{where}: {name} must stay as it was", now.reshape(-1), old.reshape(-1))
         moving = read[0], read[1]
         answers.update(zip(_MOVING, read, strict=True))
         yield where, {name: answers[name] for name in step.observe if name != "unchanged"}
@@ -93,10 +95,10 @@ def _answers(where: str, step: Step, subject: Subject, given: Array) -> dict[str
         )
         return {}
     if step.do == "backward":
-        came = dict(zip(("dx", "dgamma", "dbeta"), _call(where, subject.backward, given), strict=True))
+        came = dict(zip(("dx", "dgamma", "dbeta"), call_subject(where, subject.backward, given), strict=True))
     else:
-        came = {"y": _call(where, subject.forward, given, step.do == "train")}
-    return {name: a if a is None else _array(f"{where}, {name}", a) for name, a in came.items()}
+        came = {"y": call_subject(where, subject.forward, given, step.do == "train")}
+    return {name: a if a is None else array_from(f"{where}, {name}", a) for name, a in came.items()}
 
 
 def _refused(where: str, call: Callable[[], Any]) -> None:
@@ -121,9 +123,9 @@ def _bounds(right: Expected, case: WhiteningCase, precision: Precision) -> list[
 def _compared(where: str, what: str, got: Array | None, right: Expected, case: WhiteningCase, precision: Precision) -> Error:
     exact = right.values[what]
     if exact is None or got is None:
-        _both_none(where, got, exact)
+        both_none(where, got, exact)
         return Error()
-    _type_and_shape(where, got, case.dtype if what in ("y", "dx") else PARAMETER_TYPE[case.dtype], exact.high.shape)
+    type_and_shape(where, got, case.dtype if what in ("y", "dx") else PARAMETER_TYPE[case.dtype], exact.high.shape)
     if not got.size:
         return Error()
     bound, scale = _bound(what, exact, right, case, precision)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from mpmath.ctx_mp import MPContext
 
-from multibn.layer import Array
-from multibn.whitening import WhiteningSpec
-from multibn_conformance.oracle import Exact
+from multibn.layer.types import Array
+from multibn.whitening.spec import WhiteningSpec
+from multibn_conformance.oracle.exact import Exact
 
 from .case import WhiteningCase, state
 

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from multibn import whitening_matrix
-from multibn.layer import Array
-from multibn.whitening import WhiteningSpec
-from multibn.whitening_layer import WhiteningSubject
+from multibn.layer.types import Array
+from multibn.numpy_backend import WhiteningSubject
+from multibn.whitening import matrix as whitening_matrix
+from multibn.whitening.spec import WhiteningSpec
 
 
 class Right(WhiteningSubject):

@@ -1,0 +1,1 @@
+"""Blocks called with arrays on a CPU: the kernel runs on MXNet's memory, without an operator."""

@@ -1,0 +1,150 @@
+"""A block that is called with arrays on a CPU: the kernel in the caller's thread, without the Custom operator.
+
+MXNet hands a Custom operator from thread to thread six times, which takes longer than the work on small input; and where oneDNN
+may have made the gradient of the output, it has to be copied first (``block.py``). So the forward waits for its arrays and runs
+at once, and the backward is recorded as that of ``mxnet.autograd.Function`` is.
+
+MXNet lets such a backward wait for the gradient of y alone. So that x is not overwritten before it has run, it is also recorded
+for an array of its own, the anchor, whose gradient it pretends to add to x. With ``mxnet.autograd.grad``, which looks for no
+other gradients than those it was asked for, x has to stay as it is until the gradients are there, as for any
+``mxnet.autograd.Function``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd
+from mxnet.base import _LIB, NDArrayHandle, check_call
+
+from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.operator import by_kernel
+from multibn_mxnet.operator.callbacks import layers, refusing
+from multibn_mxnet.operator.native import RECORD_SIZE, WORTH_PYTHON, Record
+from multibn_mxnet.operator.register import calls, configuration
+
+from . import output_memory
+
+_int, _pointer = ctypes.c_int, ctypes.c_void_p
+_ASYNC = ctypes.c_int(4)  # MXNet's FnProperty::kAsync: the engine runs it in the thread that pushes it
+_ADD = ctypes.c_uint(by_kernel.ADD)
+_C = ctypes.CDLL(None)
+_C.malloc.restype, _C.malloc.argtypes = _pointer, [ctypes.c_size_t]
+_NOTHING = ctypes.cast(_C.getpid, _pointer)  # for the engine to call where nothing is to be done
+
+
+def takes(layer: Layer, x: Any) -> bool:
+    """Whether ``normalize`` is for this layer and input."""
+    return (
+        layer.implementation in ("auto", "kernel")
+        and layer.init == "standard"
+        and type(x) is (mx.np.ndarray if mx.util.is_np_array() else mx.nd.NDArray)  # neither sparse nor of the other interface
+        and x.context.device_type == "cpu"
+        and x.size > 0
+    )
+
+
+def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[Any, int]:
+    """y of an input without objections, recorded for autograd; and what ``by_kernel.forward`` returns.
+
+    Args:
+        attribute: of the layer.
+        arrays: the layer's parameters and states, in its order.
+    """
+    inputs = len(layer.parameters)
+    shape, context, states, training = x.shape, x.context, arrays[inputs:], autograd.is_training()
+    for array in (x, *arrays):
+        check_call(_LIB.MXNDArrayWaitToRead(array.handle))
+    if training:
+        _wait_to_write(context, states)
+    n, channels, s = layer.by_channel(shape)
+    compiled = type_name(x) == "float32" and x.size < WORTH_PYTHON
+    y = output_memory.empty(shape, context, x.dtype)
+    run, functions = _functions(compiled)
+    at = _C.malloc(RECORD_SIZE + 32 * channels)
+    record = Record.from_address(at)
+    record.count, record.functions, record.contexts, record.at[:] = 2, functions, at + Record.at.offset, (at, at)
+    record.configuration, record.n, record.channels, record.s, record.x = configuration(attribute), n, channels, s, 0
+    try:
+        if compiled:
+            its = [array.handle for array in arrays]
+            handles = (_pointer * (len(its) + 3))(x.handle, *its[:inputs], y.handle, None, *its[inputs:])
+            left = run(ctypes.addressof(handles), training, at)
+        else:
+            saved, gamma = _parts(record, x)
+            parameters = dict(zip(layer.parameters, arrays, strict=False))
+            gamma[:] = by_kernel.vector(layer, parameters, "gamma", x)
+            left = by_kernel.forward(layer, x, parameters, states, y, saved, [1, 1], training)
+    except BaseException:
+        _end(at)
+        raise
+    if type(x) is not mx.nd.NDArray:
+        y = y.as_np_ndarray()
+    if not autograd.is_recording():
+        _end(at)
+        return y, left
+    handle = NDArrayHandle()
+    check_call(_LIB.MXNDArrayDetach(x.handle, ctypes.byref(handle)))
+    record.x = handle.value
+    anchor = x.detach()
+    check_call(_LIB.MXAutogradMarkVariables(1, ctypes.byref(anchor.handle), ctypes.byref(_ADD), ctypes.byref(handle)))
+    given = (_pointer * (inputs + 2))(x.handle, *(array.handle for array in arrays[:inputs]), anchor.handle)
+    check_call(_LIB.MXCustomFunctionRecord(inputs + 2, given, 1, ctypes.byref(y.handle), _pointer(at)))
+    return y, left
+
+
+def _wait_to_write(context: Any, arrays: list[Any]) -> None:
+    """Until all that was to read the arrays has done so; ``MXNDArrayWaitToWrite`` would change threads for each."""
+    handles = (_pointer * len(arrays))(*(array.handle for array in arrays))
+    place = ctypes.c_uint64(context.device_id << 32 | context.device_typeid)
+    check_call(
+        _LIB.MXEnginePushSyncND(
+            _NOTHING, None, None, ctypes.byref(place), None, 0, handles, len(arrays), ctypes.byref(_ASYNC), 0, None
+        )
+    )
+    for array in arrays:
+        check_call(_LIB.MXNDArrayWaitToRead(array.handle))
+
+
+def _backward(outputs: int, inputs: int, handles: Any, requests: Any, training: int, at: int) -> None:
+    """Handles of dy, and of the gradients of x, the parameters and the anchor, which is none."""
+    arrays = [mx.nd.NDArray(NDArrayHandle(handles[i])) for i in range(outputs + inputs)]  # which free them
+    record = Record.from_address(at)
+    layer, x = layers[record.configuration], NDArrayHandle()
+    check_call(_LIB.MXShallowCopyNDArray(NDArrayHandle(record.x), ctypes.byref(x)))
+    its_x = mx.nd.NDArray(x)
+    saved, gamma = _parts(record, its_x)
+    gradients = dict(zip(("x", *layer.parameters), arrays[1:], strict=False))
+    wanted = dict(zip(gradients, requests, strict=False))
+    by_kernel.backward(layer, arrays[0], its_x, {"gamma": gamma}, saved, gradients, wanted)
+
+
+def _parts(record: Record, x: Any) -> tuple[Any, Any]:
+    """``saved`` and the copy of gamma."""
+    channels = record.channels
+    memory: Any = (ctypes.c_char * (32 * channels)).from_address(record.at[0] + RECORD_SIZE)
+    kind = by_kernel.state_type(x)
+    return np.ndarray((3, channels), np.float64, memory), np.ndarray(channels, kind, memory, 24 * channels)
+
+
+@cache
+def _functions(compiled: bool) -> tuple[Any, int]:
+    """The compiled forward, and where the addresses of the backward and of the end are."""
+    forward, backward, end = calls()
+    both = (_pointer * 2)(backward.address if compiled else ctypes.cast(_in_python, _pointer).value, end.address)
+    _kept.append(both)
+    return forward.ctypes, ctypes.addressof(both)
+
+
+def _end(at: int) -> None:
+    calls()[2].ctypes(at)
+
+
+_kept: list[Any] = []
+_in_python = ctypes.CFUNCTYPE(_int, _int, _int, ctypes.POINTER(_pointer), ctypes.POINTER(_int), _int, _pointer)(
+    refusing(_backward)
+)

@@ -1,0 +1,397 @@
+"""MXNet's callbacks for CPU input, compiled: no Python, so no GIL, between MXNet and the kernel.
+
+These are the Custom operator's, and the backward of ``direct/call.py``. MXNet calls an operator's callbacks through C function
+pointers (``CustomOpPropCallbacks`` and ``CustomOpCallbacks`` of its ``c_api.h``), from its own threads. Pointers are taken as
+integers here. What is rare, or large enough not to mind, goes to ``callbacks.py``: every error, types other than float32, input
+worth huge pages, channel counts beyond the table.
+"""
+
+# mypy: disable-error-code="attr-defined, import-untyped, no-any-return, call-arg, call-overload, no-untyped-call"
+# Numba's decorators change what their functions take and return.
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from pkgutil import get_data
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from mxnet.base import _LIB
+from numba import carray, types
+
+from multibn.kernel.addresses import keep, pointer
+from multibn.kernel.entry import CREATING, LARGE, SERIAL
+from multibn.kernel.jit import SOURCES, c_function, stamp
+from multibn.kernel.jit import compiled as kernel_compiled
+from multibn.kernel.schedule import backward_at, forward_at
+from multibn.memory import HUGE
+
+CONFIG = np.dtype(
+    [(name, np.int64) for name in ("arguments", "outputs", "states", "dependencies")]  # where the answers to the lists are
+    + [("operator", np.int64, 3), ("python_operator", np.int64, 3)]  # an MXCallbackList each
+    + [(name, np.int64) for name in ("dependency_count", "inputs", "gamma", "beta", "scale", "center", "axis", "rank", "within")]
+    + [
+        (name, np.int64)
+        for name in ("unbiased", "normalize_with_batch", "update", "average", "saved_shapes", "saved_shapes_count")
+    ]
+    + [("eps", np.float64), ("momentum", np.float64)]
+    + [(name, np.int64) for name in ("starters", "threads", "forward", "backward")]
+)
+"""A layer's configuration, at the address that MXNet hands the callbacks as their state. ``gamma`` and ``beta`` are places among
+the inputs, 0 if there is none; ``rank`` is 0 where any will do; ``average`` says that momentum is None; ``threads`` may be used.
+``forward`` and ``backward`` are the addresses of the kernel's bodies for float32."""
+
+
+class Record(ctypes.Structure):
+    """What a call of ``direct/call.py`` keeps for its backward begins with this; then come ``saved`` and a copy of gamma.
+
+    First the MXCallbackList that MXNet is handed; ``at`` is twice the record's own address, the state of both callbacks.
+    ``configuration`` is the address of a CONFIG, ``x`` a handle.
+    """
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("count", "functions", "contexts")),
+        ("at", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64) for name in ("configuration", "n", "channels", "s", "x")),
+    )
+
+
+RECORD = np.dtype(Record)
+RECORD_SIZE = ctypes.sizeof(Record)
+
+_ADDRESS = types.intp
+
+_SHAPE = types.int32(types.int32, _ADDRESS, _ADDRESS, _ADDRESS)
+_TYPE = types.int32(types.int32, _ADDRESS, _ADDRESS)
+_RUN = types.int32(types.int32, _ADDRESS, _ADDRESS, _ADDRESS, types.int32, _ADDRESS)
+
+_get_data = types.ExternalFunction("MXNDArrayGetData", types.int32(_ADDRESS, _ADDRESS))
+_get_shape = types.ExternalFunction("MXNDArrayGetShapeEx", types.int32(_ADDRESS, _ADDRESS, _ADDRESS))
+_get_type = types.ExternalFunction("MXNDArrayGetDType", types.int32(_ADDRESS, _ADDRESS))
+_release = types.ExternalFunction("free", types.void(_ADDRESS))
+_free = types.ExternalFunction("MXNDArrayFree", types.int32(_ADDRESS))
+_python_shape = types.ExternalFunction("multibn_mxnet_infer_shape", _SHAPE)
+_python_type = types.ExternalFunction("multibn_mxnet_infer_type", _TYPE)
+_python_forward = types.ExternalFunction("multibn_mxnet_forward", _RUN)
+_python_backward = types.ExternalFunction("multibn_mxnet_backward", _RUN)
+
+WORTH_PYTHON = HUGE // 4
+"""Input of so many float32 values or more is for Python, which asks for huge pages."""
+
+FLOAT32, FLOAT64, FLOAT16, INT64, BFLOAT16 = 0, 1, 2, 6, 12
+NULL, ADD = 0, 3
+
+
+def link(callbacks: dict[str, int]) -> None:
+    """Tell the compiler where MXNet's functions and the Python callbacks (name -> address) are. Once, before any compilation."""
+    for name in ("MXNDArrayGetData", "MXNDArrayGetShapeEx", "MXNDArrayGetDType", "MXNDArrayFree"):
+        llvmlite.binding.add_symbol(name, ctypes.cast(getattr(_LIB, name), ctypes.c_void_p).value)
+    for name, address in callbacks.items():
+        llvmlite.binding.add_symbol("multibn_mxnet_" + name, address)
+
+
+_SOURCES = hashlib.sha256(SOURCES.encode() + (get_data(__package__, "native.py") or b"")).hexdigest()
+
+
+def compiled(function: Any) -> Any:
+    """``multibn.kernel.jit.compiled`` for the functions of this file."""
+    return stamp(kernel_compiled(function), _SOURCES)
+
+
+# Compiled, so that coverage cannot see the lines run.
+
+
+@compiled
+def _config(state: int) -> Any:  # pragma: no cover
+    return carray(pointer(state), 1, CONFIG)[0]
+
+
+@compiled
+def _address(handle: int, slot: Any) -> int:  # pragma: no cover
+    """Where an NDArray's values are."""
+    _get_data(handle, slot.ctypes.data)
+    return slot[0]
+
+
+@compiled
+def _by_channel(handle: int, axis: int, slot: Any) -> tuple[int, int, int]:  # pragma: no cover
+    """The shape as (N, C, S): the axes before the channel axis, the channels, the axes after it."""
+    _get_shape(handle, slot.ctypes.data, slot[1:].ctypes.data)
+    rank = np.int32(slot[0])
+    shape = carray(pointer(slot[1]), rank, np.int32)
+    before, after = 1, 1
+    axis = axis + rank if axis < 0 else axis
+    for i in range(axis):
+        before *= shape[i]
+    for i in range(axis + 1, rank):
+        after *= shape[i]
+    return before, np.int64(shape[axis]), after
+
+
+@compiled
+def _view(handle: int, shape: Any, slot: Any) -> Any:  # pragma: no cover
+    return carray(pointer(_address(handle, slot)), shape, np.float32)
+
+
+@compiled
+def _vector(handles: Any, place: int, channels: int, absent: float, slot: Any) -> Any:  # pragma: no cover
+    """The values of one of the handles, or a constant where there is none."""
+    return _view(handles[place], (channels,), slot) if place > 0 else np.full(channels, absent, np.float32)
+
+
+@compiled
+def _rows(address: int, channels: int) -> Any:  # pragma: no cover
+    """``saved`` at an address."""
+    return carray(pointer(address), (3, channels), np.float64)
+
+
+@compiled
+def _team(config: Any, body: int, size: int) -> Any:  # pragma: no cover
+    """``kernel.team``."""
+    awake = carray(pointer(config.starters), 1, np.int64)[0] != 0
+    return body, config.starters, config.threads if size >= (SERIAL if awake else CREATING) else 1, LARGE
+
+
+@compiled
+def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, slot: Any) -> int:  # pragma: no cover
+    """``by_kernel.forward``; handles are in the operator's order, that of ``saved`` is not looked at."""
+    inputs, channels = config.inputs, shape[1]
+    x, y = _address(handles[0], slot), _address(handles[inputs], slot)
+    gamma = _vector(handles, config.gamma if config.scale else 0, channels, 1.0, slot)
+    beta = _vector(handles, config.beta if config.center else 0, channels, 0.0, slot)
+    mean, var = _address(handles[inputs + 2], slot), _address(handles[inputs + 3], slot)
+    use_batch = train and config.normalize_with_batch != 0
+    update = train and config.update != 0
+    old = config.momentum
+    if update and config.average:
+        batches = carray(pointer(_address(handles[inputs + 4], slot)), (1,), np.int64)
+        old = batches[0] / (batches[0] + 1)
+        batches[0] += 1
+    left = forward_at(
+        _team(config, config.forward, shape[0] * channels * shape[2]), shape, x, y, gamma.ctypes.data, beta.ctypes.data,
+        mean, var, saved.ctypes.data, 0, config.eps, old, config.unbiased != 0, use_batch, update, False,
+    )  # fmt: skip
+    keep((gamma, beta))
+    saved[2] = 1.0 if use_batch else 0.0
+    return left
+
+
+@compiled
+def _differentiate(
+    config: Any, dy: int, x: int, gamma: Any, saved: Any, gradients: Any, requests: Any, shape: Any, slot: Any
+) -> None:  # pragma: no cover
+    """The backward; dy, x and gradients are handles, the latter of x and then of the parameters."""
+    channels = shape[1]
+    into = requests[0] != NULL and requests[0] != ADD
+    dx = _view(gradients[0], shape, slot) if into else np.empty(shape, np.float32)
+    dgamma, dbeta = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    backward_at(
+        _team(config, config.backward, dx.size), shape, _address(x, slot), _address(dy, slot), dx.ctypes.data,
+        gamma.ctypes.data, gamma.ctypes.data, saved.ctypes.data, dgamma.ctypes.data, dbeta.ctypes.data, saved[2, 0] != 0, False,
+    )  # fmt: skip
+    keep((dx, gamma))
+    if requests[0] == ADD:
+        total = _view(gradients[0], shape, slot)
+        total += dx
+    for place, counts, gradient in ((config.gamma, config.scale, dgamma), (config.beta, config.center, dbeta)):
+        if place > 0 and requests[place] != NULL:
+            out = _view(gradients[place], (channels,), slot)
+            for c in range(channels):
+                out[c] = (gradient[c] if counts else np.float32(0)) + (out[c] if requests[place] == ADD else np.float32(0))
+
+
+def _forward(count: int, handle_list: int, tags: int, request_list: int, train: int, state: int) -> int:  # pragma: no cover
+    config, slot = _config(state), np.zeros(2, np.int64)
+    handles = carray(pointer(handle_list), count, np.int64)
+    requests = carray(pointer(request_list), 2, np.int32)
+    shape = _by_channel(handles[0], config.axis, slot)
+    slot[:] = 0
+    _get_type(handles[0], slot.ctypes.data)
+    kind, m = np.int32(slot[0]), shape[0] * shape[2]
+    if kind != FLOAT32 or m < 2 or m * shape[1] >= WORTH_PYTHON or requests[0] in (NULL, ADD):
+        return _python_forward(count, handle_list, tags, request_list, train, state)
+    keep = requests[1] != NULL
+    saved = _rows(_address(handles[config.inputs + 1], slot), shape[1]) if keep else np.empty((3, shape[1]))
+    _normalize(config, handles, saved, train != 0, shape, slot)
+    for handle in handles:
+        _free(handle)
+    return 1
+
+
+def _backward(count: int, handle_list: int, tags: int, request_list: int, train: int, state: int) -> int:  # pragma: no cover
+    config, slot = _config(state), np.zeros(2, np.int64)
+    handles = carray(pointer(handle_list), count, np.int64)
+    requests = carray(pointer(request_list), config.inputs, np.int32)
+    shape = _by_channel(handles[2], config.axis, slot)
+    slot[:] = 0
+    _get_type(handles[2], slot.ctypes.data)
+    kind, m = np.int32(slot[0]), shape[0] * shape[2]
+    if kind != FLOAT32 or m == 0 or m * shape[1] >= WORTH_PYTHON:
+        return _python_backward(count, handle_list, tags, request_list, train, state)
+    inputs, channels = config.inputs, shape[1]
+    gamma = _vector(handles, 2 + config.gamma if config.gamma and config.scale else 0, channels, 1.0, slot)
+    saved = _rows(_address(handles[inputs + 3], slot), channels)
+    _differentiate(config, handles[0], handles[2], gamma, saved, handles[inputs + 4 :], requests, shape, slot)
+    for handle in handles:
+        _free(handle)
+    return 1
+
+
+@compiled
+def _record(at: int) -> Any:  # pragma: no cover
+    return carray(pointer(at), 1, RECORD)[0]
+
+
+@compiled
+def _gamma(at: int, channels: int) -> Any:  # pragma: no cover
+    """The copy of gamma behind a record and its ``saved``."""
+    return carray(pointer(at + RECORD_SIZE + 24 * channels), channels, np.float32)
+
+
+def _call_forward(handle_list: int, train: int, at: int) -> int:  # pragma: no cover
+    record, slot = _record(at), np.zeros(2, np.int64)
+    config, channels = _config(record.configuration), record.channels
+    handles = carray(pointer(handle_list), config.inputs + (5 if config.average else 4), np.int64)
+    _gamma(at, channels)[:] = _vector(handles, config.gamma if config.scale else 0, channels, 1.0, slot)
+    return _normalize(config, handles, _rows(at + RECORD_SIZE, channels), train != 0, (record.n, channels, record.s), slot)
+
+
+def _call_backward(
+    outputs: int, inputs: int, handle_list: int, request_list: int, train: int, at: int
+) -> int:  # pragma: no cover
+    record, slot = _record(at), np.zeros(2, np.int64)
+    config, channels = _config(record.configuration), record.channels
+    handles = carray(pointer(handle_list), outputs + inputs, np.int64)
+    requests = carray(pointer(request_list), inputs, np.int32)
+    gamma, saved, shape = _gamma(at, channels), _rows(at + RECORD_SIZE, channels), (record.n, channels, record.s)
+    _differentiate(config, handles[0], record.x, gamma, saved, handles[1:], requests, shape, slot)
+    for handle in handles:
+        _free(handle)
+    return 1
+
+
+def _call_end(at: int) -> int:  # pragma: no cover
+    _free(_record(at).x)
+    _release(at)
+    return 1
+
+
+def _infer_shape(count: int, rank_list: int, shape_list: int, state: int) -> int:  # pragma: no cover
+    config = _config(state)
+    ranks = carray(pointer(rank_list), count, np.int32)
+    shapes = carray(pointer(shape_list), count, np.int64)
+    rank, inputs = ranks[0], config.inputs
+    axis = config.axis + rank if config.axis < 0 else config.axis
+    if rank < 2 + config.within or not config.within <= axis < rank or (config.rank and rank != config.rank):
+        return _python_shape(count, rank_list, shape_list, state)
+    channels = carray(pointer(shapes[0]), rank, np.int32)[axis]
+    if not 0 < channels < config.saved_shapes_count:
+        return _python_shape(count, rank_list, shape_list, state)
+    for i in range(1, inputs):
+        known = carray(pointer(shapes[i]), 1, np.int32)[0] if ranks[i] == 1 else channels
+        if known > 0 and known != channels:
+            return _python_shape(count, rank_list, shape_list, state)
+    per_channel = shapes[0] + 4 * axis  # a shape (C,) stands inside that of x
+    for i in range(1, count):
+        ranks[i], shapes[i] = 1, per_channel
+    ranks[inputs], shapes[inputs] = rank, shapes[0]
+    ranks[inputs + 1], shapes[inputs + 1] = 2, config.saved_shapes + 8 * channels
+    if config.average:
+        shapes[inputs + 4] = config.saved_shapes + 12  # row 1 of the table is (3, 1)
+    return 1
+
+
+def _infer_type(count: int, type_list: int, state: int) -> int:  # pragma: no cover
+    config = _config(state)
+    kinds = carray(pointer(type_list), count, np.int32)
+    inputs = config.inputs
+    kind = kinds[0] if kinds[0] >= 0 else kinds[inputs]
+    if kind < 0:
+        kinds[inputs + 1] = FLOAT64
+        return 1
+    state_kind = FLOAT64 if kind == FLOAT64 else FLOAT32
+    for i in range(1, count):
+        if i < inputs or i in (inputs + 2, inputs + 3):
+            if kinds[i] >= 0 and kinds[i] != state_kind:
+                return _python_type(count, type_list, state)
+            kinds[i] = state_kind
+    if kind not in (FLOAT32, FLOAT64, FLOAT16, BFLOAT16):
+        return _python_type(count, type_list, state)
+    kinds[0], kinds[inputs], kinds[inputs + 1] = kind, kind, FLOAT64
+    if config.average:
+        kinds[inputs + 4] = INT64
+    return 1
+
+
+@compiled
+def _answer(out: int, value: int) -> int:  # pragma: no cover
+    carray(pointer(out), 1, np.int64)[0] = value
+    return 1
+
+
+def _list_arguments(out: int, state: int) -> int:  # pragma: no cover
+    return _answer(out, _config(state).arguments)
+
+
+def _list_outputs(out: int, state: int) -> int:  # pragma: no cover
+    return _answer(out, _config(state).outputs)
+
+
+def _list_states(out: int, state: int) -> int:  # pragma: no cover
+    return _answer(out, _config(state).states)
+
+
+def _declare_dependencies(dy: int, x: int, y: int, count: int, out: int, state: int) -> int:  # pragma: no cover
+    config = _config(state)
+    carray(pointer(count), 1, np.int32)[0] = config.dependency_count
+    return _answer(out, config.dependencies)
+
+
+def _create(context: int, count: int, shapes: int, ranks: int, kinds: int, out: int, state: int) -> int:  # pragma: no cover
+    config = _config(state)
+    on_cpu = carray(pointer(context), 1, np.uint8)[0] == 99  # "cpu(0)" begins with a c
+    callbacks = carray(pointer(out), 3, np.int64)
+    for i in range(3):
+        callbacks[i] = config.operator[i] if on_cpu else config.python_operator[i]
+    return 1
+
+
+def _delete(state: int) -> int:  # pragma: no cover
+    return 1
+
+
+def compile_callbacks() -> tuple[list[Any], list[Any]]:
+    """The compiled callbacks of the operator's description and of the operator, each in MXNet's order."""
+    delete, lists = types.int32(_ADDRESS), types.int32(_ADDRESS, _ADDRESS)
+    dependencies = types.int32(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS)
+    create = types.int32(_ADDRESS, types.int32, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS)
+    description = [
+        (delete, _delete), (lists, _list_arguments), (lists, _list_outputs), (lists, _list_states), (_SHAPE, _infer_shape),
+        (dependencies, _declare_dependencies), (create, _create), (_TYPE, _infer_type),
+    ]  # fmt: skip
+    operator = [(delete, _delete), (_RUN, _forward), (_RUN, _backward)]
+    return [_callback(*each) for each in description], [_callback(*each) for each in operator]
+
+
+def compile_calls() -> tuple[Any, Any, Any]:
+    """The compiled forward, backward and end of a call of ``direct/call.py``."""
+    backward = types.int32(types.int32, types.int32, _ADDRESS, _ADDRESS, types.int32, _ADDRESS)
+    return (
+        _callback(types.int64(_ADDRESS, types.int32, _ADDRESS), _call_forward), _callback(backward, _call_backward),
+        _callback(types.int32(_ADDRESS), _call_end),
+    )  # fmt: skip
+
+
+def _give_back(tensor: int) -> None:  # pragma: no cover
+    carray(pointer(tensor), 8, np.int64)[6] = 0
+
+
+def compile_give_back() -> Any:
+    """What MXNet calls with a DLManagedTensor of ``direct/output_memory.py`` that it has no use for any more."""
+    return _callback(types.void(_ADDRESS), _give_back)
+
+
+def _callback(signature: Any, function: Any) -> Any:
+    return c_function(signature, function, _SOURCES)

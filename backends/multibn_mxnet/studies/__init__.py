@@ -1,0 +1,1 @@
+"""What measures and shows the Gluon blocks: the article's networks and the benchmark."""

@@ -1,0 +1,1 @@
+"""The forward of a layer: dispatch, and each way of computing it."""

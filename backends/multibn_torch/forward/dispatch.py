@@ -1,0 +1,105 @@
+"""The way that a forward takes: whoever runs, transforms, compiles, traces or exports the program, it means the same."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import formulas, masked, nonfinite
+from .eager import PARAMETER, by_kernel, recomputed, transformed
+from .formulas import How, Moving
+from .framework import by_framework, by_operators
+from .operators import by_operator
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def normalise(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
+    mask: Tensor | None = None, layer: nonfinite.Named | None = None,
+) -> Tensor:  # fmt: skip
+    """y; the moving statistics are updated in place, once for each forward that is not a checkpoint's second one (BN-05)."""
+    if mask is not None:
+        return _masked(x, gamma, beta, moving, how, on_kernel, mask, layer)
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return (by_operator if on_kernel and not _exported() else by_operators)(x, gamma, beta, moving, how)
+    if how.update and recomputed():
+        how = _again(how)
+    if transformed():
+        work = torch.float64 if on_kernel else PARAMETER[x.dtype]
+        return formulas.forward(x, gamma, beta, moving, how, work)
+    looked_at = _looked_at(x)
+    if on_kernel:
+        if not (x.is_cpu or x.is_meta):
+            raise RuntimeError(
+                f"implementation='kernel' computes on cpu, got input on {x.device}. Move the input, or use 'auto'."
+            )
+        return by_operator(x, gamma, beta, moving, how) if looked_at else by_kernel(x, gamma, beta, moving, how, layer)
+    if looked_at:
+        return by_operators(x, gamma, beta, moving, how)
+    y = by_framework(x, gamma, beta, moving, how)
+    if how.update and layer is not None:
+        nonfinite.watch(layer, x, y if how.use_batch else None)
+    return y
+
+
+def rectify(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
+    mask: Tensor | None = None, layer: nonfinite.Named | None = None,
+) -> Tensor:  # fmt: skip
+    """``normalise``, then a ReLU: in one pass over the data where the program runs as it is written, on CPU."""
+    observed = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed() or _looked_at(x)
+    if observed or mask is not None or not on_kernel or not x.is_cpu:
+        return torch.relu(normalise(x, gamma, beta, moving, how, on_kernel, mask, layer))
+    how = _again(how) if how.update and recomputed() else how
+    y = by_kernel(x, gamma, beta, moving, how, layer, rectify=True)
+    if not y.is_inference():  # which has no version
+        setattr(y, _RECTIFIED, y._version)
+    return y
+
+
+_RECTIFIED = "_multibn_rectified"
+"""Attribute of what ``rectify`` returns: its version, by which PyTorch tells whether it was changed in place."""
+
+
+def rectified(y: Tensor) -> bool:
+    """Whether y is as ``rectify`` returned it, so that a ReLU has nothing left to do."""
+    return getattr(y, _RECTIFIED, None) == y._version
+
+
+def _looked_at(x: Tensor) -> bool:
+    return type(x) not in _PLAIN or bool(torch._C._len_torch_dispatch_stack()) or x.is_meta
+
+
+def _masked(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool, mask: Tensor,
+    layer: nonfinite.Named | None,
+) -> Tensor:  # fmt: skip
+    masked.check(mask, x)
+    function = partial(normalise, gamma=gamma, beta=beta, moving=moving, on_kernel=on_kernel, layer=layer)
+    if not (how.use_batch or how.update):
+        return masked.each_alone(x, mask, partial(function, how=how))
+    if torch.compiler.is_compiling() and on_kernel and not _exported():  # how many values count is not known yet
+        return by_operator(x, gamma, beta, moving, how, mask)
+    masked.check_one_for_all(mask)
+    values = masked.pack(x, mask)
+    masked.check_count(values)
+    return masked.unpack(function(values, how=how._replace(update=how.update and values.numel() > 0)), mask, x)
+
+
+def _exported() -> bool:
+    """Whether the program leaves this process, where our operators are not known."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
+
+
+def _again(how: How) -> How:
+    """What a forward does that activation checkpointing runs again."""
+    if not how.use_batch:
+        raise RuntimeError(
+            "a layer that normalises with its moving statistics and updates them cannot be run again in backward, as activation "
+            "checkpointing does: they are not those of the forward any more (BN-05, BN-09). Set update_statistics=False, or "
+            "leave the layer out of the checkpoint."
+        )
+    return how._replace(update=False)

@@ -1,0 +1,93 @@
+"""BatchNorm by PyTorch's own operators (ATen's Normalization.cpp, cuDNN), on any device, in the arithmetic of the input's type.
+
+Their own moving statistics are unbiased and their momentum has no None, so they are given none of ours: with momentum 1 they hand
+out those of the batch, from which ours are made, in place (BN-05).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formulas
+from .eager import PARAMETER, looked_through
+from .formulas import How, Moving
+
+
+def by_framework(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
+    """y, with derivatives of any order."""
+    if not torch.is_grad_enabled() or not x.numel():
+        return by_operators(x, gamma, beta, moving, how)
+    y: Tensor = _Framework.apply(x, gamma, beta, moving, how)  # type: ignore[no-untyped-call]
+    return y
+
+
+def by_operators(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
+    """y by ``torch.nn.functional.batch_norm``, which compilers and exporters know."""
+    batch_norm = torch.nn.functional.batch_norm
+    if not (how.use_batch or how.update):
+        return batch_norm(x, moving.mean, moving.var, gamma, beta, False, 0.0, how.eps)
+    batch = _of_batch(x)
+    if how.use_batch:
+        y = batch_norm(x, *batch, gamma, beta, True, 1.0, how.eps)
+    else:
+        y = batch_norm(x, *_copied(moving), gamma, beta, False, 0.0, how.eps)
+    _update(x, moving, batch, how)
+    return y
+
+
+class _Framework(torch.autograd.Function):
+    """The operators' own first derivative, and the formulas' higher ones: from the third on, the operators' own are wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
+        batch, training, cudnn = _of_batch(x), how.use_batch, torch.backends.cudnn.enabled
+        given = batch if training else _copied(moving)
+        y: Tensor
+        y, mean, invstd, reserved, ctx.index = torch.ops.aten._batch_norm_impl_index(
+            x, gamma, beta, *given, training, 1.0 if training else 0.0, how.eps, cudnn
+        )
+        ctx.save_for_backward(x, gamma, *given, mean, invstd, reserved)
+        ctx.how, ctx.has_beta = how, beta is not None
+        _update(x, moving, batch, how)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, gamma, moving_mean, moving_var, mean, invstd, reserved = ctx.saved_tensors
+        eps, training = ctx.how.eps, ctx.how.use_batch
+        if looked_through(dy):
+            gradients = formulas.gradients(dy, x, gamma, (moving_mean, (moving_var + eps).rsqrt()), eps, training)
+        else:
+            wanted = [True, gamma is not None, ctx.has_beta]
+            gradients = torch.ops.aten._batch_norm_impl_index_backward(
+                ctx.index, x, dy, gamma, moving_mean, moving_var, mean, invstd, training, eps, wanted, reserved
+            )
+        dx, dgamma, dbeta = gradients
+        return dx, None if gamma is None else dgamma, dbeta if ctx.has_beta else None, None, None
+
+
+def _of_batch(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the operators put the statistics of the batch."""
+    mean = torch.zeros(x.shape[1], dtype=PARAMETER[x.dtype], device=x.device)
+    return mean, torch.zeros_like(mean)
+
+
+def _copied(moving: Moving) -> tuple[Tensor, Tensor]:
+    """The moving statistics that normalise: backward needs them as they are now, whatever is done to them until then."""
+    mean, var = moving.mean, moving.var
+    assert mean is not None
+    assert var is not None
+    return mean.clone(), var.clone()
+
+
+def _update(x: Tensor, moving: Moving, batch: tuple[Tensor, Tensor], how: How) -> None:
+    if how.update:
+        with torch.no_grad():
+            if not how.use_batch:
+                torch.nn.functional.batch_norm(x, *batch, None, None, True, 1.0, how.eps)
+            mean, var = batch
+            m = x.numel() // x.shape[1]
+            formulas.move(moving, mean, var if how.unbiased else var * ((m - 1) / m), how.weight_of_old)

@@ -1,0 +1,114 @@
+"""The kernel as operators of PyTorch: for ``torch.compile`` and whatever else looks at operators instead of running Python.
+
+They change nothing in place: the new moving statistics are results, and ``by_operator`` copies them into the old ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formulas
+from .eager import PARAMETER, as_tensor, dense, kernel_backward, kernel_forward, looked_through, recomputed
+from .formulas import How, Moving
+from .masked import check_count, pack, unpack
+
+
+def by_operator(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, mask: Tensor | None = None
+) -> Tensor:
+    """``by_kernel``, with the same bits; for a mask see ``masked``."""
+    y, _, *news = torch.ops.multibn.forward(x, mask, gamma, beta, *moving, *how)
+    if how.update:
+        with torch.no_grad():
+            for t, new in zip(moving, news, strict=True):
+                t.copy_(new)  # type: ignore[union-attr]
+    return y  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op(
+    "multibn::forward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? mask, Tensor? gamma, Tensor? beta, Tensor? moving_mean, Tensor? moving_var, Tensor? batches, "
+    "float eps, float? weight_of_old, bool unbiased, bool use_batch, bool update) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    x: Tensor, mask: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    moving_mean: Tensor | None, moving_var: Tensor | None, batches: Tensor | None,
+    eps: float, weight_of_old: float | None, unbiased: bool, use_batch: bool, update: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """y, the statistics that normalised, and what the moving statistics and their counter become; empty without an update."""
+    values = x
+    if mask is not None:
+        values = pack(x, mask)
+        check_count(values)
+    news = _news(x, Moving(moving_mean, moving_var, batches), update, torch.clone)
+    happens = update and values.numel() > 0 and not recomputed()
+    how = How(eps, weight_of_old, unbiased, use_batch, happens)
+    y, statistics = kernel_forward(values, gamma, beta, news if update else Moving(moving_mean, moving_var, batches), how)
+    return y if mask is None else unpack(y, mask, x), as_tensor(statistics), *news
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, mask: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    moving_mean: Tensor | None, moving_var: Tensor | None, batches: Tensor | None,
+    eps: float, weight_of_old: float | None, unbiased: bool, use_batch: bool, update: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    statistics = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    return _like(x, mask), statistics, *_news(x, Moving(moving_mean, moving_var, batches), update, torch.empty_like)
+
+
+def _news(x: Tensor, moving: Moving, update: bool, make: Any) -> Moving:
+    return Moving(*(make(t) if update else x.new_empty(0) for t in moving))
+
+
+def _like(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Shape and layout of y and dx."""
+    return torch.empty_like(x if mask is not None else dense(x))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, mask, gamma, beta, *_, eps, _, _, use_batch, _ = inputs
+    ctx.save_for_backward(x, mask, gamma, output[1])
+    ctx.has_beta, ctx.eps, ctx.through = beta is not None, eps, use_batch
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    x, mask, gamma, statistics = ctx.saved_tensors
+    if not looked_through(dy):
+        dx, dgamma, dbeta = torch.ops.multibn.backward(dy, x, mask, gamma, statistics, ctx.through)
+    else:
+        values, dvalues = (x, dy) if mask is None else (pack(x, mask), pack(dy, mask))
+        dx, dgamma, dbeta = formulas.gradients(dvalues, values, gamma, statistics, ctx.eps, ctx.through)
+        dx = dx if mask is None else unpack(dx, mask, x)
+    return dx, None, None if gamma is None else dgamma, dbeta if ctx.has_beta else None, *(None,) * 8
+
+
+_forward.register_autograd(_differentiate, setup_context=_remember)
+
+
+@torch.library.custom_op(
+    "multibn::backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor? mask, Tensor? gamma, Tensor statistics, bool through) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(
+    dy: Tensor, x: Tensor, mask: Tensor | None, gamma: Tensor | None, statistics: Tensor, through: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dgamma and dbeta."""
+    if mask is None:
+        return kernel_backward(dy, x, gamma, statistics.data_ptr(), through)
+    dx, dgamma, dbeta = kernel_backward(pack(dy, mask), pack(x, mask), gamma, statistics.data_ptr(), through)
+    return unpack(dx, mask, x), dgamma, dbeta
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, mask: Tensor | None, gamma: Tensor | None, statistics: Tensor, through: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dgamma = x.new_empty(x.shape[1], dtype=PARAMETER[x.dtype])
+    return _like(x, mask), dgamma, torch.empty_like(dgamma)

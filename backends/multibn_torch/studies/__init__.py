@@ -1,0 +1,1 @@
+"""What measures and shows the PyTorch layers: the article's networks and the benchmarks."""

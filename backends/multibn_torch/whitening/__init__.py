@@ -1,0 +1,1 @@
+"""Whitening as a PyTorch module."""

@@ -1,0 +1,180 @@
+"""Whitening on CPU tensors: ``multibn.whitening.kernel`` with PyTorch's matrix products and threads for the passes over the data.
+
+NumPy's BLAS has threads of its own, which would fight with PyTorch's for the processors. Mean, covariance and everything that is
+made of them are float64, and the matrices are those of ``multibn.whitening.matrix``, as in every home.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from multibn.layer.types import Array
+from multibn.whitening.kernel import Saved, merged, scaled, times, update
+from multibn.whitening.matrix import adjoint, decompose, matrix
+from multibn.whitening.spec import WhiteningSpec
+from multibn_torch.forward.eager import PARAMETER, output_like
+
+CACHE = 1 << 20
+"""Values of a block of samples, about."""
+
+NARROW = 64
+"""Samples with fewer values per channel are put side by side first: a matrix product with few columns is slow."""
+
+
+class Whiten(torch.autograd.Function):
+    """``apply(x, gamma, beta, (moving_mean, moving_covariance), spec, training, batches)``. A second derivative is refused."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: tuple[Tensor, Tensor], spec: WhiteningSpec,
+        training: bool, batches: int,
+    ) -> Tensor:  # fmt: skip
+        """y; in training the moving statistics change in place."""
+        ctx.save_for_backward(x, gamma)
+        ctx.spec, ctx.has_beta = spec, beta is not None
+        values, (mean, covariance) = _samples(x, spec.groups), (t.numpy() for t in moving)
+        training = training and x.numel() > 0
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            if training:
+                batch = _statistics(values)
+                update(mean, covariance, *batch, spec.weight_of_old(batches))
+                mean, covariance = batch
+            ctx.saved = saved = Saved(mean.astype(np.float64), decompose(covariance.astype(np.float64), _eigh), training)
+            w = scaled(matrix(saved.factors, spec), None if gamma is None else gamma.numpy())
+            near, missed = _near(saved.mean, values)
+            added = (0.0 if beta is None else beta.numpy().astype(np.float64)) - times(w, missed)
+        a, shift = _like(w, near), _like(added, near).view_as(near)
+        out = output_like(values)
+        centred = _like_block(values, near.dtype)
+        for block, target in _blocks(values, out):
+            _product(a, _less(block, near, centred), target, shift)
+        return _restored(out, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        """The gradients of x, gamma and beta."""
+        x, gamma = ctx.saved_tensors
+        spec, saved = ctx.spec, ctx.saved
+        values, slopes = _samples(x, spec.groups), _samples(dy, spec.groups)
+        groups, d = saved.factors.shape[:2]
+        near, missed = _near(saved.mean, values)
+        products, dbeta = torch.zeros((groups, d, d), dtype=torch.float64), torch.zeros((groups, d), dtype=torch.float64)
+        centred, made = _like_block(values, near.dtype), _like_block(values, near.dtype)
+        for block, slope in _blocks(values, slopes):
+            slope = slope.to(near.dtype)
+            dbeta += slope.sum((0, 3), dtype=torch.float64)
+            products += (slope @ _less(block, near, centred).mT).sum(0, dtype=torch.float64)
+        owed, sums = products.numpy(), dbeta.numpy().reshape(-1)
+        scale = None if gamma is None else gamma.detach().numpy()
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            owed -= sums.reshape(groups, d, 1) * missed.reshape(groups, 1, d)
+            w = matrix(saved.factors, spec)
+            dgamma = (owed * w).sum(axis=2).reshape(-1)
+            transposed, through, shift = np.swapaxes(scaled(w, scale), 1, 2), None, None
+            if saved.through_statistics:
+                m = x.numel() // len(dgamma)
+                flowing = adjoint(saved.factors, scaled(owed, scale), spec) * (2 / m)
+                shift = _like(-times(transposed, sums / m) - times(flowing, missed), near).view_as(near)
+                through = _like(flowing, near)
+        back = _like(transposed, near)
+        out = output_like(values)
+        for block, slope, target in _blocks(values, slopes, out):
+            if through is None:
+                _product(back, slope.to(near.dtype), target)
+            else:
+                first = _product(through, _less(block, near, centred), made[: len(block)], shift)
+                _product(back, slope.to(near.dtype), target, first)
+        kind = PARAMETER[x.dtype]
+        its = [
+            torch.from_numpy(g).to(kind) if there else None for g, there in ((dgamma, gamma is not None), (sums, ctx.has_beta))
+        ]
+        return _restored(out, x), *its, None, None, None, None
+
+
+def _samples(x: Tensor, groups: int) -> Tensor:
+    """x as (N, groups, d, S), contiguous; narrow samples side by side, as one."""
+    x = x.detach()
+    n, c = x.shape[:2]
+    s = x.numel() // max(1, n * c)
+    if s < NARROW and n > 1:
+        return x.transpose(0, 1).reshape(1, groups, c // groups, n * s)
+    return x.contiguous().view(n, groups, c // groups, s)
+
+
+def _restored(values: Tensor, x: Tensor) -> Tensor:
+    """What ``_samples`` made of x, in x's shape."""
+    if values.shape[0] != x.shape[0]:
+        return values.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1).contiguous()
+    return values.view(x.shape)
+
+
+def _blocks(*arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same blocks of samples of each; nothing where there is nothing."""
+    samples = _samples_of(arrays[0])
+    for first in range(0, arrays[0].shape[0] if arrays[0].numel() else 0, samples):
+        yield tuple(a[first : first + samples] for a in arrays)
+
+
+def _samples_of(values: Tensor) -> int:
+    """Of a block."""
+    n, *others = values.shape
+    return min(max(1, CACHE // max(1, math.prod(others))), max(1, n))
+
+
+def _like_block(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a block of samples in some type, used again and again: fresh memory costs more than the arithmetic."""
+    return torch.empty((_samples_of(values), *values.shape[1:]), dtype=dtype)
+
+
+def _less(block: Tensor, near: Tensor, memory: Tensor) -> Tensor:
+    return torch.sub(block, near, out=memory[: len(block)])
+
+
+def _eigh(covariance: Array) -> tuple[Array, Array]:
+    """PyTorch's, whose threads are awake."""
+    eigenvalues, vectors = torch.linalg.eigh(torch.from_numpy(covariance))
+    return eigenvalues.numpy(), vectors.numpy()
+
+
+def _statistics(values: Tensor) -> tuple[Array, Array]:
+    """Mean (C,) and biased covariance (groups, d, d) in float64; each block's deviations are from its own mean."""
+    _, groups, d, s = values.shape
+    total = torch.zeros((groups, d, d), dtype=torch.float64)
+    means, counts, memory = [], [], _like_block(values, torch.float64)
+    for (block,) in _blocks(values):
+        block = memory[: len(block)].copy_(block)
+        mean = block.mean((0, 3))
+        block -= mean[..., None]
+        total += (block @ block.mT).sum(0)
+        means.append(mean.numpy().reshape(-1))
+        counts.append(block.shape[0] * s)
+    return merged(total.numpy(), means, counts)
+
+
+def _near(mean: Array, values: Tensor) -> tuple[Tensor, Array]:
+    """The mean in the type of the statistics, (groups, d, 1), and what is missing from it, which is made good in float64."""
+    near = torch.from_numpy(mean).to(PARAMETER[values.dtype])
+    return near.view(*values.shape[1:3], 1), mean - near.numpy()
+
+
+def _like(a: Array, near: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(a)).to(near.dtype)
+
+
+def _product(a: Tensor, block: Tensor, target: Tensor, shift: Tensor | None = None) -> Tensor:
+    """``a @ block + shift`` into the target, or, where that has another type, beside it and then into it."""
+    direct = target.dtype == a.dtype
+    made = torch.matmul(a, block, out=target) if direct else a @ block
+    if shift is not None:
+        made += shift
+    if not direct:
+        target.copy_(made)
+    return made

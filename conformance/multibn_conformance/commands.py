@@ -1,0 +1,145 @@
+"""The commands ``multibn conform``, ``multibn identify`` and ``multibn vectors``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from multibn.usage import UsageError, needed
+
+
+def conform(
+    backend: Annotated[list[str] | None, typer.Option(help="Judge this backend; it must load. May be repeated.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="Judge on this device; it must be there.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Run this case, or the cases that match this pattern.")] = None,
+    clause: Annotated[list[str] | None, typer.Option(help="Run the cases of this clause, such as BN-05.")] = None,
+    subject: Annotated[str | None, typer.Option(metavar="MODULE:MAKE", help="Judge this one: docs/judge-your-own.md.")] = None,
+    spec: Annotated[str | None, typer.Option(help="The --subject's fixed parameters: a dialect's name or JSON.")] = None,
+    python: Annotated[str | None, typer.Option(help="The interpreter that runs the --subject.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that a call of the --subject may take; 20.")] = None,
+    precision: Annotated[str | None, typer.Option(help="What the --subject promises: working (its type's) or exact.")] = None,
+    own: Annotated[
+        bool, typer.Option("--own", help="Judge the frameworks' own (--backend: these), by their dialect too.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the report as JUnit XML to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Run the few cases that catch every known defect.")] = False,
+    random: Annotated[int | None, typer.Option(metavar="N", help="Run the cases of N seeds, not the fixed ones.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first of these seeds.")] = 0,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Judge the suite itself, by wrong BatchNorms.")] = False,
+) -> None:
+    """Judge every BatchNorm that is installed, on every device present, by every clause.
+
+    Exits with 0 if all conform, 1 if one does not, 2 if the call is wrong.
+    """
+    with needed("conform", "conformance"):
+        from .cases.fixed import CASES
+        from .cases.select import check_tier, chosen_cases
+        from .reports import files as publish
+        from .reports import terminal
+        from .runs import backends, external, whitening
+        from .subjects.backends import candidates
+        from .whitening.select import split
+
+        if self_test or random is not None:
+            from .runs import seeds
+            from .runs import self_test as own_test
+    files = {"--html": html, "--json": json, "--junit": junit}
+    publish.check(files)
+    others = [name for name, given in (("--case", case), ("--clause", clause), ("--quick", quick)) if given]
+    check_tier(random, others, self_test, subject is not None)
+    case, clause, whitening_cases = split(case or (), clause or (), quick or random is not None)
+    only_whitening = bool(whitening_cases and others and not (case or clause or quick))
+    if only_whitening and (subject or own):
+        raise UsageError("whitening is judged in the backends alone. Choose cases of BatchNorm.")
+    cases = [] if only_whitening else chosen_cases(CASES, case, clause, quick)
+    if own:
+        from .frameworks import run as frameworks
+
+        no_meaning = {"--subject": subject, "--spec": spec, "--precision": precision, "--timeout": timeout}
+        frameworks.alone({**no_meaning, **files, "--self-test": self_test or None})
+        chosen = cases if random is None else range(seed, seed + random)
+        raise typer.Exit(frameworks.run(chosen, backend or (), python, device or (), Console()))
+    theirs = external.judged(subject, cases, spec, python, timeout, precision, backend or (), device or ())
+    if theirs is not None:
+        judged, absent, cases = [theirs.candidate], theirs.absent, theirs.cases
+    else:
+        judged, absent = candidates(backend or (), device or ())
+    if not judged:
+        raise UsageError(f"nobody to judge: {'; '.join(f'{each.name}: {each.reason}' for each in absent) or 'no backend'}.")
+    console = Console()
+    if self_test:
+        raise typer.Exit(not own_test.run(judged, random or own_test.SEEDS, seed, console))
+    if random is not None:
+        judgements, cases = seeds.run(judged, random, seed, console, spec, theirs and theirs.command)
+    else:
+        judgements = backends.run(judged, cases, console)
+        if theirs is not None:
+            judgements = theirs.reproducible(judgements)
+    if not only_whitening:
+        terminal.show(judgements, judged, absent, console)
+    beside = whitening.run(judged, whitening_cases, console)
+    judgements, published = [*judgements, *beside], [*cases, *(whitening_cases if beside else ())]
+    publish.publish(files, judgements, judged, absent, published, shlex.join(["multibn", *sys.argv[1:]]), spec)
+    raise typer.Exit(any(each.status == "fail" for each in judgements))
+
+
+def identify(
+    subject: Annotated[str, typer.Argument(metavar="MODULE:MAKE", help="A BatchNorm, as docs/judge-your-own.md describes it.")],
+    python: Annotated[str | None, typer.Option(help="The interpreter that runs it.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that a call of it may take; 20.")] = None,
+    device: Annotated[str, typer.Option(help="Handed to its make function.")] = "cpu",
+) -> None:
+    """Find out from the outside which dialect a BatchNorm speaks, and print its BatchNormSpec.
+
+    Exits with 0 if all of the spec was found, 1 if not, 2 if the call is wrong.
+    """
+    with needed("identify", "conformance"):
+        from .identify import identity as black_box
+        from .subjects.outside import started
+    with started(subject, python, timeout, device) as outside:
+        found = black_box.identify(lambda num_features: outside.make(num_features, None))
+    Console().print(found.table(subject))
+    Console().print(found.text(), soft_wrap=True, highlight=False)
+    raise typer.Exit(bool(found.unknown))
+
+
+vectors = typer.Typer(help="The fixed cases as files, for code that Python cannot call.", no_args_is_help=True)
+_Vectors = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the vectors.")]
+
+
+@vectors.command("write")
+def write_vectors(
+    folder: _Vectors,
+    case: Annotated[list[str] | None, typer.Option(help="Write this case, or the cases that match this pattern.")] = None,
+    clause: Annotated[list[str] | None, typer.Option(help="Write the cases of this clause.")] = None,
+) -> None:
+    """Write the fixed cases with their exact values to a new folder; its README.md says how to answer.
+
+    Exits with 0, 2 if the call is wrong.
+    """
+    with needed("vectors", "conformance"):
+        from .vectors import run
+    run.write(folder, case or (), clause or (), Console())
+
+
+@vectors.command("check")
+def check_vectors(
+    folder: _Vectors,
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="The folder of the answers.")],
+    case: Annotated[list[str] | None, typer.Option(help="Judge this case, or the cases that match this pattern.")] = None,
+    precision: Annotated[str, typer.Option(help="What the answers promise: working (their type's) or exact.")] = "working",
+) -> None:
+    """Judge the answers to vectors.
+
+    Exits with 0 if all conform, 1 if one does not, 2 if the call is wrong.
+    """
+    with needed("vectors", "conformance"):
+        from .vectors import run
+    raise typer.Exit(not run.check(folder, answers, case or (), precision, Console()))

@@ -1,0 +1,1 @@
+"""Known wrong BatchNorms, each of which the suite must catch."""

@@ -1,0 +1,1 @@
+"""The frameworks' own layers, judged by the dialects they claim."""

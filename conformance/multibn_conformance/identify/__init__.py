@@ -1,0 +1,1 @@
+"""Probe a black box: which dialect does it speak?"""

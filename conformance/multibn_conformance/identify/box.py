@@ -1,0 +1,213 @@
+"""A BatchNorm as a black box: made, loaded and called with well-chosen input. Answers are checked before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import copy
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from multibn.backend import Subject
+from multibn.layer.types import PARAMETER_TYPE, Array
+from multibn_conformance.subjects.outside import Broken
+
+Make = Callable[[int], Subject]
+"""``make(num_features)`` gives a new subject with its own defaults."""
+
+FEATURES = 3
+RANKS = (4, 2, 3, 5)
+LOADED_MEAN, LOADED_VAR = 5.0, 900.0
+"""Moving statistics to load: far from any batch's, and from any eps."""
+
+
+class Cannot(Exception):
+    """Something cannot be told; the message is the reason."""
+
+
+class Refused(Cannot):
+    """The subject raised an error."""
+
+
+class Finding(NamedTuple):
+    """One property: its name, what was found, how it was measured, and as a value for programs (None: it cannot be told)."""
+
+    name: str
+    finding: str
+    how: str = ""
+    value: Any = None
+
+
+class Gradients(NamedTuple):
+    """What backward gave, as float64."""
+
+    dx: Array
+    dgamma: Array | None
+    dbeta: Array | None
+
+
+class Held:
+    """One subject that was made and loaded. Answers are float64 copies.
+
+    Raises:
+        Refused: any of its methods raised an error.
+        Cannot: an answer that is no array, or not of the right shape.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+
+    def forward(self, x: Array, training: bool) -> Array:
+        """y for x."""
+        return _checked("forward", self.raw_forward(x, training), x.shape)
+
+    def raw_forward(self, x: Array, training: bool) -> Any:
+        """Whatever forward returns."""
+        self._shape = x.shape
+        return _called("forward", self._subject.forward, x.copy(), training)
+
+    def backward(self, dy: Array) -> Gradients:
+        """The gradients of the last forward."""
+        made = _called("backward", self._subject.backward, dy.copy())
+        if not isinstance(made, tuple) or len(made) != 3:
+            raise Cannot(f"backward returned {type(made).__name__}, not a tuple (dx, dgamma, dbeta)")
+        dx = _checked("backward", made[0], dy.shape)
+        return Gradients(dx, *(a if a is None else _checked("backward", a, (dy.shape[1],)) for a in made[1:]))
+
+    def moving(self) -> tuple[Array, Array]:
+        """Moving mean and variance."""
+        mean, var = self.raw_moving()
+        return _checked("moving", mean, mean.shape), _checked("moving", var, var.shape)
+
+    def raw_moving(self) -> tuple[Array, Array]:
+        """The same in their own type."""
+        made = _called("moving", self._subject.moving)
+        if not isinstance(made, tuple) or len(made) != 2 or not all(isinstance(a, np.ndarray) for a in made):
+            raise Cannot("moving did not return a tuple of two arrays (moving_mean, moving_var)")
+        return made[0].copy(), made[1].copy()
+
+
+class Box:
+    """Makes subjects and the input for them, of the type and rank that they take: float64 if they do, else float32.
+
+    Raises:
+        Cannot: no training forward gives an output, of any of these types and ranks.
+    """
+
+    def __init__(self, make: Make) -> None:
+        self._make = make
+        reasons = []
+        for dtype in ("float64", "float32"):
+            for rank in RANKS:
+                self.dtype, self.rank = dtype, rank
+                try:
+                    self._try()
+                    return
+                except Cannot as reason:
+                    reasons.append(str(reason))
+        raise Cannot(f"no training forward gives an output: {reasons[-1]}")
+
+    def others(self) -> Iterator[Box]:
+        """The same for float32 input of ranks 4 and 2, where it takes that."""
+        for rank in (4, 2):
+            other = copy(self)
+            other.dtype, other.rank = "float32", rank
+            try:
+                other._try()
+            except Cannot:
+                continue
+            yield other
+
+    def _try(self) -> None:
+        x = self.values(8, 0.0, 1.0)
+        y = self.fresh().raw_forward(x, True)
+        _checked("forward", y, x.shape)
+        if self.dtype == "float64" and (y.dtype != "float64" or np.array_equal(y, y.astype(np.float32))):
+            raise Cannot("float64 is computed in a smaller type")
+
+    def new(self) -> Held:
+        """As it is made, nothing loaded."""
+        return Held(_called("make", self._make, FEATURES))
+
+    def fresh(
+        self,
+        mean: float = LOADED_MEAN,
+        var: float = LOADED_VAR,
+        gamma: Array | None = None,
+        beta: Array | None = None,
+        dtype: str | None = None,
+    ) -> Held:
+        """A new subject with this state; gamma is 1 and beta is 0 where none is given."""
+        kind = PARAMETER_TYPE.get(dtype or self.dtype, "float32")
+        given = np.ones(FEATURES) if gamma is None else gamma, np.zeros(FEATURES) if beta is None else beta
+        statistics = [np.full(FEATURES, value, kind) for value in (mean, var)]
+        subject = _called("make", self._make, FEATURES)
+        try:
+            _called("load", subject.load, *(a.astype(kind) for a in given), *statistics)
+        except Refused:
+            _called("load", subject.load, None, None, *statistics)
+        return Held(subject)
+
+    def shape(self, m: int) -> tuple[int, ...]:
+        """An input shape with m values per channel; a multiple of 4 is spread over batch and space."""
+        space = {2: (), 3: (2,), 4: (2, 2), 5: (2, 2, 1)}[self.rank]
+        over = int(np.prod(space))
+        return (m // over, FEATURES, *space) if m % 4 == 0 else (m, FEATURES, *[1] * len(space))
+
+    def values(self, m: int, mean: float, std: float, seed: int = 0) -> Array:
+        """Normal values, of about this mean and spread."""
+        noise = np.random.default_rng([1502, seed]).standard_normal(self.shape(m))
+        return np.asarray(mean + std * noise, self.dtype)
+
+    def alternating(self, m: int, size: float, mean: float = 0.0) -> Array:
+        """mean + size and mean - size in turn: each channel has this mean and the biased variance size^2, m being even."""
+        sign = np.where(np.arange(m) % 2, -1.0, 1.0)
+        shape = self.shape(m)
+        rows = np.broadcast_to(sign, (FEATURES, m)).reshape(FEATURES, shape[0], *shape[2:])
+        return np.asarray(mean + size * np.moveaxis(rows, 0, 1), self.dtype)
+
+
+def statistics(x: Array) -> tuple[Array, Array]:
+    """Mean and biased variance of each channel, in float64."""
+    values = x.astype(np.float64)
+    return values.mean(axis=axes(x)), values.var(axis=axes(x))
+
+
+def axes(x: Array) -> tuple[int, ...]:
+    """All but the channel axis."""
+    return tuple(axis for axis in range(x.ndim) if axis != 1)
+
+
+def channels(a: Array | float, like: Array) -> Array:
+    """One value for each channel, to be put beside an input."""
+    return np.asarray(a).reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+def near(a: Array, b: Array, tolerance: float) -> bool:
+    """Whether they differ by at most this part of the larger one's largest value."""
+    size = max(np.max(np.abs(a), initial=0), np.max(np.abs(b), initial=0))
+    return bool(np.all(np.isfinite(a)) and np.max(np.abs(a - b), initial=0) <= tolerance * size)
+
+
+def short(value: float, uncertainty: float) -> float:
+    """The shortest decimal within a relative uncertainty of a measured value."""
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 18))
+    return next((each for each in candidates if abs(each - value) <= uncertainty * abs(value)), value)
+
+
+def _called(method: str, function: Callable[..., Any], *arguments: object) -> Any:
+    try:
+        with np.errstate(all="ignore"):
+            return function(*arguments)
+    except Broken as error:
+        raise Cannot(str(error).rstrip(".")) from error
+    except Exception as error:
+        raise Refused(f"{method} raised {type(error).__name__}: {error}") from error
+
+
+def _checked(method: str, a: Any, shape: tuple[int, ...]) -> Array:
+    if not isinstance(a, np.ndarray) or a.dtype.kind != "f":
+        raise Cannot(f"{method} returned {a.dtype if isinstance(a, np.ndarray) else type(a).__name__}, not an array of floats")
+    if a.shape != shape:
+        raise Cannot(f"{method} returned shape {a.shape}, not {shape}")
+    return a.astype(np.float64)

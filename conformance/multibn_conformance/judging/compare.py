@@ -1,0 +1,206 @@
+"""Compare what came with what should have come, within the bound, or bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
+
+from multibn.layer.types import Array
+from multibn.numpy_backend import ReferenceSubject
+from multibn_conformance.cases.case import Case
+from multibn_conformance.oracle import bounds
+from multibn_conformance.oracle.bounds import Arithmetic
+from multibn_conformance.oracle.exact import Exact, Expected, as_input, expected
+
+from .perform import Answer, Make, Wrong, bits_differ, perform
+
+OTHER_BITS = "got other bits in a second run, should be the same."
+"""The end of a message about what is not reproducible. Where that shows first may itself be another place in every run."""
+
+
+class Error(NamedTuple):
+    """The worst error so far, in ulp and as a part of its bound."""
+
+    ulp: float = 0.0
+    ratio: float = 0.0
+
+    def worst(self, other: Error) -> Error:
+        """The worse of each."""
+        return Error(max(self.ulp, other.ulp), max(self.ratio, other.ratio))
+
+
+def tried(make: Make, case: Case, precision: Arithmetic) -> Error | Wrong | str:
+    """How far a new subject is off, what is wrong with it, or why the case is not run."""
+    with np.errstate(all="ignore"):
+        reason = skipped(case, precision)
+        if reason is not None:
+            return reason
+        try:
+            return _bits(case, make) if case.against == "bits" else _values(case, make, precision)
+        except Wrong as wrong:
+            return wrong
+
+
+def skipped(case: Case, precision: Arithmetic) -> str | None:
+    """Why the case is not run, or None."""
+    if any(step.values and step.values.kind.startswith("digits") for step in case.steps) and find_spec("sklearn") is None:
+        return "needs scikit-learn, for its digits: pip install 'multibn[conformance]'"
+    if case.against == "bits":
+        return "equal bits are promised by exact implementations only" if precision == "working" else None
+    reasons = (bounds.not_promised(answer.facts, precision) for answer in expected(case) if answer.facts is not None)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _values(case: Case, make: Make, precision: Arithmetic) -> Error:
+    """Against the oracle, within the bounds."""
+    error = Error()
+    for _, _, its in errors(case, make, precision):
+        error = error.worst(its)
+    return error
+
+
+def errors(case: Case, make: Make, precision: Arithmetic) -> Iterator[tuple[str, str, Error]]:
+    """Name, type and error of each result.
+
+    Raises:
+        Wrong: one is beyond its bound.
+    """
+    for answer, right in zip(perform(case, make), expected(case), strict=True):
+        for name, got in answer.arrays.items():
+            exact = right.values[name]
+            where = f"{answer.where}, {name}"
+            if exact is None or got is None:
+                both_none(where, got, exact)
+                continue
+            type_and_shape(where, got, answer.types[name], exact.high.shape)
+            yield name, got.dtype.name, _within(where, got, exact, name, right, precision)
+
+
+def _bits(case: Case, make: Make) -> Error:
+    """Two subjects against each other, and one against the reference."""
+    first, second = (tuple(perform(case, make)) for _ in range(2))
+    for answer, again in zip(first, second, strict=True):
+        for name, got in answer.arrays.items():
+            other = again.arrays[name]
+            if got is not None and other is not None and _bytes(got) != _bytes(other):
+                raise Wrong(f"{answer.where}, {name}: {OTHER_BITS}")
+    for answer, right in zip(first, _reference(case), strict=True):
+        _same(answer, right)
+    return Error()
+
+
+def _bytes(a: Array) -> bytes:
+    """Its bits, all NaN being alike."""
+    return np.where(np.isnan(a), a.dtype.type("nan"), a).tobytes() if a.dtype.kind == "f" else a.tobytes()
+
+
+@lru_cache(maxsize=32)
+def _reference(case: Case) -> tuple[Answer, ...]:
+    return tuple(perform(case, ReferenceSubject))
+
+
+def _same(answer: Answer, right: Answer) -> None:
+    for name, got in answer.arrays.items():
+        wanted, where = right.arrays[name], f"{answer.where}, {name}"
+        if got is None or wanted is None:
+            both_none(where, got, wanted)
+            continue
+        type_and_shape(where, got, answer.types[name], wanted.shape)
+        differ = bits_differ(np.ascontiguousarray(got), np.ascontiguousarray(wanted))
+        if differ.any():
+            index = tuple(int(i) for i in np.argwhere(differ)[0])
+            off = np.abs(got.astype(np.float64) - wanted) / bounds.ulp(wanted.astype(np.float64), answer.types[name])
+            raise Wrong(
+                f"{where}{list(index)}: got the bits of {got[index].item()!r}, should be those of {wanted[index].item()!r}; "
+                f"{int(differ.sum())} of {differ.size} differ.",
+                ulp=float(np.max(off)),
+                where=where,
+                got=got.astype(np.float64),
+                off=got.astype(np.float64) - wanted,
+            )
+
+
+def both_none(where: str, got: object, wanted: object) -> None:
+    """Where one of the two is None."""
+    if (got is None) != (wanted is None):
+        came, should_be = ("None" if a is None else "an array" for a in (got, wanted))
+        raise Wrong(f"{where}: got {came}, should be {should_be}.")
+
+
+def type_and_shape(where: str, got: Array, dtype: str, shape: tuple[int, ...]) -> None:
+    """Before any value: a wrong layout must not read as a numeric error."""
+    if got.dtype != dtype:
+        raise Wrong(f"{where}: got type {got.dtype}, should be {dtype}.")
+    if got.shape != shape:
+        raise Wrong(f"{where}: got shape {got.shape}, should be {shape}.")
+
+
+def bound_of(name: str, exact: Exact, right: Expected, precision: Arithmetic) -> tuple[Array, Array]:
+    """The bound of each value, and the scale that an ulp is taken at."""
+    facts, shape = right.facts, exact.high.shape
+    assert facts is not None
+    scale = bounds.scale(name, facts, right.updates.get(name, ()))
+    if name in ("moving_mean", "moving_var"):
+        return np.broadcast_to(bounds.for_moving(right.updates[name], name, precision), shape), scale
+    if name in ("dgamma", "dbeta"):
+        return (bounds.for_dgamma if name == "dgamma" else bounds.for_dbeta)(facts, exact.high, precision), scale
+    channels = np.moveaxis(exact.high, 1, 0).reshape(facts.x.shape)
+    bound = (bounds.for_y if name == "y" else bounds.for_dx)(facts, channels, precision)
+    return as_input(bound, shape), as_input(np.broadcast_to(scale, facts.x.shape), shape)
+
+
+class Deviations(NamedTuple):
+    """How far each value of a result is from the exact one; 0 where both are the same non-finite value.
+
+    Where only one of the two is a number, or the bound is not a number, ``ratio`` is infinite.
+    """
+
+    ulp: Array
+    """In ulp of the result's type, at no less than the result's scale (BN-16)."""
+    ratio: Array
+    """As a part of the bound."""
+    bound: Array
+    allowed: Array
+    """The bound in the same ulp."""
+
+
+def deviations(got: Array, exact: Exact, name: str, right: Expected, precision: Arithmetic) -> Deviations:
+    """Compare a result with the exact values; the rules for non-finite values stand here alone."""
+    bound, scale = bound_of(name, exact, right, precision)
+    came = got.astype(np.float64)
+    off = np.abs((came - exact.high) - exact.low)
+    alike = (np.isnan(came) & np.isnan(exact.high)) | (came == exact.high)
+    if name in ("dx", "dgamma"):  # inf-inf or inf*0: which of them comes is a matter of the order of the formula
+        alike |= ~np.isfinite(came) & ~np.isfinite(exact.high)
+    most = float(np.finfo(got.dtype).max)
+    alike |= np.isinf(came) & (np.sign(came) == np.sign(exact.high)) & (np.abs(exact.high) + bound > most)  # beyond the type
+    off = np.where(alike & ~np.isfinite(off), 0.0, np.where(np.isnan(off), np.inf, off))
+    size = np.fmax(np.abs(exact.high), scale)
+    one = bounds.ulp(np.where(np.isfinite(size), size, 0.0), got.dtype.name)
+    ulps = np.where(off == 0, 0.0, off / one)
+    ratios = np.where((off == 0) | np.isinf(bound), 0.0, off / bound)
+    return Deviations(ulps, np.where(np.isnan(ratios), np.inf, ratios), bound, bound / one)
+
+
+def _within(where: str, got: Array, exact: Exact, name: str, right: Expected, precision: Arithmetic) -> Error:
+    if not got.size:
+        return Error()
+    ulps, ratios, bound, _ = deviations(got, exact, name, right, precision)
+    at = np.unravel_index(int(np.argmax(ratios)), got.shape)
+    came = got.astype(np.float64)
+    if ratios[at] > 1:
+        raise Wrong(
+            f"{where}{[int(i) for i in at]}: got {float(came[at])!r}, should be {float(exact.high[at])!r}: "
+            f"off by {ulps[at]:.3g} ulp of {got.dtype}, {ratios[at]:.3g} times the bound for {precision} "
+            f"arithmetic ({bound[at]:.3g}); {int((ratios > 1).sum())} of {got.size} are out of bounds.",
+            ulp=float(np.max(ulps)),
+            ratio=float(ratios[at]),
+            where=where,
+            got=came,
+            off=came - exact.high,
+        )
+    return Error(float(np.max(ulps)), float(np.max(ratios)))

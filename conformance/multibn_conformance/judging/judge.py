@@ -1,0 +1,68 @@
+"""One case on one subject: compare what came with what should have come, within the bound, and say which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from multibn.spec.clauses import CLAUSES
+from multibn_conformance.cases.case import Case
+from multibn_conformance.oracle.bounds import Arithmetic
+from multibn_conformance.subjects.backends import Candidate
+
+from .compare import Error, tried
+from .perform import Make
+
+Status = Literal["pass", "fail", "skip", "differs"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What came of one case on one subject.
+
+    Args:
+        subject: its name, as ``torch/kernel/cpu``.
+        case, clause: what was judged.
+        status: "differs" for a case that may differ, and does; it does not count.
+        ulp: the worst error in ulp of the output's type, at no less than the result's scale (BN-16): single values may cancel.
+        ratio: the worst error as a part of its bound.
+        message: what came and what should have come, or why it was skipped; empty for "pass".
+        snippet: Python that runs the case again.
+        dtype: of the case's input.
+    """
+
+    subject: str
+    case: str
+    clause: str
+    status: Status
+    ulp: float = 0.0
+    ratio: float = 0.0
+    message: str = ""
+    snippet: str = ""
+    dtype: str = "float32"
+
+
+def judge(candidate: Candidate, case: Case) -> Judgement:
+    """Run a case on a new subject. Whatever it does wrong, an exception of its own included, becomes the judgement."""
+    return judge_maker(candidate.make, case, candidate.name, candidate.precision)
+
+
+def judge_maker(make: Make, case: Case, name: str, precision: Arithmetic, hints: bool = True) -> Judgement:
+    """The same for any maker of subjects; without hints, no known defect is tried to find out what a failure looks like."""
+    came = tried(make, case, precision)
+    if isinstance(came, str):
+        return Judgement(name, case.id, case.clause, "skip", message=came, dtype=case.dtype)
+    if isinstance(came, Error):
+        return Judgement(name, case.id, case.clause, "pass", came.ulp, came.ratio, dtype=case.dtype)
+    from .diagnose import hint
+
+    looks_like = hint(case, came, precision) if hints else ""
+    message = "\n".join(line for line in (f"{case.id}: {came}", *told(case), looks_like) if line)
+    status: Status = "differs" if case.verdict == "may differ" else "fail"
+    snippet = f"from multibn_conformance import reproduce\nprint(reproduce({name!r}, {case.id!r}))"
+    return Judgement(name, case.id, case.clause, status, came.ulp, came.ratio, message, snippet, case.dtype)
+
+
+def told(case: Case) -> tuple[str, str]:
+    """The clause\'s text and what the case catches, for a message."""
+    return f"{case.clause}: {CLAUSES[case.clause]}", f"{case.comment} It catches a BatchNorm that {case.catches}."

@@ -1,0 +1,161 @@
+"""Run a case's calls on a subject and collect its answers. What no BatchNorm may do is found here; values are not judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from multibn.backend import Subject
+from multibn.layer.types import PARAMETER_TYPE, Array
+from multibn.spec.batchnorm import BatchNormSpec
+from multibn_conformance.cases.case import Case, Step
+from multibn_conformance.cases.inputs import state
+from multibn_conformance.subjects.outside import Broken
+
+Make = Callable[[int, BatchNormSpec], Subject]
+
+
+class Wrong(Exception):
+    """A subject's answer is wrong; the message says how, ulp and ratio (to the bound) by how much.
+
+    Where it is wrong in its values, ``where`` names the step and the result, ``got`` is what came and ``off`` how far it is off,
+    float64 both.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        ulp: float = np.inf,
+        ratio: float = np.inf,
+        where: str = "",
+        got: Array | None = None,
+        off: Array | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.ulp, self.ratio, self.where, self.got, self.off = ulp, ratio, where, got, off
+
+
+class Answer(NamedTuple):
+    """What a subject gave at a step: where, and each observed name with its array, and the type that it must have."""
+
+    where: str
+    step: Step
+    arrays: dict[str, Array | None]
+    types: dict[str, str]
+
+
+def perform(case: Case, make: Make) -> Iterator[Answer]:
+    """The answers of a new subject, step by step.
+
+    Raises:
+        Wrong: the subject raises where it must not, or not where it must; changes its input; or does not keep its state
+            where the step observes that it is unchanged.
+    """
+    subject = call_subject("making it", make, case.features, case.spec)
+    arrays = state(case.features, case.dtype, 0, case.spec)
+    refusable = case.verdict == "must raise"
+    call_subject("load", subject.load, *copies(arrays))
+    moving, kind = arrays[2:], case.dtype
+    others = []
+    for number, step in enumerate(case.steps, 1):
+        where = f"step {number} of {len(case.steps)} ({step.do})"
+        given = None if step.values is None else step.values.array()
+        before = None if given is None else given.copy()
+        answers: dict[str, Array | None] = {}
+        if step.do == "load":
+            assert step.values is not None
+            kind = step.values.dtype
+            arrays = state(case.features, kind, step.values.seed, case.spec)
+            moving = arrays[2:]
+            call_subject(where, subject.load, *copies(arrays))
+        elif step.do == "reload":
+            subject = call_subject(where, make, case.features, case.spec)
+            call_subject(where, subject.load, *copies((*arrays[:2], *moving)))
+        elif step.do == "another":
+            assert step.values is not None
+            others.append(call_subject(where, make, case.features, case.spec))
+            call_subject(where, others[-1].load, *copies(state(case.features, kind, step.values.seed, case.spec)))
+            call_subject(where, others[-1].forward, given, True)
+        elif step.do == "refuse":
+            _refused(where, subject, given)
+        elif step.do == "backward":
+            gradients = call_subject(where, subject.backward, given)
+            if not isinstance(gradients, tuple) or len(gradients) != 3:
+                raise Wrong(f"{where}: backward returned {type(gradients).__name__}, should be a tuple (dx, dgamma, dbeta).")
+            answers.update(zip(("dx", "dgamma", "dbeta"), gradients, strict=True))
+        else:
+            answers["y"] = call_subject(where, subject.forward, given, step.do == "train")
+        if before is not None and given is not None and before.tobytes() != given.tobytes():
+            raise Wrong(f"{where}: the subject changed the array that it was given. It must leave its inputs as they are.")
+        now = call_subject(f"{where}, reading the moving statistics", subject.moving)
+        if not isinstance(now, tuple) or len(now) != 2:
+            raise Wrong(f"{where}: moving returned {type(now).__name__}, should be a tuple (moving_mean, moving_var).")
+        read = array_from(f"{where}, moving_mean", now[0]), array_from(f"{where}, moving_var", now[1])
+        answers.update(zip(_NAMES, read, strict=True))
+        if "unchanged" in step.observe:
+            for name, old in zip(_NAMES, moving, strict=True):
+                same_bits(f"{where}: {name} must stay as it was", answers[name], old)
+        moving = read
+        observed: dict[str, Any] = {name: answers[name] for name in step.observe if name != "unchanged"}
+        arrived = {name: a if a is None else array_from(f"{where}, {name}", a) for name, a in observed.items()}
+        data = kind if given is None else given.dtype.name
+        yield Answer(where, step, arrived, {name: data if name in ("y", "dx") else PARAMETER_TYPE[kind] for name in arrived})
+    assert refusable == any(step.do == "refuse" for step in case.steps)
+
+
+_NAMES = ("moving_mean", "moving_var")
+
+
+def call_subject(where: str, function: Callable[..., Any], *arguments: object) -> Any:
+    """Call the subject; ``Wrong`` if it raises or does not come back."""
+    try:
+        return function(*arguments)
+    except Broken as error:
+        raise Wrong(f"{where}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise Wrong(f"{where} raised {type(error).__name__}: {error}") from error
+
+
+def _refused(where: str, subject: Subject, x: Array | None) -> None:
+    assert x is not None
+    try:
+        y = subject.forward(x, True)
+    except (Broken, SystemExit) as error:
+        how = str(error) if isinstance(error, Broken) else f"SystemExit: {error}, should be an error."
+        raise Wrong(f"{where}: {how}") from error
+    except Exception as error:
+        if not str(error).strip():
+            raise Wrong(f"{where}: {type(error).__name__} without a message, should be an error that says why.") from error
+        return
+    raise Wrong(f"{where}: got output of type {type(y).__name__}, should be an error, for input of shape {x.shape}, {x.dtype}.")
+
+
+def copies(arrays: tuple[Array | None, ...]) -> list[Array | None]:
+    """Copies of the arrays, None where there is none."""
+    return [a if a is None else a.copy() for a in arrays]
+
+
+def array_from(where: str, a: object) -> Array:
+    """The array that a subject returned; ``Wrong`` if it is not one."""
+    if not isinstance(a, np.ndarray):
+        raise Wrong(f"{where}: got {type(a).__name__}, should be a NumPy array.")
+    return np.array(a)
+
+
+def same_bits(what: str, got: Array | None, old: Array) -> None:
+    """Whether two arrays have the same bits."""
+    assert got is not None
+    if got.dtype != old.dtype or got.shape != old.shape:
+        raise Wrong(f"{what}: got {got.dtype} of shape {got.shape}, was {old.dtype} of shape {old.shape}.")
+    if got.tobytes() != old.tobytes():
+        index = int(np.flatnonzero(bits_differ(got, old))[0])
+        came = got.astype(np.float64)
+        message = f"{what}: index [{index}] is {got[index].item()!r}, was {old[index].item()!r}."
+        raise Wrong(message, where=what, got=came, off=came - old)
+
+
+def bits_differ(a: Array, b: Array) -> Array:
+    """Where two arrays of one type and shape differ in bits, all NaN being alike."""
+    return np.asarray((a.view(f"u{a.itemsize}") != b.view(f"u{b.itemsize}")) & ~(np.isnan(a) & np.isnan(b)))

@@ -1,0 +1,1 @@
+"""Judgements shown: on a terminal, as a page, as JSON and as JUnit XML."""

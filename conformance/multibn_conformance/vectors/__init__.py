@@ -1,0 +1,1 @@
+"""The fixed cases as files, and the judgement of answers to them."""

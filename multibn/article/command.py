@@ -1,0 +1,34 @@
+"""The command ``multibn article``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from multibn.usage import needed
+
+
+def article(
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("article.html"),
+    framework: Annotated[list[str] | None, typer.Option(help="Train in torch or mxnet. May be repeated.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few seeds and steps, to see that it works; nothing to judge by.")
+    ] = False,
+) -> None:
+    """Run the article statement by statement, its claims on real digits, and write one page.
+
+    Exits with 0, 1 if a framework's process failed, 2 if the call is wrong.
+    """
+    with needed("article", "article"):
+        from . import page, plan, run
+    frameworks = run.check(framework or (), out)
+    try:
+        page.write(out, frameworks, plan.QUICK if quick else plan.FULL, shlex.join(["multibn", *sys.argv[1:]]), Console())
+    except ChildProcessError as error:
+        typer.echo(f"multibn: {error}", err=True)
+        raise typer.Exit(1) from None

@@ -1,0 +1,58 @@
+"""How a backend presents itself to the suite: ``Subject`` and ``Backend``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from .spec.batchnorm import BatchNormSpec
+
+if TYPE_CHECKING:
+    from .whitening.spec import WhiteningSpec
+from .layer.types import Array
+
+
+class Subject(Protocol):
+    """Anything that claims to be a BatchNorm, as the conformance suite sees it. Arrays are NumPy, the channel axis is 1."""
+
+    def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
+        """Set the state: 1-D arrays of length num_features, None where it has none. No batches seen yet."""
+
+    def forward(self, x: Array, training: bool) -> Array:
+        """y for x."""
+
+    def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
+        """(dx, dgamma, dbeta) of the last forward; None where it has none."""
+
+    def moving(self) -> tuple[Array, Array]:
+        """(moving_mean, moving_var) as they are now."""
+
+
+Precision = Literal["exact", "working"]
+"""How an implementation computes: within BN-16, or in the arithmetic of the input's type, whose bound is wider."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A home of BatchNorm, found by the conformance suite through the entry point group ``multibn.backends``.
+
+    Args:
+        name: as given to ``--backend``.
+        versions: name -> version of the libraries that compute.
+        implementations: name -> its precision. The first is the default one.
+        devices: the devices that are present, such as ``("cpu",)``.
+        make: ``make(num_features, spec, device, implementation)`` returns a Subject; spec None means its own defaults.
+        whitening: the same for its whitening layer, whose Subject has a moving covariance in place of the variance; or None.
+        no_whitening: names of implementations that its whitening layer does not have.
+        title: the framework's name in prose, such as "PyTorch".
+    """
+
+    name: str
+    versions: Mapping[str, str]
+    implementations: Mapping[str, Precision]
+    devices: Callable[[], Sequence[str]]
+    make: Callable[[int, BatchNormSpec | None, str, str], Subject]
+    whitening: Callable[[int, WhiteningSpec, str, str], Subject] | None = None
+    no_whitening: Collection[str] = ()
+    title: str = ""

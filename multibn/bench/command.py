@@ -1,0 +1,39 @@
+"""The command ``multibn bench``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from multibn.usage import UsageError
+
+
+def bench(
+    framework: Annotated[list[str] | None, typer.Option(help="Measure in torch or mxnet. May be repeated.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Train densenet121 or resnet18 instead. May be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few turns, to see that it works; no numbers to quote.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the times to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw ResNet-50's stages to this .svg or .png file.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads for each; 2 if there are so many processors.")] = None,
+    whitening: Annotated[bool, typer.Option("--whitening", help="Measure whitening beside BatchNorm instead, in torch.")] = False,
+) -> None:
+    """Measure the CPU layers beside the framework's own and beside copying the same bytes.
+
+    With --model: training steps of a network after swap (in PyTorch with fuse_relu), as it is, and without any BatchNorm.
+
+    Exits with 0, 1 if a framework could not be measured, 2 if the call is wrong.
+    """
+    from . import run
+    from . import whitening as of_whitening
+
+    command = shlex.join(["multibn", *sys.argv[1:]])
+    if whitening and (picture or framework or model):
+        raise UsageError("--whitening is measured in torch and draws no picture. Leave --framework, --model and --picture out.")
+    plan = run.check(["torch"] if whitening else framework or (), threads, json, picture, model or ())
+    if whitening:
+        raise typer.Exit(not of_whitening.run(plan[2], quick, json, command))
+    raise typer.Exit(not run.run(*plan, quick, json, picture, command, model or ()))

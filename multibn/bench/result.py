@@ -1,0 +1,158 @@
+"""What ``multibn bench`` measured: rows of times, and the run as JSON, as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from multibn import __version__
+
+TIMES: Final = "\N{MULTIPLICATION SIGN}"
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a layer, or the network ``model``, is given: float32 of ``shape``, channel axis 1."""
+
+    group: str
+    shape: tuple[int, ...]
+    training: bool = True
+    channels_last: bool = False
+    hybridized: bool = False
+    model: str = ""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Input:
+        """The input that ``asdict`` described, as JSON hands it on."""
+        return cls(**{**fields, "shape": tuple(fields["shape"])})
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.shape}" if self.model else f"{self.shape}{', hybrid' if self.hybridized else ''}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The times of one input: ``samples`` has a list of milliseconds per contestant, in the order of the turns."""
+
+    input: Input
+    own: str
+    samples: Mapping[str, Sequence[float]]
+
+    def ms(self, who: str) -> float | None:
+        """The median time of "ours", "own", "copy" or "none"; None where it was not measured."""
+        return statistics.median(self.samples[who]) if who in self.samples else None
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than the framework's own."""
+        return median_of_ratios(self.samples["own"], self.samples["ours"])
+
+    @property
+    def limit(self) -> float | None:
+        """How many times faster than its own a network is without any BatchNorm: no BatchNorm can make it faster."""
+        return median_of_ratios(self.samples["own"], self.samples["none"]) if "none" in self.samples else None
+
+    @property
+    def to_copy(self) -> float | None:
+        """How many times slower than copying the same bytes."""
+        return median_of_ratios(self.samples["ours"], self.samples["copy"]) if "copy" in self.samples else None
+
+
+@dataclass
+class Result:
+    """A run: where and how it was made, and framework -> rows. ``absent``: framework -> why it has none."""
+
+    command: str
+    threads: int
+    rounds: int
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    processor: str = field(default_factory=lambda: processor())
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What took part."""
+        libraries = {name: version(name) for name in ("numpy", "numba", *self.rows)}
+        return {"multibn": __version__, "python": platform.python_version(), **libraries}
+
+    @property
+    def of_networks(self) -> bool:
+        """Whether it is about networks, and not about layers."""
+        return any(row.input.model for rows in self.rows.values() for row in rows)
+
+    def geometric_means(self, framework: str) -> dict[str, float]:
+        """Group -> geometric mean of its speedups; for the groups that go through the stages of a network."""
+        groups: dict[str, list[float]] = {}
+        for row in self.rows[framework]:
+            groups.setdefault(row.input.group, []).append(row.speedup)
+        return {
+            group: geometric_mean(values) for group, values in groups.items() if group in ("stages", "channels last", "inference")
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as JSON takes it; names keep their meaning while "format" stays the same.
+
+        ``{"format": "multibn bench 1", "command", "date" (ISO 8601, UTC), "processor", "threads", "rounds", "versions": {name:
+        version}, "absent": {framework: reason}, "frameworks": {framework: {"rows": [...], "geometric_means": {group:
+        speedup}}}}``
+
+        A row: ``{"group", "shape", "training", "channels_last", "hybridized", "model": name of the network, "" for a layer,
+        "own": name of the framework's layer, "ours_ms", "own_ms", "copy_ms", "none_ms", "speedup": own / ours, "to_copy": ours /
+        copy, "limit": own / none, "samples_ms": {"ours": [...], "own": [...], "copy": [...]}}``. "copy" is missing, and what is
+        made of it null, where the input is too small for it to matter, and of networks; "none", without BatchNorm, is of networks
+        alone.
+        """
+        return {
+            "format": "multibn bench 1",
+            "command": self.command,
+            "date": self.date,
+            "processor": self.processor,
+            "threads": self.threads,
+            "rounds": self.rounds,
+            "versions": self.versions,
+            "absent": self.absent,
+            "frameworks": {
+                framework: {
+                    "rows": [
+                        {
+                            **asdict(row.input),
+                            "shape": list(row.input.shape),
+                            "own": row.own,
+                            **{f"{who}_ms": row.ms(who) for who in ("ours", "own", "copy", "none")},
+                            "speedup": row.speedup,
+                            "to_copy": row.to_copy,
+                            "limit": row.limit,
+                            "samples_ms": {who: list(times) for who, times in row.samples.items()},
+                        }
+                        for row in rows
+                    ],
+                    "geometric_means": self.geometric_means(framework),
+                }
+                for framework, rows in self.rows.items()
+            },
+        }
+
+
+def median_of_ratios(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the ratios within a turn: what slows a turn down as a whole cancels."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The mean for ratios: that of the inverse ratios is its inverse."""
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} processors" if names else platform.processor() or platform.machine()

@@ -1,0 +1,159 @@
+"""``multibn bench``: how fast the layers are, beside the framework's own and beside copying the same bytes.
+
+Each framework is measured in a process of its own, because the one that is imported first would set the threads of the other.
+In it ours, the framework's own and the copy take turns, so that a busy moment of the machine meets all of them. Reported are
+medians: of the times, and of the ratios within a turn. ``--model`` measures training steps of whole networks in the same way:
+after ``swap``, as they are, and without any BatchNorm.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from multibn.usage import UsageError
+
+from .inputs import MODELS
+from .result import Input, Result, Row
+from .show import caption, draw, table
+
+GROUP: Final = "multibn.bench"
+"""Entry points framework -> the module that measures it, run with ``python -m``: see ``contest.serve``."""
+
+ROUNDS, MODEL_ROUNDS, QUICK_ROUNDS = 25, 11, 3
+"""Turns that each contestant gets."""
+
+
+def modules() -> dict[str, str]:
+    """Framework -> the module that measures it, for every backend that registers one."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def check(
+    frameworks: Sequence[str], threads: int | None, json_file: Path | None, picture: Path | None, models: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str], int]:
+    """The frameworks to measure, those that are absent with the reason, and the threads.
+
+    Args:
+        frameworks: as asked for; empty for all that are installed.
+        threads: as asked for; None for 2, or 1 where there is one processor.
+        json_file, picture: what will be written.
+        models: networks to train, in place of measuring the layers.
+
+    Raises:
+        UsageError: an unknown framework or network, a framework asked for that is not installed, none installed at all, an
+            impossible number of threads, a file that cannot be written, or a picture of networks.
+    """
+    known_frameworks = modules()
+    for option, known, asked in (("--framework", known_frameworks, frameworks), ("--model", MODELS, models)):
+        for name in asked:
+            if name not in known:
+                raise UsageError(f"{option} must be {' or '.join(known)}, got {name}.")
+    if models and picture is not None:
+        raise UsageError("--picture draws the stages of ResNet-50, which --model does not measure: leave one of them out.")
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= processors:
+        raise UsageError(f"--threads must be from 1 to {processors}, the processors that this process may use, got {threads}.")
+    if picture is not None and picture.suffix not in (".svg", ".png"):
+        raise UsageError(f"--picture must end in .svg or .png, got {picture}.")
+    for file in (json_file, picture):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{file} cannot be written, there is no folder {file.absolute().parent}: make it first.")
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--picture needs matplotlib, which is not installed: pip install 'multibn[conformance]'.")
+    absent = {name: f"not installed: pip install 'multibn[{name}]'" for name in known_frameworks if not _installed(name)}
+    for name in frameworks:
+        if name in absent:
+            raise UsageError(f"{name} is {absent[name]}.")
+    present = [name for name in dict.fromkeys(frameworks or known_frameworks) if name not in absent]
+    if not present:
+        raise UsageError(f"nothing to measure: {'; '.join(f'{name} is {why}' for name, why in absent.items())}.")
+    return present, {} if frameworks else absent, threads or min(2, processors)
+
+
+def run(
+    frameworks: Sequence[str],
+    absent: Mapping[str, str],
+    threads: int,
+    quick: bool,
+    json_file: Path | None,
+    picture: Path | None,
+    command: str,
+    models: Sequence[str] = (),
+    inputs: Mapping[str, Sequence[Input]] | None = None,
+) -> bool:
+    """Measure, print the tables, write the files; False if a framework could not be measured.
+
+    Args:
+        frameworks, absent, threads: as ``check`` returned them.
+        quick: few turns, to see that it works; no numbers to quote.
+        json_file, picture: where to write ``Result.to_dict()`` and ``draw``.
+        command: the line that asked for this, for the record.
+        models: networks to train, in place of the layers' inputs.
+        inputs: framework -> what is measured; None for what its studies say.
+    """
+    result = Result(command, threads, QUICK_ROUNDS if quick else MODEL_ROUNDS if models else ROUNDS, absent=dict(absent))
+    console = Console()
+    for framework in frameworks:
+        rows = []
+        try:
+            with console.status(f"{framework} begins") as status:
+                for row in measure(framework, threads, result.rounds, models, None if inputs is None else inputs[framework]):
+                    rows.append(row)
+                    status.update(f"{framework}: {len(rows)} done, last {row.input}")
+        except ChildProcessError as error:
+            result.absent[framework] = str(error)
+        else:
+            result.rows[framework] = rows
+            console.print(table(result, framework))
+    for framework, reason in result.absent.items():
+        console.print(f"{framework} was not measured: {reason}", markup=False, soft_wrap=True)
+    console.print(caption(result), markup=False, highlight=False, soft_wrap=True)
+    if json_file:
+        json_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    if picture and result.rows:
+        draw(result, picture)
+    return list(frameworks) == list(result.rows)
+
+
+def measure(
+    framework: str, threads: int, rounds: int, models: Sequence[str] = (), inputs: Sequence[Input] | None = None
+) -> Iterator[Row]:
+    """Measure a framework's layers in a process of its own, one row after the other.
+
+    Args:
+        models: networks to train, in place of the layers.
+        inputs: what is measured; None for what the framework's studies say.
+
+    Raises:
+        ChildProcessError: the process failed; its output went to stderr.
+    """
+    settings = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+    given = None if inputs is None else [asdict(each) for each in inputs]
+    order = json.dumps({"inputs": given, "models": list(models), "threads": threads, "rounds": rounds})
+    command = [sys.executable, "-m", modules()[framework], order]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **settings}) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            answer = json.loads(line)
+            yield Row(Input.from_dict(answer["input"]), answer["own"], answer["samples"])
+    if process.returncode:
+        raise ChildProcessError(f"its process ended with code {process.returncode}; what it said stands above.")
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

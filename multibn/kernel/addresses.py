@@ -1,0 +1,74 @@
+"""Addresses in compiled code: pointers to arrays, C calls, atomic counters, unsigned index arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np import arrayobj
+
+from .jit import inner
+
+
+@inner
+def keep(arrays: Any) -> None:
+    """Numba may free an array after its last use, which its address is not: this is one, after the address was used."""
+
+
+@intrinsic
+def pointer(_: Any, address: Any) -> Any:  # pragma: no cover - runs in the compiler
+    """An address as a pointer, for ``numba.carray``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.intp), generate
+
+
+@intrinsic
+def part(_: Any, array: Any, start: Any, width: Any) -> Any:  # pragma: no cover - runs in the compiler
+    """``array[start : start + width]`` of a contiguous array of one axis, where that is known to be inside: much less code."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        given = arrayobj.make_array(signature.args[0])(context, builder, arguments[0])
+        made = arrayobj.make_array(signature.return_type)(context, builder)
+        place = builder.gep(given.data, [arguments[1]])
+        arrayobj.populate_array(
+            made, data=place, shape=[arguments[2]], strides=[given.itemsize], itemsize=given.itemsize, meminfo=None
+        )
+        return made._getvalue()
+
+    return array(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def call(_: Any, address: Any, arguments: Any) -> Any:  # pragma: no cover - runs in the compiler
+    """Call the C function at an address with a tuple of integers or addresses."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        word = ir.IntType(64)
+        given = cgutils.unpack_tuple(builder, values[1])
+        function = ir.FunctionType(word, [word] * len(given)).as_pointer()
+        builder.call(builder.inttoptr(values[0], function), given)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), generate
+
+
+@intrinsic
+def fetch_add(_: Any, address: Any, count: Any) -> Any:  # pragma: no cover - runs in the compiler
+    """Add to the int64 at an address, as one step for all threads; returns what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+unsigned = np.uint64
+"""For an index: whether a signed one is negative, compiled code has to look each time."""

@@ -1,0 +1,106 @@
+"""BatchNorm of NumPy arrays: ``forward`` and ``backward`` by the kernel."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from multibn.layer.types import PARAMETER_TYPE, Array
+from multibn.spec.batchnorm import BatchNormSpec
+
+from .entry import run_backward, run_forward
+from .schedule import backward_at as backward_at
+from .schedule import forward_at as forward_at
+
+
+class Saved(NamedTuple):
+    """What ``backward`` needs of a ``forward`` of NumPy arrays, and what ``run_forward`` returned."""
+
+    x: Array
+    gamma: Array
+    statistics: Array
+    through: bool
+    shape: tuple[int, ...]
+    channel_axis: int
+    left: int
+
+
+def forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    moving_mean: Array,
+    moving_var: Array,
+    spec: BatchNormSpec,
+    training: bool,
+    channel_axis: int = 1,
+    batches: int = 0,
+) -> tuple[Array, Saved]:
+    """``reference.forward`` by the kernel: the same arguments and the same bits, but the moving statistics are updated in place.
+
+    x is taken in whatever layout it has; it is copied only if neither it nor its channels-last view is contiguous.
+    """
+    values = by_channel(x, channel_axis)
+    kind = np.dtype(PARAMETER_TYPE[x.dtype.name])
+    gamma = gamma if gamma is not None and spec.scale else ones(len(moving_mean), kind)
+    beta = beta if beta is not None and spec.center else zeros(len(moving_mean), kind)
+    y, statistics = np.empty_like(values), np.empty((2, len(moving_mean)))
+    left = run_forward(
+        bits(values), bits(y), gamma, beta, moving_mean, moving_var, statistics,
+        spec.eps, spec.weight_of_old(batches), spec.moving_variance == "unbiased",
+        training and spec.normalize_with == "batch", training and spec.update_statistics,
+    )  # fmt: skip
+    through = training and spec.normalize_with == "batch"
+    return _as_given(y, x.shape, channel_axis), Saved(values, gamma, statistics, through, x.shape, channel_axis, left)
+
+
+def backward(dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+    """``(dx, dgamma, dbeta)``, the same bits as ``reference.backward``."""
+    dys = by_channel(dy, saved.channel_axis)
+    if dys.shape != saved.x.shape:  # dy lies in memory in another way than x
+        dys = np.ascontiguousarray(np.moveaxis(dy, saved.channel_axis, -1) if saved.x.shape[2] == 1 else dy).reshape(
+            saved.x.shape
+        )
+    dx, dgamma, dbeta = np.empty_like(dys), np.empty_like(saved.gamma), np.empty_like(saved.gamma)
+    run_backward(bits(saved.x), bits(dys), bits(dx), saved.gamma, saved.statistics, dgamma, dbeta, saved.through)
+    return _as_given(dx, saved.shape, saved.channel_axis), dgamma, dbeta
+
+
+def by_channel(x: Array, channel_axis: int) -> Array:
+    """x as C-contiguous (N, C, S), a view where possible: of x itself, or, for channels-last memory, with S = 1."""
+    axis = channel_axis % x.ndim
+    channels = x.shape[axis]
+    if not x.flags.c_contiguous or not x.flags.writeable:
+        last = np.moveaxis(x, axis, -1)
+        if last.flags.c_contiguous and last.flags.writeable:
+            return last.reshape(-1, channels, 1)
+        x = np.array(x, order="C")  # Numba compiles anew for read-only arrays: cheaper to copy these
+    return x.reshape(math.prod(x.shape[:axis]), channels, math.prod(x.shape[axis + 1 :]))
+
+
+def bits(a: Array) -> Array:
+    """float16 as the int16 that the kernel takes; other types as they are."""
+    return a.view(np.int16) if a.dtype == np.float16 else a
+
+
+@lru_cache(maxsize=256)
+def ones(channels: int, dtype: Any) -> Array:
+    """gamma of a layer that has none."""
+    return np.ones(channels, dtype)
+
+
+@lru_cache(maxsize=256)
+def zeros(channels: int, dtype: Any) -> Array:
+    """beta of a layer that has none."""
+    return np.zeros(channels, dtype)
+
+
+def _as_given(values: Array, shape: tuple[int, ...], channel_axis: int) -> Array:
+    """(N, C, S) back to the shape that came, in the same layout."""
+    axis = channel_axis % len(shape)
+    if values.shape[2] == 1 and math.prod(shape[axis + 1 :]) != 1:
+        return np.moveaxis(values.reshape(*shape[:axis], *shape[axis + 1 :], shape[axis]), -1, axis)
+    return values.reshape(shape)

@@ -1,0 +1,240 @@
+"""The forward pass: batch statistics, moving statistics, and normalising (BN-02 to BN-07).
+
+The loops take several chunks at a time, each from another sample: what belongs to a lane is then loaded once for all of them, and
+the processor, whose load queue is short, sees further ahead. Loops that write as much as they read are vectorised by hand: see
+``simd``. Threads share out whole blocks of chunks, or whole groups of channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from multibn.spec.clauses import BLOCK, PIVOT
+
+from .addresses import part, unsigned
+from .halves import load, store
+from .jit import inlined, inner
+from .lanes import ALL, BETA, MEAN, SCALE, A, B, add, clear, fold_blocks, fold_lanes, spread
+from .plan import Plan, channels_of, chunk_of, chunks_of_four, count_of, lanes_in_use, plan_of, steps_of, tasks
+from .simd import ROWS, by_lines, goes_past, has_vectors, whole_lines
+
+# Inner loops. Four chunks at a time: a lane adds them one after the other, but is read and written only once.
+
+
+@inner
+def _add4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
+    """PIVOT chunks, to lanes that count as 0: what they hold is not read."""
+    for j in range(a.shape[0]):
+        lanes[j] = ((load(a[j]) + load(b[j])) + load(c[j])) + load(d[j])
+
+
+@inner
+def _deviate(a: Any, lanes: Any) -> None:
+    for j in range(a.shape[0]):
+        p = load(a[j]) - lanes[j + MEAN]
+        lanes[j + A] += p
+        lanes[j + B] += p * p
+
+
+@inner
+def _deviate4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
+    for j in range(a.shape[0]):
+        mean = lanes[j + MEAN]
+        p, q, r, s = load(a[j]) - mean, load(b[j]) - mean, load(c[j]) - mean, load(d[j]) - mean
+        lanes[j + A] = (((lanes[j + A] + p) + q) + r) + s
+        lanes[j + B] = (((lanes[j + B] + p * p) + q * q) + r * r) + s * s
+
+
+@inner
+def _normalise(a: Any, y: Any, least: float, lanes: Any) -> None:
+    """least: 0 for a ReLU, else -inf."""
+    for j in range(a.shape[0]):
+        store(y, j, _at_least((load(a[j]) - lanes[j + MEAN]) * lanes[j + SCALE] + lanes[j + BETA], least))
+
+
+@inner
+def _at_least(value: float, least: float) -> float:
+    """NaN stays."""
+    return least if value < least else value
+
+
+def _normalise_vector(b: Any, least: Any, x: Any, mean: Any, scale: Any, beta: Any) -> Any:
+    """``_normalise`` of vectors."""
+    y = b.fadd(b.fmul(b.fsub(x, mean), scale), beta)
+    return b.select(b.fcmp_ordered("<", y, least), least, y)
+
+
+_normalise_lines, _normalise_lines_past = by_lines((MEAN, SCALE, BETA), _normalise_vector)
+
+
+@inner
+def _normalise_rows(x: Any, y: Any, start: int, row: int, width: int, past: bool, least: float, lanes: Any) -> None:
+    """``_normalise`` of ROWS rows that begin ``row`` values apart, into the cache or past it."""
+    begin, end, line = whole_lines(part(y, start, width), row)
+    if past:
+        for j in range(begin, end, line):
+            _normalise_lines_past(y, (x,), start + j, row, lanes, j, least)
+    else:
+        for j in range(begin, end, line):
+            _normalise_lines(y, (x,), start + j, row, lanes, j, least)
+    for at, n in ((0, begin), (end, width - end)):
+        for i in range(start + at, start + at + ROWS * row, row):
+            _normalise(part(x, i, n), part(y, i, n), least, part(lanes, at, lanes.shape[0] - at))
+
+
+# Passes over the tasks first..last, a task being one block of one group.
+
+
+@inlined
+def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
+    """sums: the pivot of each block, the sum of the deviations from it, and of the squares of these."""
+    used = lanes_in_use(plan)
+    for task in range(first, last):
+        group, block = task // plan.blocks, task % plan.blocks
+        begin, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
+
+        few = min(begin + PIVOT, end)
+        i, width = chunk_of(plan, group, begin)
+        four, j, k, m = chunks_of_four(plan, group, begin, few)
+        if four:
+            _add4(part(flat, i, width), part(flat, j, width), part(flat, k, width), part(flat, m, width), lanes)
+        else:
+            clear(lanes, used)
+            for chunk in range(begin, few):
+                i, width = chunk_of(plan, group, chunk)
+                add(part(flat, i, width), lanes)
+        fold_lanes(lanes, unsigned(A), plan, group, sums[0, block])
+        first_channel, last_channel = channels_of(plan, group)
+        count = count_of(plan, begin, few)
+        for c in range(first_channel, last_channel):
+            sums[0, block, c] /= count
+        spread(sums[0, block], plan, group, lanes[MEAN:])
+
+        clear(lanes, used)
+        chunk = begin
+        while chunk < end:
+            i, width = chunk_of(plan, group, chunk)
+            four, j, k, m = chunks_of_four(plan, group, chunk, end)
+            if four:
+                _deviate4(part(flat, i, width), part(flat, j, width), part(flat, k, width), part(flat, m, width), lanes)
+            else:
+                _deviate(part(flat, i, width), lanes)
+            chunk += 4 if four else 1
+        fold_lanes(lanes, unsigned(A), plan, group, sums[1, block])
+        fold_lanes(lanes, unsigned(B), plan, group, sums[2, block])
+
+
+@inlined
+def _normalise_blocks(
+    plan: Plan, flat: Any, y: Any, scale: Any, beta: Any, saved: Any, rectify: bool, large: int, first: int, last: int, lanes: Any
+) -> None:
+    least, past, whole = 0.0 if rectify else -np.inf, goes_past(y, plan.row, large), plan.n // plan.joined
+    for task in range(first, last):
+        group, block = task // plan.blocks, task % plan.blocks
+        if task == first or block == 0:
+            spread(saved[0], plan, group, lanes[MEAN:])
+            spread(scale, plan, group, lanes[SCALE:])
+            spread(beta, plan, group, lanes[BETA:])
+        first_step, last_step = steps_of(plan, block)
+        for step in range(first_step, last_step):
+            row, piece = ROWS * (step // plan.pieces), step % plan.pieces
+            i, w = chunk_of(plan, group, row * plan.pieces + piece)
+            if row + ROWS <= whole and has_vectors(y):
+                _normalise_rows(flat, y, i, plan.row, w, past, least, lanes)
+            else:
+                for r in range(row, min(row + ROWS, plan.rows)):
+                    i, w = chunk_of(plan, group, r * plan.pieces + piece)
+                    _normalise(part(flat, i, w), part(y, i, w), least, lanes)
+
+
+# Between the passes: what the sums of a channel say.
+
+
+@inner
+def _batch_statistics(plan: Plan, m: int, sums: Any, saved: Any, first: int, last: int) -> None:
+    """saved: mean and variance of channels first..last, from the sums of their blocks, as in ``reference.statistics``."""
+    totals = np.empty((plan.blocks, last - first))
+    for b in range(plan.blocks):
+        count = count_of(plan, b * BLOCK, min(plan.chunks, (b + 1) * BLOCK))
+        for c in range(first, last):
+            totals[b, c - first] = sums[0, b, c] * count + sums[1, b, c]
+    fold_blocks(totals, 0, last - first)
+    for c in range(first, last):
+        saved[0, c] = totals[0, c - first] / m
+    for b in range(plan.blocks):
+        count = count_of(plan, b * BLOCK, min(plan.chunks, (b + 1) * BLOCK))
+        for c in range(first, last):
+            shift = sums[0, b, c] - saved[0, c]
+            sums[2, b, c] = sums[2, b, c] + 2 * shift * sums[1, b, c] + count * shift * shift
+            sums[1, b, c] = sums[1, b, c] + count * shift
+    fold_blocks(sums[1], first, last)
+    fold_blocks(sums[2], first, last)
+    for c in range(first, last):
+        mean_missed = sums[1, 0, c] / m
+        saved[0, c] += mean_missed
+        saved[1, c] = max(sums[2, 0, c] / m - mean_missed * mean_missed, 0.0)
+
+
+@inner
+def _statistics(
+    plan: Plan, m: int, sums: Any, saved: Any, gamma: Any, moving_mean: Any, moving_var: Any, eps: float, old: float,
+    unbiased: bool, use_batch: bool, update: bool, first: int, last: int,
+) -> int:  # fmt: skip
+    """saved: the mean and 1/sqrt(var+eps) that normalise; the moving statistics are updated in place (BN-05, BN-06, BN-11).
+
+    The first block's first sums become gamma/sqrt(var+eps).
+
+    Returns how many channels' moving statistics were left as they were.
+    """
+    left = 0
+    if use_batch or update:
+        _batch_statistics(plan, m, sums, saved, first, last)
+    for c in range(first, last):
+        mean, var = np.float64(moving_mean[c]), np.float64(moving_var[c])
+        if update:
+            kept = (moving_mean[c], moving_var[c])
+            estimate = saved[1, c] * (m / (m - 1)) if unbiased else saved[1, c]
+            moving_mean[c] = saved[0, c] if old == 0 else old * mean + (1 - old) * saved[0, c]
+            moving_var[c] = estimate if old == 0 else old * var + (1 - old) * estimate
+            if not (np.isfinite(moving_mean[c]) and np.isfinite(moving_var[c])):
+                moving_mean[c], moving_var[c] = kept
+                left += 1
+        if use_batch:
+            mean, var = saved[0, c], saved[1, c]
+        saved[0, c] = mean
+        saved[1, c] = 1.0 / np.sqrt(var + eps) if np.isfinite(var) else np.nan
+        sums[0, 0, c] = gamma[c] * saved[1, c]
+    return left
+
+
+# Whole forwards and backwards. ``stage`` 0 takes groups first..last through all passes, one after the other, while their values
+# are in the cache; the other stages are the passes one by one, for input with too few groups to give each thread some.
+
+
+@inlined
+def forward_stage(
+    stage: int, first: int, last: int, shape: tuple[int, int, int], x: Any, y: Any, gamma: Any, beta: Any,
+    moving_mean: Any, moving_var: Any, saved: Any, sums: Any,
+    eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool, large: int,
+) -> int:  # fmt: skip
+    """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last. x and y are flat.
+
+    An output from ``large`` bytes on is written past the cache.
+
+    Returns how many channels' moving statistics were left as they were (BN-11).
+    """
+    plan, m, left = plan_of(shape), shape[0] * shape[2], 0
+    lanes = np.empty(ALL)
+    for i in range(last - first if stage == 0 else 1):
+        begin, end, c, c_end = tasks(plan, stage, first, last, i)
+        if stage <= 1 and (use_batch or update):
+            _describe_blocks(plan, x, sums, begin, end, lanes)
+        if stage == 0 or stage == 2:
+            left += _statistics(
+                plan, m, sums, saved, gamma, moving_mean, moving_var, eps, old, unbiased, use_batch, update, c, c_end
+            )
+        if stage == 0 or stage == 3:
+            _normalise_blocks(plan, x, y, sums[0, 0], beta, saved, rectify, large, begin, end, lanes)
+    return left

@@ -1,0 +1,117 @@
+"""The lanes of a chunk: one float64 accumulator for each position, and how lanes are folded into channel sums.
+
+The compiler vectorises across lanes, which reorders nothing, so the bits depend on the shape alone (BN-15).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from multibn.spec.clauses import LANES
+
+from .addresses import unsigned
+from .halves import load
+from .jit import inner
+from .plan import Plan, channels_of
+
+# One scratch array per call holds six vectors of LANES values at constant distances: the compiler sees that they do not overlap.
+_PAD = 24
+"""Values between them: at a distance of a power of two they would meet in the same few lines of the cache."""
+
+
+A, B, MEAN, SCALE, BETA, _ASIDE, ALL = (i * (LANES + _PAD) for i in range(7))
+
+
+SIDE_BY_SIDE = 8
+"""Channels that are enough to fold them together."""
+
+
+@inner
+def spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
+    """One value per channel of the group, repeated for each of its lanes."""
+    first, last = channels_of(plan, group)
+    if plan.width == 1:  # a plain copy is vectorised
+        for j in range(last - first):
+            lanes[j] = values[first + j]
+    else:
+        width = unsigned(plan.width)
+        for k in range(unsigned(last - first)):
+            value = values[unsigned(first) + k]
+            for j in range(k * width, (k + unsigned(1)) * width):
+                lanes[j] = value
+    sample = plan.row // plan.joined
+    for j in range(sample, plan.joined * sample):
+        lanes[j] = lanes[j - sample]
+
+
+@inner
+def _fold(lanes: Any, start: int, width: int, each: int) -> None:
+    """The sum of so many vectors of ``each`` lanes, in the first: the second half is added to the first until one is left.
+
+    All numbers are unsigned, here and in ``fold_lanes``.
+    """
+    while width > 1:
+        half = (width + unsigned(1)) // unsigned(2)
+        there = start + half * each
+        for j in range((width - half) * each):
+            lanes[start + j] += lanes[there + j]
+        width = half
+
+
+@inner
+def fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> None:
+    """The sum of each channel of the group over its lanes, which begin at ``start``; those at _ASIDE are spoilt."""
+    first, last = channels_of(plan, group)
+    channels, width = unsigned(last - first), unsigned(plan.width)
+    if plan.joined > 1:
+        _fold(lanes, start, unsigned(plan.joined), unsigned(plan.row // plan.joined))
+    if width == 1:
+        for k in range(channels):
+            sums[unsigned(first) + k] = lanes[start + k]
+    elif channels >= SIDE_BY_SIDE:
+        aside = unsigned(_ASIDE)
+        _lay_side_by_side(lanes, start, aside, channels, width)
+        _fold(lanes, aside, (width + unsigned(1)) // unsigned(2), channels)
+        for k in range(channels):
+            sums[unsigned(first) + k] = lanes[aside + k]
+    else:
+        for k in range(channels):
+            _fold(lanes, start + k * width, width, unsigned(1))
+            sums[unsigned(first) + k] = lanes[start + k * width]
+
+
+@inner
+def _lay_side_by_side(lanes: Any, start: int, out: int, channels: int, width: int) -> None:
+    """The first step of folding each channel, to ``out``, where the channels are neighbours."""
+    half = (width + unsigned(1)) // unsigned(2)
+    for j in range(width - half):
+        for k in range(channels):
+            lanes[out + j * channels + k] = lanes[start + k * width + j] + lanes[start + k * width + j + half]
+    for j in range(width - half, half):
+        for k in range(channels):
+            lanes[out + j * channels + k] = lanes[start + k * width + j]
+
+
+@inner
+def clear(lanes: Any, used: int) -> None:
+    """Set the lanes A and B to 0."""
+    for j in range(used):
+        lanes[j + A] = lanes[j + B] = 0.0
+
+
+@inner
+def add(a: Any, lanes: Any) -> None:
+    """Add a chunk to the lanes A."""
+    for j in range(a.shape[0]):
+        lanes[j] += load(a[j])
+
+
+@inner
+def fold_blocks(sums: Any, first: int, last: int) -> None:
+    """The sums of channels first..last over the blocks, into those of the first block; folded like lanes."""
+    width = sums.shape[0]
+    while width > 1:
+        half = (width + 1) // 2
+        for b in range(width - half):
+            add(sums[half + b, first:last], sums[b, first:last])
+        width = half

@@ -1,0 +1,122 @@
+"""How an (N, C, S) array is cut into chunks, blocks and groups (BN-15).
+
+A row holds the S values of one channel of one sample. Rows are cut into equal chunks of at most LANES values. Neighbouring
+channels with short rows share a chunk, and so do short samples, so that the inner loops are long and contiguous for every shape.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from multibn.spec.clauses import BLOCK, JOINED, LANES
+
+from .jit import compiled, inner
+from .simd import ROWS
+
+EVEN = 4
+"""Channels are cut as if for a multiple of so many groups: where these are few, so many threads, or half, have equal shares.
+
+No bit depends on it, for each channel is summed by itself."""
+
+
+class Plan(NamedTuple):
+    """How an (N, C, S) array is cut (BN-15)."""
+
+    n: int
+    channels: int
+    s: int
+    joined: int
+    """Samples that are taken as one, where all their values fit into a chunk."""
+    rows: int
+    """Samples, or such joined ones."""
+    row: int
+    """Values of a row of all channels."""
+    together: int
+    """Neighbouring channels that share a chunk: a group."""
+    pieces: int
+    """Chunks of a row of one channel."""
+    width: int
+    """Values of a channel in a chunk of one sample; the last chunk of a row may have fewer."""
+    groups: int
+    chunks: int
+    """Chunks of a group."""
+    blocks: int
+    """Blocks of a group."""
+
+
+@compiled
+def plan_of(shape: tuple[int, int, int]) -> Plan:
+    """The plan for an array of this shape."""
+    n, channels, s = shape
+    joined = max(1, min(LANES // (channels * s), n // JOINED))
+    rows = math.ceil(n / joined)
+    pieces = math.ceil(s / LANES)
+    together = min(channels, max(1, LANES // s))
+    if channels * s >= LANES and s > 1:  # where S is 1, long rows are read faster
+        together = math.ceil(channels / (EVEN * math.ceil(channels / (EVEN * together))))
+    chunks = rows * pieces
+    width = math.ceil(s / pieces)
+    groups, blocks = math.ceil(channels / together), math.ceil(chunks / BLOCK)
+    return Plan(n, channels, s, joined, rows, joined * channels * s, together, pieces, width, groups, chunks, blocks)
+
+
+@inner
+def channels_of(plan: Plan, group: int) -> tuple[int, int]:
+    """The channels of a group."""
+    return group * plan.together, min((group + 1) * plan.together, plan.channels)
+
+
+@inner
+def chunk_of(plan: Plan, group: int, chunk: int) -> tuple[int, int]:
+    """Where a chunk of a group begins in the flat array, and how many values it has."""
+    channel = group * plan.together
+    if plan.joined > 1:
+        return chunk * plan.row, min(plan.joined, plan.n - chunk * plan.joined) * plan.channels * plan.s
+    if plan.pieces == 1:
+        return chunk * plan.row + channel * plan.s, min(plan.together, plan.channels - channel) * plan.s
+    row, piece = chunk // plan.pieces, chunk % plan.pieces
+    return row * plan.row + channel * plan.s + piece * plan.width, min(plan.width, plan.s - piece * plan.width)
+
+
+@inner
+def lanes_in_use(plan: Plan) -> int:
+    """Lanes that a chunk of a whole group has."""
+    return plan.joined * min(plan.together, plan.channels) * plan.width
+
+
+@inner
+def count_of(plan: Plan, begin: int, end: int) -> int:
+    """Values that a channel has in these chunks."""
+    if plan.joined > 1:
+        return (min(end * plan.joined, plan.n) - begin * plan.joined) * plan.s
+    whole = end // plan.pieces - begin // plan.pieces
+    return whole * plan.s + (end % plan.pieces - begin % plan.pieces) * plan.width
+
+
+@inner
+def steps_of(plan: Plan, block: int) -> tuple[int, int]:
+    """A block's share of the steps of a pass that sums nothing: a step takes one piece of ROWS rows."""
+    steps = math.ceil(plan.rows / ROWS) * plan.pieces
+    return steps * block // plan.blocks, steps * (block + 1) // plan.blocks
+
+
+@inner
+def chunks_of_four(plan: Plan, group: int, chunk: int, end: int) -> tuple[bool, int, int, int]:
+    """Whether four chunks of equal width begin at this one, and where the three others lie."""
+    if chunk + 3 >= end:
+        return False, 0, 0, 0
+    _, width = chunk_of(plan, group, chunk)
+    j, width_j = chunk_of(plan, group, chunk + 1)
+    k, width_k = chunk_of(plan, group, chunk + 2)
+    m, width_m = chunk_of(plan, group, chunk + 3)
+    return width == width_j == width_k == width_m, j, k, m
+
+
+@inner
+def tasks(plan: Plan, stage: int, first: int, last: int, i: int) -> tuple[int, int, int, int]:
+    """Tasks and channels of the i-th round of a stage: group by group at stage 0, else all in one."""
+    if stage == 0:
+        begin, end = channels_of(plan, first + i)
+        return (first + i) * plan.blocks, (first + i + 1) * plan.blocks, begin, end
+    return first, last, first, last

@@ -1,0 +1,191 @@
+"""A call of the kernel: what it works on, by address, and how threads share it out. Compiled, without Python between the passes.
+
+The loops are compiled once for each type of input, as a C function (a body) that takes the address of a description of the call.
+A body does pieces of a stage until none is left; one thread or several may run it at a time. ``forward_at`` and ``backward_at``
+write the description and run the body, stage after stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import carray, types
+
+from .addresses import call, fetch_add, keep, pointer
+from .backward_pass import backward_stage
+from .forward_pass import forward_stage
+from .jit import SOURCES, c_function, compiled, inner
+from .plan import Plan, plan_of
+
+PIECES = 4
+"""Pieces of work for each thread, so that one that starts late does less."""
+
+GROUPS = 2
+"""Groups for each thread that are enough to give each whole groups."""
+
+_INTEGERS = (
+    *("next", "left", "pieces", "stage", "count"),  # the piece that nobody has begun; see BN-11; tasks of the stage
+    *("n", "channels", "s"),
+    *("x", "y", "dy", "dx", "gamma", "beta", "moving_mean", "moving_var", "dgamma", "dbeta", "saved", "sums", "means"),
+    *("blocks", "unbiased", "use_batch", "update", "through", "rectify", "large"),
+)
+CALL = np.dtype([*((name, np.int64) for name in _INTEGERS), ("eps", np.float64), ("old", np.float64)])
+"""The description of a call, forward or backward; ``next`` and ``left`` come first, for threads count with them."""
+_SIZE, _LEFT = CALL.itemsize // 8, 8
+
+
+@inner
+def described(address: int) -> Any:
+    """The description at an address."""
+    return carray(pointer(address), 1, CALL)[0]
+
+
+@inner
+def claimed(address: int) -> tuple[int, int]:
+    """The tasks first..last of a piece that nobody has begun; none where there is no such piece."""
+    its = described(address)
+    piece: int = fetch_add(address, 1)
+    if piece >= its.pieces:
+        return 0, 0
+    return its.count * piece // its.pieces, its.count * (piece + 1) // its.pieces
+
+
+class Bodies(NamedTuple):
+    """The compiled loops for a type of input, each with its ``address``."""
+
+    forward: Any
+    backward: Any
+
+
+def bodies(kind: str) -> Bodies:
+    """The loops for input of a type (by its NumPy name, halves by that of their bits), compiled or loaded from disk.
+
+    Whoever has their addresses must keep them.
+    """
+    values = np.dtype(kind).type
+    parameters = np.float64 if values is np.float64 else np.float32
+    return Bodies(_forward_body(values, parameters), _backward_body(values, parameters))
+
+
+def _forward_body(values: Any, parameters: Any) -> Any:
+    def forward(address: int) -> int:
+        its = described(address)
+        shape, size, channels = (its.n, its.channels, its.s), its.n * its.channels * its.s, its.channels
+        x, y = carray(pointer(its.x), size, values), carray(pointer(its.y), size, values)
+        gamma, beta = carray(pointer(its.gamma), channels, parameters), carray(pointer(its.beta), channels, parameters)
+        mean = carray(pointer(its.moving_mean), channels, parameters)
+        var = carray(pointer(its.moving_var), channels, parameters)
+        saved = carray(pointer(its.saved), (2, channels), np.float64)
+        sums = carray(pointer(its.sums), (3, its.blocks, channels), np.float64)
+        first, last = claimed(address)
+        while first < last:
+            left = forward_stage(
+                its.stage, first, last, shape, x, y, gamma, beta, mean, var, saved, sums,
+                its.eps, its.old, its.unbiased != 0, its.use_batch != 0, its.update != 0, its.rectify != 0, its.large,
+            )  # fmt: skip
+            fetch_add(address + _LEFT, left)
+            first, last = claimed(address)
+        return 0
+
+    return c_function(types.int64(types.int64), forward, SOURCES)
+
+
+def _backward_body(values: Any, parameters: Any) -> Any:
+    def backward(address: int) -> int:
+        its = described(address)
+        shape, size, channels = (its.n, its.channels, its.s), its.n * its.channels * its.s, its.channels
+        x, dy = carray(pointer(its.x), size, values), carray(pointer(its.dy), size, values)
+        dx, gamma = carray(pointer(its.dx), size, values), carray(pointer(its.gamma), channels, parameters)
+        beta = carray(pointer(its.beta), channels, parameters)
+        dgamma, dbeta = carray(pointer(its.dgamma), channels, parameters), carray(pointer(its.dbeta), channels, parameters)
+        saved = carray(pointer(its.saved), (2, channels), np.float64)
+        sums = carray(pointer(its.sums), (2, its.blocks, channels), np.float64)
+        means = carray(pointer(its.means), (3, channels), np.float64)
+        first, last = claimed(address)
+        while first < last:
+            backward_stage(
+                its.stage, first, last, shape, x, dy, dx, gamma, beta, saved, dgamma, dbeta, sums, means,
+                its.through != 0, its.rectify != 0, its.large,
+            )  # fmt: skip
+            first, last = claimed(address)
+        return 0
+
+    return c_function(types.int64(types.int64), backward, SOURCES)
+
+
+Team = tuple[int, int, int, int]
+"""Who does a call: the address of the body, that of ``threads.starters``, how many threads; and from how many bytes on an output
+is written past the cache. A plain tuple: it is passed on to compiled code twice as fast as one with names."""
+
+
+@inner
+def _run(team: Team, address: int, stage: int, count: int, threads: int) -> None:
+    """So many threads do a stage of so many tasks; they have all done when this returns."""
+    body, place, _, _ = team
+    its = described(address)
+    its.stage, its.count, its.pieces, its.next = stage, count, 1 if threads == 1 else min(count, PIECES * threads), 0
+    starters = carray(pointer(place), 3, np.int64)
+    openmp, create, join = starters[0], starters[1], starters[2]
+    if threads > 1 and openmp != 0:
+        call(openmp, (body, address, threads, 0))
+        return
+    started = np.zeros(threads, np.int64)
+    if create != 0:
+        for i in range(1, threads):
+            call(create, (started.ctypes.data + 8 * i, 0, body, address))
+    call(body, (address,))  # does all where no thread could be started
+    for i in range(1, threads):
+        if started[i] != 0:
+            call(join, (started[i], 0))
+
+
+@inner
+def _stages(team: Team, address: int, plan: Plan, sums_needed: bool) -> None:
+    """All passes: group by group, while their values are in the cache, where there are groups enough for the threads."""
+    _, _, threads, described(address).large = team
+    first, last = (1 if sums_needed else 2), 4
+    if threads == 1 or plan.groups >= GROUPS * threads:
+        first, last = 0, 1
+    for stage in range(first, last):  # written out, each call would be compiled by itself
+        count = plan.groups if stage == 0 else plan.channels if stage == 2 else plan.groups * plan.blocks
+        _run(team, address, stage, count, 1 if stage == 2 else threads)
+
+
+@compiled
+def forward_at(
+    team: Team, shape: tuple[int, int, int], x: int, y: int, gamma: int, beta: int, moving_mean: int, moving_var: int, saved: int,
+    batches: int, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
+) -> int:  # fmt: skip
+    """The forward of ``kernel.run_forward`` on addresses; returns the same.
+
+    batches is where an int64 counts the updates, 0 for nowhere; rectify: whether y goes through a ReLU.
+    """
+    if update and batches != 0:
+        carray(pointer(batches), 1, np.int64)[0] += 1
+    plan = plan_of(shape)
+    memory, sums = np.zeros(_SIZE, np.int64), np.empty((3, plan.blocks, plan.channels))
+    its = described(memory.ctypes.data)
+    its.n, its.channels, its.s = shape
+    its.x, its.y, its.gamma, its.beta, its.moving_mean, its.moving_var = x, y, gamma, beta, moving_mean, moving_var
+    its.saved, its.sums, its.blocks = saved, sums.ctypes.data, plan.blocks
+    its.unbiased, its.use_batch, its.update, its.rectify, its.eps, its.old = unbiased, use_batch, update, rectify, eps, old
+    _stages(team, memory.ctypes.data, plan, use_batch or update)
+    keep(sums)
+    return memory[_LEFT // 8]
+
+
+@compiled
+def backward_at(
+    team: Team, shape: tuple[int, int, int], x: int, dy: int, dx: int, gamma: int, beta: int, saved: int, dgamma: int, dbeta: int,
+    through: bool, rectify: bool,
+) -> None:  # fmt: skip
+    """The backward of ``kernel.run_backward`` on addresses; beta counts only where y went through a ReLU."""
+    plan = plan_of(shape)
+    memory, sums, means = np.zeros(_SIZE, np.int64), np.empty((2, plan.blocks, plan.channels)), np.empty((3, plan.channels))
+    its = described(memory.ctypes.data)
+    its.n, its.channels, its.s = shape
+    its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, dx, gamma, beta, saved, dgamma, dbeta
+    its.sums, its.means, its.blocks, its.through, its.rectify = sums.ctypes.data, means.ctypes.data, plan.blocks, through, rectify
+    _stages(team, memory.ctypes.data, plan, True)
+    keep((memory, sums, means))

@@ -1,0 +1,134 @@
+"""Several rows at a time, a line of the cache in each, by vectors that are put together here.
+
+The compiler makes vectors of a loop by itself. These are wider where the processor has it, load what goes with a lane once for
+all rows, and can write past the cache: a store to memory that the cache does not hold has the line fetched first, a third of what
+a forward moves; there are instructions that write a whole line without that, which no loop is compiled to. The operations are
+those of the loop, one by one, and so are the bits (BN-15).
+
+What is written past the cache may be seen late by another processor. The kernel counts its pieces of work by instructions that
+wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np import arrayobj
+
+from .jit import inner
+
+LINE = 64
+"""Bytes of a line."""
+
+ROWS = 4
+"""Rows at a time."""
+
+_VECTOR = 8
+"""Values of a vector; a line of float32 is two."""
+
+
+@inner
+def has_vectors(out: Any) -> bool:
+    """Halves have none, for their values are taken apart bit by bit."""
+    return out.itemsize >= 4
+
+
+@inner
+def goes_past(out: Any, row: int, large: int) -> bool:
+    """Whether an output of ``large`` bytes or more can be written past the cache.
+
+    All its rows must begin at the same place of a line, and lines with a value: NumPy has arrays that begin at any byte.
+    """
+    return out.nbytes >= large and row * out.itemsize % LINE == 0 and out.ctypes.data % out.itemsize == 0
+
+
+@inner
+def whole_lines(out: Any, row: int) -> tuple[int, int, int]:
+    """From which value of a row on, and to which, it has whole lines, and the values of one.
+
+    The lines are the cache's own if they can be so in all rows, which begin ``row`` values apart.
+    """
+    line = LINE // out.itemsize
+    begin = min(-out.ctypes.data % LINE // out.itemsize, out.shape[0]) if row % line == 0 else 0
+    return begin, begin + (out.shape[0] - begin) // line * line, line
+
+
+def by_lines(lanes: Sequence[int], formula: Callable[..., Any]) -> tuple[Any, Any]:
+    """Two functions for compiled code that write a line in each of ROWS rows, into the cache and past it.
+
+    Their arguments: ``(out, inputs, start, row, lanes, j, number)``. For the second the lines must be the cache's own.
+
+    Args:
+        lanes: where the vectors that go with a lane begin.
+        formula: of a builder, ``number``, a value of each input, and one of each of these vectors; gives the value to write.
+    """
+    return _writing(lanes, formula, False), _writing(lanes, formula, True)
+
+
+def _writing(lanes: Sequence[int], formula: Callable[..., Any], past: bool) -> Any:
+    @intrinsic
+    def write(
+        _: Any, out: Any, inputs: Any, start: Any, row: Any, scratch: Any, j: Any, number: Any
+    ) -> Any:  # pragma: no cover - runs in the compiler
+        generate = _Lines(lanes, formula, past) if isinstance(out.dtype, types.Float) else _nothing
+        return types.void(out, inputs, types.intp, types.intp, scratch, types.intp, types.float64), generate
+
+    return write
+
+
+def _nothing(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # pragma: no cover - runs in the compiler
+    """For halves, which never come here."""
+    return context.get_dummy_value()
+
+
+class _Lines:  # pragma: no cover - runs in the compiler
+    """Makes the code of a function of ``by_lines``."""
+
+    def __init__(self, lanes: Sequence[int], formula: Callable[..., Any], past: bool) -> None:
+        self._lanes, self._formula, self._past = lanes, formula, past
+
+    def __call__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        """What Numba calls with the types and values of the arguments."""
+
+        def data(kind: Any, value: Any) -> Any:
+            return arrayobj.make_array(kind)(context, builder, value).data
+
+        def place(array: Any, *offsets: Any, of: Any) -> Any:
+            for offset in offsets:
+                array = builder.gep(array, [offset])
+            return builder.bitcast(array, of.as_pointer())
+
+        out_type, input_types, scratch_type = signature.args[0], signature.args[1], signature.args[4]
+        out, inputs, start, row, scratch, j, number = arguments
+        out, scratch = data(out_type, out), data(scratch_type, scratch)
+        inputs = [data(input_types.dtype, each) for each in cgutils.unpack_tuple(builder, inputs)]
+        size, word = out_type.dtype.bitwidth // 8, ir.IntType(32)
+        wide, narrow = ir.VectorType(ir.DoubleType(), _VECTOR), ir.VectorType(context.get_value_type(out_type.dtype), _VECTOR)
+        converts = size < 8
+        number = builder.insert_element(ir.Constant(wide, ir.Undefined), number, ir.Constant(word, 0))
+        number = builder.shuffle_vector(number, number, ir.Constant(ir.VectorType(word, _VECTOR), [0] * _VECTOR))
+        vectors = [ir.Constant(j.type, k) for k in range(0, LINE // size, _VECTOR)]
+        with_lanes = [
+            [builder.load(place(scratch, j, ir.Constant(j.type, lane), k, of=wide), align=8) for lane in self._lanes]
+            for k in vectors
+        ]
+        not_kept = builder.module.add_metadata([ir.Constant(word, 1)])
+        for r in range(ROWS):
+            line = builder.add(start, builder.mul(row, ir.Constant(row.type, r)))
+            values = []
+            for k, of_lanes in zip(vectors, with_lanes, strict=True):
+                given = [builder.load(place(each, line, k, of=narrow), align=size) for each in inputs]
+                given = [builder.fpext(each, wide) for each in given] if converts else given
+                value = self._formula(builder, number, *given, *of_lanes)
+                values.append(builder.fptrunc(value, narrow) if converts else value)
+            # a line's vectors one after the other: there are few places for lines that are half written
+            for k, value in zip(vectors, values, strict=True):
+                store = builder.store(value, place(out, line, k, of=narrow), align=size * (_VECTOR if self._past else 1))
+                if self._past:
+                    store.set_metadata("nontemporal", not_kept)
+        return context.get_dummy_value()

@@ -1,0 +1,51 @@
+"""What the whitening layers of all homes share: arguments, text, and checks of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+
+from multibn.layer.inputs import Objection, objection
+
+from .spec import Kind, WhiteningSpec
+
+
+def resolved(
+    num_features: int, num_dims: int, kind: Kind | None, groups: int | None, spec: WhiteningSpec | None
+) -> WhiteningSpec:
+    """The spec of a layer, whose ``kind`` and ``groups`` count before those of its ``spec``.
+
+    Raises:
+        ValueError, TypeError: what WhiteningSpec refuses; num_dims not 2 to 5; num_features that the groups do not divide.
+    """
+    if num_dims not in (2, 3, 4, 5):
+        raise ValueError(f"num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got {num_dims!r} (WH-01).")
+    spec = spec or WhiteningSpec()
+    given = {name: value for name, value in (("kind", kind), ("groups", groups)) if value is not None}
+    spec = replace(spec, **given)  # type: ignore[arg-type]
+    spec.group_size(num_features)
+    return spec
+
+
+def layer_text(num_features: int, num_dims: int | None, spec: WhiteningSpec) -> str:
+    """The text of a layer: its constructor's arguments, and what of the spec differs from the defaults."""
+    default = WhiteningSpec()
+    others = [
+        f"{field.name}={getattr(spec, field.name)!r}"
+        for field in fields(spec)
+        if field.name not in ("kind", "groups") and getattr(spec, field.name) != getattr(default, field.name)
+    ]
+    return ", ".join([f"{num_features}, {num_dims}, kind={spec.kind!r}, groups={spec.groups}", *others])
+
+
+def problem(
+    shape: Sequence[int],
+    dtype: str,
+    num_features: int,
+    num_dims: int | None,
+    training: bool,
+    parameters: Mapping[str, tuple[Sequence[int], str]],
+) -> Objection | None:
+    """What is wrong with an input of a layer, or None: see ``multibn.layer.objection``."""
+    ranks = None if num_dims is None else (num_dims,)
+    return objection(shape, dtype, num_features=num_features, ranks=ranks, needs_batch=training, parameters=parameters)

@@ -1,0 +1,121 @@
+"""The NumPy home of whitening: the layer on arrays, and what the layers of all homes share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from multibn.layer.types import Array
+
+from . import reference
+from .arguments import layer_text, problem, resolved
+from .spec import Kind, WhiteningSpec
+
+
+class Whitening:
+    """Whitens the channels of NumPy arrays, by the CPU kernel.
+
+    State: gamma (ones), beta (zeros), None where the spec has none; moving_mean (C,), zeros; moving_covariance (groups, d, d),
+    identities; float32, make them float64 for float64 input (WH-09). ``batches`` counts the updates, for momentum None.
+
+    Args:
+        num_features: channels C.
+        num_dims: rank of the input, 2 for (N, C), 4 for (N, C, H, W).
+        kind: "zca", "pca" or "newton"; None for the spec's.
+        groups: groups of channels that are whitened each on its own; None for the spec's.
+        spec: what it computes.
+
+    Raises:
+        ValueError, TypeError: an argument that is not allowed (WH-01, WH-03).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_dims: int,
+        kind: Kind | None = None,
+        groups: int | None = None,
+        spec: WhiteningSpec | None = None,
+    ) -> None:
+        self.spec = spec = resolved(num_features, num_dims, kind, groups, spec)
+        self.num_features = num_features
+        self.num_dims: int | None = num_dims
+        d = spec.group_size(num_features)
+        self.gamma = np.ones(num_features, np.float32) if spec.scale else None
+        self.beta = np.zeros(num_features, np.float32) if spec.center else None
+        self.moving_mean = np.zeros(num_features, np.float32)
+        self.moving_covariance = np.tile(np.eye(d, dtype=np.float32), (spec.groups, 1, 1))
+        self.batches = 0
+        self._saved: Any = None
+
+    def __repr__(self) -> str:
+        return f"Whitening({layer_text(self.num_features, self.num_dims, self.spec)})"
+
+    def forward(self, x: Array, training: bool) -> Array:
+        """y for x, (N, C, ...); in training the moving statistics are updated (WH-01 to WH-06).
+
+        Raises:
+            ValueError: wrong rank, shape or number of values (WH-01, WH-08).
+            TypeError: wrong type (WH-09).
+        """
+        state = {"gamma": self.gamma, "beta": self.beta, "moving_mean": self.moving_mean}
+        its = {name: (a.shape, a.dtype.name) for name, a in state.items() if a is not None}
+        wrong = problem(x.shape, x.dtype.name, self.num_features, self.num_dims, training, its)
+        if wrong is not None:
+            raise (TypeError if wrong.kind.endswith("type") else ValueError)(wrong.message)
+        y = self._forward(x, training)
+        self.batches += training and x.size > 0
+        return y
+
+    def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
+        """(dx, dgamma, dbeta) of the last forward (WH-07); None for what there is not.
+
+        Raises:
+            ValueError: there was no forward; dy is not of its output's shape and type; or kind "pca" and two equal eigenvalues.
+        """
+        if self._saved is None:
+            raise ValueError("backward needs a forward before it, and there was none. Call forward(x, training) first.")
+        shape, dtype, _ = self._saved
+        if dy.shape != shape or dy.dtype != dtype:
+            raise ValueError(
+                f"dy must have the input's shape {shape} and type {dtype}, got shape {dy.shape} and type {dy.dtype}. "
+                "Give the gradient of this forward's output."
+            )
+        dx, dgamma, dbeta = self._backward(dy)
+        kind = self.moving_mean.dtype
+        return dx, dgamma.astype(kind) if self.spec.scale else None, dbeta.astype(kind) if self.spec.center else None
+
+    def _forward(self, x: Array, training: bool) -> Array:
+        from . import kernel
+
+        rows = _rows(x)
+        state = self.gamma, self.beta, self.moving_mean, self.moving_covariance
+        y, saved = kernel.forward(rows, *state, self.spec, training, self.batches)
+        self._saved = x.shape, x.dtype, (rows.copy() if np.shares_memory(rows, x) else rows, saved)
+        return y.reshape(x.shape)
+
+    def _backward(self, dy: Array) -> tuple[Array, Array, Array]:
+        from . import kernel
+
+        rows, saved = self._saved[2]
+        dx, dgamma, dbeta = kernel.backward(_rows(dy), rows, self.gamma, saved, self.spec)
+        return dx.reshape(dy.shape), dgamma, dbeta
+
+
+class ReferenceWhitening(Whitening):
+    """The same, computed by ``multibn.whitening.reference``."""
+
+    def _forward(self, x: Array, training: bool) -> Array:
+        state = self.gamma, self.beta, self.moving_mean, self.moving_covariance
+        y, self.moving_mean, self.moving_covariance, saved = reference.forward(x, *state, self.spec, training, self.batches)
+        self._saved = x.shape, x.dtype, saved
+        return y
+
+    def _backward(self, dy: Array) -> tuple[Array, Array, Array]:
+        return reference.backward(dy, self._saved[2], self.spec)
+
+
+def _rows(x: Array) -> Array:
+    """x as (N, C, S)."""
+    return x.reshape(x.shape[0], x.shape[1], x.size // max(1, x.shape[0] * x.shape[1]))
