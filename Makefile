@@ -1,6 +1,8 @@
 PY := .venv/bin/python
+QUICK := tests/test_array.py tests/test_dialects.py tests/test_identity.py tests/test_layer_messages.py tests/test_memory.py \
+	tests/test_reference.py tests/test_spec.py tests/test_threads.py
 
-.PHONY: conform test lint atlas
+.PHONY: atlas conform lint quick test versions
 
 conform: .venv/ready
 	.venv/bin/multibn conform
@@ -10,6 +12,16 @@ atlas: .venv/ready
 
 test: .venv/ready lint
 	$(PY) -m pytest -n auto --cov --cov-report=term-missing:skip-covered
+
+quick: .venv/ready  # in under a minute: lint of what changed, the quick cases, the tests that need no framework and no process
+	files=$$(git diff --name-only --diff-filter=d HEAD -- '*.py'; git ls-files -o --exclude-standard '*.py'); \
+	test -z "$$files" || { .venv/bin/ruff check $$files && .venv/bin/ruff format --check $$files; }
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/multibn conform --quick
+	$(PY) -m pytest -q -n auto -p no:cacheprovider $(QUICK)
+
+versions: .venv/ready  # the tests that need no framework on other Pythons, and PyTorch's with the newest NumPy
+	.venv/bin/nox
 
 docs/report.png: .venv/ready  # the picture in the README; needs chromium
 	mkdir -p build
@@ -26,6 +38,7 @@ lint: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/mypy tests
+	.venv/bin/lint-imports
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv .venv

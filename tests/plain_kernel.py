@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray as carray_of  # type: ignore[attr-defined]
 from numba import config, types
 
-from multibn.kernel import addresses, halves, jit
+from multibn.kernel import addresses, halves, jit, processor
 from multibn.layer.types import Array
 
 assert getattr(config, "DISABLE_JIT")  # noqa: B009 - numba sets it at run time
@@ -65,6 +65,7 @@ vars(addresses).update(
     unsigned=int,
 )
 vars(jit).update(c_function=CFunction)
+vars(processor).update(set_default_mode=lambda: 0, restore_mode=lambda mode: None)
 
 from multibn.kernel import simd
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from multibn import BatchNormSpec
-from multibn.kernel import arrays, jit, threads
+from multibn.kernel import arrays, cache, jit, threads
 from multibn.kernel import entry as kernel
 
 LARGE = (70, 3, 37, 39)
@@ -181,7 +181,12 @@ def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_line_when_compiling_takes_over_a_second(
     kind: str, name: str, folder: str | None, ending: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernel, "bodies", lambda kind: time.sleep(1.2))
+    def compile_slowly(kind: str) -> None:
+        for call in cache.when_compiling:
+            call()
+        time.sleep(1.2)
+
+    monkeypatch.setattr(kernel, "bodies", compile_slowly)
     monkeypatch.setattr(kernel.forward_at, "_cache", types.SimpleNamespace(cache_path=folder))
     kernel.prepare(kind)
     kernel.prepare(kind)  # at once: it is ready
@@ -196,9 +201,8 @@ def test_no_line_when_it_is_quick_or_fails(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(kernel, "bodies", fail)
     with pytest.raises(MemoryError):
         kernel.prepare("float32")
-    monkeypatch.setattr(kernel, "bodies", lambda kind: None)
+    monkeypatch.setattr(kernel, "bodies", lambda kind: time.sleep(1.2))  # loading is slow here, and nothing is compiled
     kernel.prepare("float32")
-    time.sleep(1.2)
     assert capsys.readouterr() == ("", "")
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np import arrayobj
 
+from .compat import make_array, populate_array, unpack_tuple
 from .jit import inner
 
 
@@ -24,7 +23,7 @@ def pointer(_: Any, address: Any) -> Any:  # pragma: no cover - runs in the comp
     """An address as a pointer, for ``numba.carray``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.intp), generate
 
@@ -34,12 +33,10 @@ def part(_: Any, array: Any, start: Any, width: Any) -> Any:  # pragma: no cover
     """``array[start : start + width]`` of a contiguous array of one axis, where that is known to be inside: much less code."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        given = arrayobj.make_array(signature.args[0])(context, builder, arguments[0])
-        made = arrayobj.make_array(signature.return_type)(context, builder)
+        given = make_array(signature.args[0])(context, builder, arguments[0])
+        made = make_array(signature.return_type)(context, builder)
         place = builder.gep(given.data, [arguments[1]])
-        arrayobj.populate_array(
-            made, data=place, shape=[arguments[2]], strides=[given.itemsize], itemsize=given.itemsize, meminfo=None
-        )
+        populate_array(made, data=place, shape=[arguments[2]], strides=[given.itemsize], itemsize=given.itemsize, meminfo=None)
         return made._getvalue()
 
     return array(array, types.intp, types.intp), generate
@@ -51,7 +48,7 @@ def call(_: Any, address: Any, arguments: Any) -> Any:  # pragma: no cover - run
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         word = ir.IntType(64)
-        given = cgutils.unpack_tuple(builder, values[1])
+        given = unpack_tuple(builder, values[1])
         function = ir.FunctionType(word, [word] * len(given)).as_pointer()
         builder.call(builder.inttoptr(values[0], function), given)
         return context.get_dummy_value()

@@ -11,7 +11,8 @@ import numpy as np
 
 from multibn.layer.types import Array
 
-from . import threads
+from . import cache, threads
+from .compat import global_compiler_lock
 from .schedule import Bodies, Team, bodies
 from .schedule import backward_at as backward_at
 from .schedule import forward_at as forward_at
@@ -78,33 +79,56 @@ def run_backward(x: Array, dy: Array, dx: Array, gamma: Array, saved: Array, dga
 
 
 _ready: dict[Any, Bodies] = {}
-_preparing = threading.Lock()
+_preparing = threading.RLock()
 
 
-def _forget() -> None:
-    """In a forked child the lock may be held by a thread that is not there."""
-    global _preparing
-    _preparing = threading.Lock()
+def _wait_for_compilers() -> None:
+    """Before a fork: no other thread may be compiling, for the child would wait for its locks for ever."""
+    _preparing.acquire()
+    global_compiler_lock.acquire()
+
+
+def _let_compilers_go() -> None:
+    global_compiler_lock.release()
+    _preparing.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(before=_wait_for_compilers, after_in_parent=_let_compilers_go, after_in_child=_let_compilers_go)
 
 
 def prepare(kind: Any) -> Bodies:
-    """Compile the kernel for a type of input, or load it from disk; says so on stderr when that takes over a second."""
+    """Compile the kernel for a type of input, or load it from disk; says so on stderr when compiling takes over a second."""
     kind = np.dtype(kind)
     if kind in _ready:
         return _ready[kind]
     with _preparing:
         if kind not in _ready:
-            notice = threading.Timer(1.0, _say_compiling, [kind.name])
-            notice.start()
+            notice = _Notice(kind.name)
+            cache.when_compiling.append(notice.start)
             try:
                 _ready[kind] = bodies(kind.name)
             finally:
+                cache.when_compiling.remove(notice.start)
                 notice.cancel()
         return _ready[kind]
+
+
+class _Notice:
+    """Says that the kernel is being compiled, a second after compiling has begun."""
+
+    def __init__(self, kind: str) -> None:
+        self._timer, self._started = threading.Timer(1.0, _say_compiling, [kind]), False
+
+    def start(self) -> None:
+        """Called for each function that was not found on disk."""
+        if not self._started:
+            self._started = True
+            self._timer.start()
+
+    def cancel(self) -> None:
+        """Called when the kernel is ready."""
+        self._timer.cancel()
 
 
 def _say_compiling(kind: str) -> None:

@@ -8,8 +8,9 @@ from importlib.resources import files
 from typing import Any
 
 from numba import njit
-from numba.core.ccallback import CFunc
-from numba.core.sigutils import normalize_signature
+
+from . import cache
+from .compat import CFunc, normalize_signature
 
 
 def compiled(function: Any) -> Any:
@@ -32,27 +33,16 @@ def _compile(function: Any, options: dict[str, Any]) -> Any:
         dispatcher = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
     except RuntimeError:  # Numba found no directory that it may write
         return njit(nogil=True, error_model="numpy", **options)(function)
-    return stamp(dispatcher, SOURCES)
+    return cache.keep(dispatcher, SOURCES)
 
 
 def c_function(signature: Any, function: Any, sources: str) -> Any:
-    """The function compiled for C to call (``address``), kept on disk like those of ``compiled``; sources: see ``stamp``."""
+    """The function compiled for C to call (``address``), kept on disk like those of ``compiled``; sources: see ``cache.keep``."""
     made = CFunc(function, normalize_signature(signature), {}, {"nopython": True, "error_model": "numpy"})
     with suppress(RuntimeError):  # Numba found no directory that it may write
         made.enable_caching()
-    stamp(made, sources).compile()
+    cache.keep(made, sources).compile()
     return made
-
-
-def stamp(function: Any, sources: str) -> Any:
-    """Let what is kept of a function on disk be for these sources alone.
-
-    Numba compiles anew when a function's own file has changed. Its code also holds what it calls, and the constants, of others.
-    """
-    with suppress(AttributeError):  # no cache where NUMBA_DISABLE_JIT is set, or perhaps another one in a later Numba
-        cache = function._cache._cache_file
-        cache._source_stamp = (cache._source_stamp, sources)
-    return function
 
 
 SOURCES = hashlib.sha256(

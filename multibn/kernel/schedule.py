@@ -17,6 +17,7 @@ from .backward_pass import backward_stage
 from .forward_pass import forward_stage
 from .jit import SOURCES, c_function, compiled, inner
 from .plan import Plan, plan_of
+from .processor import restore_mode, set_default_mode
 
 PIECES = 4
 """Pieces of work for each thread, so that one that starts late does less."""
@@ -78,6 +79,7 @@ def _forward_body(values: Any, parameters: Any) -> Any:
         var = carray(pointer(its.moving_var), channels, parameters)
         saved = carray(pointer(its.saved), (2, channels), np.float64)
         sums = carray(pointer(its.sums), (3, its.blocks, channels), np.float64)
+        mode = set_default_mode()
         first, last = claimed(address)
         while first < last:
             left = forward_stage(
@@ -86,6 +88,7 @@ def _forward_body(values: Any, parameters: Any) -> Any:
             )  # fmt: skip
             fetch_add(address + _LEFT, left)
             first, last = claimed(address)
+        restore_mode(mode)
         return 0
 
     return c_function(types.int64(types.int64), forward, SOURCES)
@@ -102,6 +105,7 @@ def _backward_body(values: Any, parameters: Any) -> Any:
         saved = carray(pointer(its.saved), (2, channels), np.float64)
         sums = carray(pointer(its.sums), (2, its.blocks, channels), np.float64)
         means = carray(pointer(its.means), (3, channels), np.float64)
+        mode = set_default_mode()
         first, last = claimed(address)
         while first < last:
             backward_stage(
@@ -109,6 +113,7 @@ def _backward_body(values: Any, parameters: Any) -> Any:
                 its.through != 0, its.rectify != 0, its.large,
             )  # fmt: skip
             first, last = claimed(address)
+        restore_mode(mode)
         return 0
 
     return c_function(types.int64(types.int64), backward, SOURCES)
@@ -161,8 +166,6 @@ def forward_at(
 
     batches is where an int64 counts the updates, 0 for nowhere; rectify: whether y goes through a ReLU.
     """
-    if update and batches != 0:
-        carray(pointer(batches), 1, np.int64)[0] += 1
     plan = plan_of(shape)
     memory, sums = np.zeros(_SIZE, np.int64), np.empty((3, plan.blocks, plan.channels))
     its = described(memory.ctypes.data)
@@ -172,6 +175,8 @@ def forward_at(
     its.unbiased, its.use_batch, its.update, its.rectify, its.eps, its.old = unbiased, use_batch, update, rectify, eps, old
     _stages(team, memory.ctypes.data, plan, use_batch or update)
     keep(sums)
+    if update and batches != 0:  # last: where memory runs out, nothing has changed
+        carray(pointer(batches), 1, np.int64)[0] += 1
     return memory[_LEFT // 8]
 
 

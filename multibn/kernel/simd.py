@@ -16,10 +16,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np import arrayobj
 
+from .compat import make_array, unpack_tuple
 from .jit import inner
 
 LINE = 64
@@ -96,7 +95,7 @@ class _Lines:  # pragma: no cover - runs in the compiler
         """What Numba calls with the types and values of the arguments."""
 
         def data(kind: Any, value: Any) -> Any:
-            return arrayobj.make_array(kind)(context, builder, value).data
+            return make_array(kind)(context, builder, value).data
 
         def place(array: Any, *offsets: Any, of: Any) -> Any:
             for offset in offsets:
@@ -106,7 +105,7 @@ class _Lines:  # pragma: no cover - runs in the compiler
         out_type, input_types, scratch_type = signature.args[0], signature.args[1], signature.args[4]
         out, inputs, start, row, scratch, j, number = arguments
         out, scratch = data(out_type, out), data(scratch_type, scratch)
-        inputs = [data(input_types.dtype, each) for each in cgutils.unpack_tuple(builder, inputs)]
+        inputs = [data(input_types.dtype, each) for each in unpack_tuple(builder, inputs)]
         size, word = out_type.dtype.bitwidth // 8, ir.IntType(32)
         wide, narrow = ir.VectorType(ir.DoubleType(), _VECTOR), ir.VectorType(context.get_value_type(out_type.dtype), _VECTOR)
         converts = size < 8

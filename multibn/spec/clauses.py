@@ -67,7 +67,7 @@ CLAUSES: Final[Mapping[str, str]] = {
         "position by position, the joined samples folded in halves, then the positions, then the sums of these blocks. "
         "Deviations are taken from the mean of the first "
         f"{PIVOT} chunks of their block, and moved to the mean of all when the blocks are put together. float64, no fast-math, "
-        "no contraction."
+        "no contraction; rounded to nearest and with denormals kept, whatever mode the calling thread has set."
     ),
     "BN-16": (
         "Accurate: |result - exact value of these formulas for the given inputs| <= 0.51 ulp of the output's type (1 ulp for "

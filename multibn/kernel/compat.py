@@ -1,0 +1,50 @@
+"""Private parts of Numba that the kernel uses. A release that lacks one is reported when the kernel is imported."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Final
+
+import numba
+
+PARTS: Final = {
+    "numba.core.caching:IndexDataCacheFile": "keep compiled code on disk",
+    "numba.core.ccallback:CFunc": "compile functions that C calls",
+    "numba.core.cgutils:get_or_insert_function": "set the processor's mode",
+    "numba.core.cgutils:unpack_tuple": "generate code for addresses and vectors",
+    "numba.core.compiler_lock:global_compiler_lock": "fork while a thread compiles",
+    "numba.core.sigutils:normalize_signature": "compile functions that C calls",
+    "numba.np.arrayobj:make_array": "generate code for arrays at addresses",
+    "numba.np.arrayobj:populate_array": "generate code for arrays at addresses",
+}
+"""``module:name`` -> what the kernel cannot do without it. ``Dispatcher._cache`` and ``CFunc._cache``, with ``_cache_file`` and
+``_cache_path`` inside, are used too; where a release lacks them, the kernel is compiled in every process (``cache.keep``)."""
+
+
+def part(place: str) -> Any:
+    """A private part of Numba.
+
+    Args:
+        place: a key of ``PARTS``.
+
+    Raises:
+        ImportError: the installed release lacks it; the message says what stopped working and what to do.
+    """
+    module, _, name = place.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"Numba {numba.__version__} has no {module}.{name}, without which multibn's kernel cannot {PARTS[place]}. "
+            "Install a release that multibn was tested with: pip install 'numba<=0.68.1'."
+        ) from error
+
+
+CFunc = part("numba.core.ccallback:CFunc")
+IndexDataCacheFile = part("numba.core.caching:IndexDataCacheFile")
+get_or_insert_function = part("numba.core.cgutils:get_or_insert_function")
+global_compiler_lock = part("numba.core.compiler_lock:global_compiler_lock")
+make_array = part("numba.np.arrayobj:make_array")
+normalize_signature = part("numba.core.sigutils:normalize_signature")
+populate_array = part("numba.np.arrayobj:populate_array")
+unpack_tuple = part("numba.core.cgutils:unpack_tuple")
