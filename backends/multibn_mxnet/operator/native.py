@@ -22,8 +22,9 @@ from mxnet.base import _LIB
 from numba import carray, types
 
 from multibn.kernel.addresses import keep, pointer
+from multibn.kernel.cache import keep as keep_on_disk
 from multibn.kernel.entry import CREATING, LARGE, SERIAL
-from multibn.kernel.jit import SOURCES, c_function, stamp
+from multibn.kernel.jit import SOURCES, c_function
 from multibn.kernel.jit import compiled as kernel_compiled
 from multibn.kernel.schedule import backward_at, forward_at
 from multibn.memory import HUGE
@@ -97,7 +98,7 @@ _SOURCES = hashlib.sha256(SOURCES.encode() + (get_data(__package__, "native.py")
 
 def compiled(function: Any) -> Any:
     """``multibn.kernel.jit.compiled`` for the functions of this file."""
-    return stamp(kernel_compiled(function), _SOURCES)
+    return keep_on_disk(kernel_compiled(function), _SOURCES)
 
 
 # Compiled, so that coverage cannot see the lines run.
