@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from multibn.spec.clauses import BLOCK
 
 from .addresses import part, unsigned
 from .halves import load, store, vanishes
 from .jit import inlined, inner
-from .lanes import ALL, BETA, MEAN, SCALE, A, B, clear, fold_blocks, fold_lanes, spread
+from .lanes import BETA, MEAN, SCALE, A, B, clear, fold_blocks, fold_lanes, spread
 from .plan import Plan, channels_of, chunk_of, chunks_of_four, lanes_in_use, plan_of, steps_of, tasks
 from .simd import ROWS, by_lines, goes_past, has_vectors, whole_lines
 
@@ -226,11 +224,10 @@ def _gradients(m: int, sums: Any, saved: Any, gamma: Any, dgamma: Any, dbeta: An
 @inlined
 def backward_stage(
     stage: int, first: int, last: int, shape: tuple[int, int, int], x: Any, dy: Any, dx: Any, gamma: Any, beta: Any, saved: Any,
-    dgamma: Any, dbeta: Any, sums: Any, means: Any, through: bool, rectify: bool, large: int,
+    dgamma: Any, dbeta: Any, sums: Any, means: Any, lanes: Any, through: bool, rectify: bool, large: int,
 ) -> None:  # fmt: skip
     """One stage of a backward, as of a forward; x, dy and dx are flat."""
     plan, m = plan_of(shape), shape[0] * shape[2]
-    lanes = np.empty(ALL)
     for i in range(last - first if stage == 0 else 1):
         begin, end, c, c_end = tasks(plan, stage, first, last, i)
         if stage <= 1:

@@ -16,7 +16,7 @@ from multibn.spec.clauses import BLOCK, PIVOT
 from .addresses import part, unsigned
 from .halves import load, store
 from .jit import inlined, inner
-from .lanes import ALL, BETA, MEAN, SCALE, A, B, add, clear, fold_blocks, fold_lanes, spread
+from .lanes import BETA, MEAN, SCALE, A, B, add, clear, fold_blocks, fold_lanes, spread
 from .plan import Plan, channels_of, chunk_of, chunks_of_four, count_of, lanes_in_use, plan_of, steps_of, tasks
 from .simd import ROWS, by_lines, goes_past, has_vectors, whole_lines
 
@@ -155,14 +155,14 @@ def _normalise_blocks(
 @inner
 def _batch_statistics(plan: Plan, m: int, sums: Any, saved: Any, first: int, last: int) -> None:
     """saved: mean and variance of channels first..last, from the sums of their blocks, as in ``reference.statistics``."""
-    totals = np.empty((plan.blocks, last - first))
+    totals = sums[3]
     for b in range(plan.blocks):
         count = count_of(plan, b * BLOCK, min(plan.chunks, (b + 1) * BLOCK))
         for c in range(first, last):
-            totals[b, c - first] = sums[0, b, c] * count + sums[1, b, c]
-    fold_blocks(totals, 0, last - first)
+            totals[b, c] = sums[0, b, c] * count + sums[1, b, c]
+    fold_blocks(totals, first, last)
     for c in range(first, last):
-        saved[0, c] = totals[0, c - first] / m
+        saved[0, c] = totals[0, c] / m
     for b in range(plan.blocks):
         count = count_of(plan, b * BLOCK, min(plan.chunks, (b + 1) * BLOCK))
         for c in range(first, last):
@@ -216,17 +216,16 @@ def _statistics(
 @inlined
 def forward_stage(
     stage: int, first: int, last: int, shape: tuple[int, int, int], x: Any, y: Any, gamma: Any, beta: Any,
-    moving_mean: Any, moving_var: Any, saved: Any, sums: Any,
+    moving_mean: Any, moving_var: Any, saved: Any, sums: Any, lanes: Any,
     eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool, large: int,
 ) -> int:  # fmt: skip
     """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last. x and y are flat.
 
-    An output from ``large`` bytes on is written past the cache.
+    An output from ``large`` bytes on is written past the cache; lanes: scratch of ALL values, of this thread alone.
 
     Returns how many channels' moving statistics were left as they were (BN-11).
     """
     plan, m, left = plan_of(shape), shape[0] * shape[2], 0
-    lanes = np.empty(ALL)
     for i in range(last - first if stage == 0 else 1):
         begin, end, c, c_end = tasks(plan, stage, first, last, i)
         if stage <= 1 and (use_batch or update):

@@ -16,6 +16,7 @@ from .addresses import call, fetch_add, keep, pointer
 from .backward_pass import backward_stage
 from .forward_pass import forward_stage
 from .jit import SOURCES, c_function, compiled, inner
+from .lanes import ALL
 from .plan import Plan, plan_of
 from .processor import restore_mode, set_default_mode
 
@@ -26,14 +27,15 @@ GROUPS = 2
 """Groups for each thread that are enough to give each whole groups."""
 
 _INTEGERS = (
-    *("next", "left", "pieces", "stage", "count"),  # the piece that nobody has begun; see BN-11; tasks of the stage
+    *("next", "left", "seat", "pieces", "stage", "count"),  # the piece that nobody has begun; see BN-11; tasks of the stage
     *("n", "channels", "s"),
-    *("x", "y", "dy", "dx", "gamma", "beta", "moving_mean", "moving_var", "dgamma", "dbeta", "saved", "sums", "means"),
+    *("x", "y", "dy", "dx", "gamma", "beta", "moving_mean", "moving_var", "dgamma", "dbeta"),
+    *("saved", "sums", "means", "lanes", "started"),
     *("blocks", "unbiased", "use_batch", "update", "through", "rectify", "large"),
 )
 CALL = np.dtype([*((name, np.int64) for name in _INTEGERS), ("eps", np.float64), ("old", np.float64)])
-"""The description of a call, forward or backward; ``next`` and ``left`` come first, for threads count with them."""
-_SIZE, _LEFT = CALL.itemsize // 8, 8
+"""The description of a call, forward or backward; ``next``, ``left`` and ``seat`` come first, for threads count with them."""
+_SIZE, _LEFT, _SEAT = CALL.itemsize // 8, 8, 16
 
 
 @inner
@@ -50,6 +52,12 @@ def claimed(address: int) -> tuple[int, int]:
     if piece >= its.pieces:
         return 0, 0
     return its.count * piece // its.pieces, its.count * (piece + 1) // its.pieces
+
+
+@inner
+def lanes_of_a_thread(address: int) -> Any:
+    """Scratch lanes that no other thread of this stage has. They are allocated before the first pass: a pass cannot fail."""
+    return carray(pointer(described(address).lanes + 8 * ALL * fetch_add(address + _SEAT, 1)), ALL, np.float64)
 
 
 class Bodies(NamedTuple):
@@ -78,12 +86,12 @@ def _forward_body(values: Any, parameters: Any) -> Any:
         mean = carray(pointer(its.moving_mean), channels, parameters)
         var = carray(pointer(its.moving_var), channels, parameters)
         saved = carray(pointer(its.saved), (2, channels), np.float64)
-        sums = carray(pointer(its.sums), (3, its.blocks, channels), np.float64)
-        mode = set_default_mode()
+        sums = carray(pointer(its.sums), (4, its.blocks, channels), np.float64)
+        lanes, mode = lanes_of_a_thread(address), set_default_mode()
         first, last = claimed(address)
         while first < last:
             left = forward_stage(
-                its.stage, first, last, shape, x, y, gamma, beta, mean, var, saved, sums,
+                its.stage, first, last, shape, x, y, gamma, beta, mean, var, saved, sums, lanes,
                 its.eps, its.old, its.unbiased != 0, its.use_batch != 0, its.update != 0, its.rectify != 0, its.large,
             )  # fmt: skip
             fetch_add(address + _LEFT, left)
@@ -105,11 +113,11 @@ def _backward_body(values: Any, parameters: Any) -> Any:
         saved = carray(pointer(its.saved), (2, channels), np.float64)
         sums = carray(pointer(its.sums), (2, its.blocks, channels), np.float64)
         means = carray(pointer(its.means), (3, channels), np.float64)
-        mode = set_default_mode()
+        lanes, mode = lanes_of_a_thread(address), set_default_mode()
         first, last = claimed(address)
         while first < last:
             backward_stage(
-                its.stage, first, last, shape, x, dy, dx, gamma, beta, saved, dgamma, dbeta, sums, means,
+                its.stage, first, last, shape, x, dy, dx, gamma, beta, saved, dgamma, dbeta, sums, means, lanes,
                 its.through != 0, its.rectify != 0, its.large,
             )  # fmt: skip
             first, last = claimed(address)
@@ -129,16 +137,18 @@ def _run(team: Team, address: int, stage: int, count: int, threads: int) -> None
     """So many threads do a stage of so many tasks; they have all done when this returns."""
     body, place, _, _ = team
     its = described(address)
-    its.stage, its.count, its.pieces, its.next = stage, count, 1 if threads == 1 else min(count, PIECES * threads), 0
+    its.stage, its.count, its.pieces = stage, count, 1 if threads == 1 else min(count, PIECES * threads)
+    its.next, its.seat = 0, 0
     starters = carray(pointer(place), 3, np.int64)
     openmp, create, join = starters[0], starters[1], starters[2]
     if threads > 1 and openmp != 0:
         call(openmp, (body, address, threads, 0))
         return
-    started = np.zeros(threads, np.int64)
+    started = carray(pointer(its.started), threads, np.int64)
+    started[:] = 0
     if create != 0:
         for i in range(1, threads):
-            call(create, (started.ctypes.data + 8 * i, 0, body, address))
+            call(create, (its.started + 8 * i, 0, body, address))
     call(body, (address,))  # does all where no thread could be started
     for i in range(1, threads):
         if started[i] != 0:
@@ -167,14 +177,16 @@ def forward_at(
     batches is where an int64 counts the updates, 0 for nowhere; rectify: whether y goes through a ReLU.
     """
     plan = plan_of(shape)
-    memory, sums = np.zeros(_SIZE, np.int64), np.empty((3, plan.blocks, plan.channels))
+    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    sums = np.empty((4, plan.blocks, plan.channels))
     its = described(memory.ctypes.data)
+    its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _SIZE
     its.n, its.channels, its.s = shape
     its.x, its.y, its.gamma, its.beta, its.moving_mean, its.moving_var = x, y, gamma, beta, moving_mean, moving_var
     its.saved, its.sums, its.blocks = saved, sums.ctypes.data, plan.blocks
     its.unbiased, its.use_batch, its.update, its.rectify, its.eps, its.old = unbiased, use_batch, update, rectify, eps, old
     _stages(team, memory.ctypes.data, plan, use_batch or update)
-    keep(sums)
+    keep((sums, lanes))
     if update and batches != 0:  # last: where memory runs out, nothing has changed
         carray(pointer(batches), 1, np.int64)[0] += 1
     return memory[_LEFT // 8]
@@ -187,10 +199,12 @@ def backward_at(
 ) -> None:  # fmt: skip
     """The backward of ``kernel.run_backward`` on addresses; beta counts only where y went through a ReLU."""
     plan = plan_of(shape)
-    memory, sums, means = np.zeros(_SIZE, np.int64), np.empty((2, plan.blocks, plan.channels)), np.empty((3, plan.channels))
+    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    sums, means = np.empty((2, plan.blocks, plan.channels)), np.empty((3, plan.channels))
     its = described(memory.ctypes.data)
+    its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _SIZE
     its.n, its.channels, its.s = shape
     its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, dx, gamma, beta, saved, dgamma, dbeta
     its.sums, its.means, its.blocks, its.through, its.rectify = sums.ctypes.data, means.ctypes.data, plan.blocks, through, rectify
     _stages(team, memory.ctypes.data, plan, True)
-    keep((memory, sums, means))
+    keep((memory, sums, means, lanes))
