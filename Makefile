@@ -21,7 +21,7 @@ quick: .venv/ready  # in under a minute: lint of what changed, the quick cases, 
 	$(PY) -m pytest -q -n auto -p no:cacheprovider $(QUICK)
 
 versions: .venv/ready  # the tests that need no framework on other Pythons, and PyTorch's with the newest NumPy
-	.venv/bin/nox
+	PATH="$$PATH:$$(echo $$HOME/.pyenv/versions/3.1*/bin | tr ' ' ':')" .venv/bin/nox  # pyenv's Pythons too
 
 docs/report.png: .venv/ready  # the picture in the README; needs chromium
 	mkdir -p build

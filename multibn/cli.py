@@ -74,3 +74,7 @@ app = load(list(entry_points(group=GROUP)))
 def main() -> None:
     """The program."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,10 @@
 """BatchNorm for MXNet Gluon, after the specification of multibn. Exported models need this import before they are loaded."""
 
+from importlib.util import find_spec
+
+if find_spec("mxnet") is None:
+    raise ModuleNotFoundError("multibn_mxnet needs MXNet, which is not installed: pip install 'multibn[mxnet]'", name="mxnet")
+
 from .backend import BACKEND as BACKEND
 from .block import BatchNorm as BatchNorm
 from .block import GluonBatchNorm as GluonBatchNorm

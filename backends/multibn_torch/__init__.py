@@ -1,5 +1,10 @@
 """BatchNorm for PyTorch, after the specification of multibn."""
 
+from importlib.util import find_spec
+
+if find_spec("torch") is None:
+    raise ModuleNotFoundError("multibn_torch needs PyTorch, which is not installed: pip install 'multibn[torch]'", name="torch")
+
 from .backend import BACKEND as BACKEND
 from .layers import BatchNorm as BatchNorm
 from .layers import BatchNorm1d as BatchNorm1d
