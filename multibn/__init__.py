@@ -1,4 +1,4 @@
-"""multibn: one BatchNorm that means the same everywhere. Importing it loads NumPy and no framework."""
+"""One BatchNorm that means the same everywhere. Importing multibn loads NumPy, but no framework and no Numba."""
 
 from .spec.batchnorm import BatchNormSpec as BatchNormSpec
 from .spec.clauses import BLOCK as BLOCK

@@ -1,6 +1,6 @@
-"""The NumPy home of BatchNorm: a layer on arrays, and the subjects ``reference`` and ``kernel`` of the conformance suite.
+"""The NumPy layer: BatchNorm of arrays, computed by the kernel.
 
-Importing it loads NumPy alone; Numba comes with the first call of the kernel.
+Importing it loads NumPy only; the first forward loads Numba.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from .spec.batchnorm import BatchNormSpec, spec_text
 class BatchNorm:
     """The article's block on NumPy arrays, computed by the kernel.
 
-    State: gamma (ones), beta (zeros), None where the spec has none; moving_mean (zeros), moving_var (ones); (num_features,) each,
-    float32; make them float64 for float64 input (BN-10). ``batches`` counts the updates, for momentum None.
+    The state is gamma (ones) and beta (zeros), or None if the spec has none, moving_mean (zeros) and moving_var (ones), each of
+    shape (num_features,) and float32. Set float64 arrays for float64 input (BN-10). ``batches`` counts the updates, for momentum
+    None.
 
     Args:
         num_features: channels C.
         num_dims: rank of the input, 2 for (N, C), 4 for (N, C, H, W); None for any.
-        spec: what it computes.
-        init: "identity" lets the first training batch pass unchanged: ``multibn.identity``.
+        spec: what the layer computes; ``BatchNormSpec()`` if None.
+        init: "identity" sets gamma and beta so that the first training batch passes unchanged: ``multibn.identity``.
 
     Raises:
         ValueError: init="identity" without gamma, beta or batch statistics.
@@ -51,7 +52,7 @@ class BatchNorm:
         return f"BatchNorm({self.num_features}, {self.num_dims}, {spec_text(self.spec)}{init})"
 
     def forward(self, x: Array, training: bool) -> Array:
-        """y for x, (N, C, ...); in training the moving statistics are updated, as the spec says.
+        """Return y for x of shape (N, C, ...); in training, update the moving statistics as the spec says.
 
         Raises:
             ValueError: wrong rank, shape or number of values (BN-01, BN-12).
@@ -77,10 +78,10 @@ class BatchNorm:
         return y
 
     def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
-        """(dx, dgamma, dbeta) of the last forward; None for what there is not or is not learned.
+        """Return (dx, dgamma, dbeta) of the last forward; None for a parameter that is absent or not learned.
 
         Raises:
-            ValueError: there was no forward, or dy is not of its output's shape and type.
+            ValueError: there was no forward, or dy has not the shape and type of its output.
         """
         if self._saved is None:
             raise ValueError("backward needs a forward before it, and there was none. Call forward(x, training) first.")
@@ -89,9 +90,9 @@ class BatchNorm:
         return dx, dgamma if learned and self.spec.scale else None, dbeta if learned and self.spec.center else None
 
     def _tell(self, x: Array) -> None:
-        """Warn with ``PoisonedBatch``, once, if x is a poisoned batch (BN-11)."""
+        """Warn once, with ``PoisonedBatch``, if x contains NaN or Inf (BN-11)."""
         channels = [] if self._told else poisoned_channels(x)
-        if channels:  # else a moving statistic is too large for its type
+        if channels:  # otherwise a moving statistic overflowed its type
             self._told = True
             warnings.warn(poisoned(f"BatchNorm({self.num_features})", channels), PoisonedBatch, stacklevel=3)
 

@@ -14,28 +14,28 @@ from .layer.types import Array
 
 
 class Subject(Protocol):
-    """Anything that claims to be a BatchNorm, as the conformance suite sees it. Arrays are NumPy, the channel axis is 1."""
+    """A BatchNorm as the conformance suite sees it. Arrays are NumPy arrays with channel axis 1."""
 
     def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
-        """Set the state: 1-D arrays of length num_features, None where it has none. No batches seen yet."""
+        """Set the state: arrays of shape (num_features,), None for an absent parameter. Resets the count of batches."""
 
     def forward(self, x: Array, training: bool) -> Array:
-        """y for x."""
+        """Return y for x."""
 
     def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
-        """(dx, dgamma, dbeta) of the last forward; None where it has none."""
+        """Return (dx, dgamma, dbeta) of the last forward; None for an absent parameter."""
 
     def moving(self) -> tuple[Array, Array]:
-        """(moving_mean, moving_var) as they are now."""
+        """Return the current (moving_mean, moving_var)."""
 
 
 Precision = Literal["exact", "working"]
-"""How an implementation computes: within BN-16, or in the arithmetic of the input's type, whose bound is wider."""
+""""exact": within BN-16; "working": in the arithmetic of the input's type, with a wider bound."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A home of BatchNorm, found by the conformance suite through the entry point group ``multibn.backends``.
+    """An implementation of BatchNorm in a framework; the suite finds it through the entry point group ``multibn.backends``.
 
     Args:
         name: as given to ``--backend``.

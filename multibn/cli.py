@@ -17,7 +17,7 @@ GROUP = "multibn.commands"
 
 
 def load(points: list[EntryPoint]) -> typer.Typer:
-    """The command line made of these entry points, in the order of their names.
+    """Build the command line of these entry points, sorted by name.
 
     A command imports what it needs when it runs, so that ``multibn --help`` loads no framework.
     """
@@ -55,7 +55,7 @@ def _options(
 
 
 def _reporting(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, which prints the message of a ``UsageError`` and exits with 2."""
+    """Wrap a command: print the message of a ``UsageError`` and exit with 2."""
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> Any:
@@ -72,7 +72,7 @@ app = load(list(entry_points(group=GROUP)))
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     app()
 
 

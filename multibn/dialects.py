@@ -1,8 +1,7 @@
 """What each framework's own BatchNorm does with its default parameters, as data.
 
-The spec of a dialect says what a ``BatchNormSpec`` can say; ``notes`` say the rest. Two frameworks have no entry, since no spec
-comes near their moving statistics: Haiku's average has its start at zero divided out, and Equinox's default mode normalises
-with that average while it trains.
+``notes`` say what a ``BatchNormSpec`` cannot express. Two frameworks have no entry, since no spec describes their moving
+statistics: Haiku corrects its average for the start at zero, and Equinox's default mode trains with that average.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ class Dialect:
 
     Args:
         name: the key in ``DIALECTS``.
-        title: what it is called where it comes from.
-        spec: its default parameters in the words of this project.
-        native_momentum: its own number and whose weight that is (BN-05).
+        title: its name in its framework.
+        spec: its default parameters as a ``BatchNormSpec``.
+        native_momentum: its own momentum, and whether that weighs the old or the new value (BN-05).
         updates_in: the pass that moves the moving statistics (BN-05); "returned": the caller keeps what the operator hands out,
             "after training": a separate pass over the training data.
         channel_axis: its default (BN-01).
@@ -267,11 +266,11 @@ _ALL = (
 )
 
 DIALECTS: Final[Mapping[str, Dialect]] = {dialect.name: dialect for dialect in _ALL}
-"""Every dialect by its name."""
+"""Name -> dialect."""
 
 
 def get(name: str) -> Dialect:
-    """The dialect of that name; ValueError lists the names there are."""
+    """Return the dialect of a name; ValueError lists the known names."""
     if name not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {name!r}. `multibn dialects` describes them.")
     return DIALECTS[name]

@@ -1,6 +1,7 @@
-"""Real data: what the BatchNorm layers of a small convolutional network see while it trains on handwritten digits.
+"""Real data: the inputs of the BatchNorm layers of a small convolutional network that trains on handwritten digits.
 
-conv 1->4, BatchNorm, ReLU, 2x2 mean, conv 4->8, BatchNorm, ReLU, linear, softmax; batches of 16; gradient descent; in NumPy.
+The network: conv 1->4, BatchNorm, ReLU, 2x2 mean, conv 4->8, BatchNorm, ReLU, linear, softmax. It trains in NumPy, by gradient
+descent on batches of 16.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ STEPS, BATCH, RATE = 10, 16, 0.2
 
 
 def seen(layer: int, step: int, which: str) -> Array:
-    """x or dy of BatchNorm layer 0 or 1 at a training step, float32: (16, 4, 8, 8) or (16, 8, 4, 4)."""
+    """Return x or dy of BatchNorm layer 0 or 1 at a training step, float32: (16, 4, 8, 8) or (16, 8, 4, 4)."""
     return _record()[step][layer][which]
 
 

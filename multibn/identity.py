@@ -1,11 +1,11 @@
 """``init="identity"``: gamma and beta that make the first training batch pass a layer unchanged.
 
-Ioffe & Szegedy, section 3: gamma and beta can give back what normalising takes away. gamma*(x-mean)/sqrt(var+eps) + beta is x
+Ioffe & Szegedy, section 3: gamma and beta can undo the normalisation. gamma*(x-mean)/sqrt(var+eps) + beta is x
 where beta = mean and gamma = sqrt(var+eps). The article says that gamma is the variance; its root is meant.
 
-How far y is then from x: gamma and beta are rounded to their type, by at most u of themselves (u = 2^-24 for float32). So the
-exact value of BN-04 for the gamma and beta that are stored is off by at most u*|x-mean| + u*|mean|, and y is off from that by
-what BN-16 allows. ``bound`` is the sum.
+The distance of y from x: gamma and beta are rounded to their type, with a relative error of at most u (2^-24 for float32). So the
+exact value of BN-04 for the stored gamma and beta is off by at most u*|x-mean| + u*|mean|, and y is off from that value by what
+BN-16 allows. ``bound`` is the sum.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .layer.types import Array
 from .spec.batchnorm import BatchNormSpec
 
 Init = Literal["standard", "identity"]
-"""How gamma and beta begin: as 1 and 0, or, from the first training batch, as what makes the layer the identity."""
+"""Initial gamma and beta: 1 and 0, or the values that make the layer the identity on the first training batch."""
 
 _MADE: Final = {"gamma": 1, "beta": 0, "moving_mean": 0, "moving_var": 1}
 
 
 def check(init: object, spec: BatchNormSpec) -> None:
-    """Raise ValueError if a layer of this spec cannot begin so."""
+    """Raise ValueError if a layer of this spec cannot be initialised so."""
     if init not in get_args(Init):
         raise ValueError(f"init must be {' or '.join(map(repr, get_args(Init)))}, got {init!r}.")
     if init == "identity" and not (spec.scale and spec.center and spec.normalize_with == "batch"):
@@ -36,16 +36,16 @@ def check(init: object, spec: BatchNormSpec) -> None:
 
 
 def untouched(gamma: Array, beta: Array, moving_mean: Array | None, moving_var: Array | None) -> bool:
-    """Whether a layer is as it was made: gamma 1, beta 0, moving mean 0, moving variance 1 (None: has none).
+    """Whether a layer has its initial state: gamma 1, beta 0, moving mean 0, moving variance 1; None for an absent one.
 
-    Only such a layer is made the identity, so that what was loaded, learned or set by hand stays.
+    Only such a layer is made the identity, so loaded, learned and hand-set values stay.
     """
     state = zip((gamma, beta, moving_mean, moving_var), _MADE.values(), strict=True)
     return all(a is None or bool((a == made).all()) for a, made in state)
 
 
 def parameters(x: Array, eps: float, kind: Any, channel_axis: int = 1) -> tuple[Array, Array]:
-    """gamma and beta, (C,) of type kind, with which training on x is the identity; 1 and 0 where they are not finite (BN-11)."""
+    """Return gamma and beta, (C,) of type kind, that make training on x the identity; 1 and 0 where not finite (BN-11)."""
     mean, var = reference.statistics(reference.by_channel(x, channel_axis))
     with np.errstate(over="ignore", invalid="ignore"):
         gamma, beta = np.sqrt(var + eps).astype(kind), mean.astype(kind)
@@ -54,7 +54,7 @@ def parameters(x: Array, eps: float, kind: Any, channel_axis: int = 1) -> tuple[
 
 
 def bound(x: Array, eps: float) -> Array:
-    """How far y of an exact implementation may be from x, of x's shape (N, C, ...); derived at the top of this file."""
+    """The largest distance of y from x that an exact implementation may have, of x's shape; derived at the top of this file."""
     values = reference.by_channel(x, 1)
     mean, var = (a[:, None] for a in reference.statistics(values))
     double = x.dtype == np.float64

@@ -23,7 +23,7 @@ class KernelSubject(BatchNorm):
         super().__init__(num_features, None, spec)
 
     def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
-        """Copies of the arrays become the state."""
+        """Set copies of the arrays as the state."""
         self.gamma = gamma.copy() if gamma is not None and self.spec.scale else None
         self.beta = beta.copy() if beta is not None and self.spec.center else None
         if moving_mean is not None and moving_var is not None:
@@ -31,18 +31,18 @@ class KernelSubject(BatchNorm):
         self.batches = 0
 
     def forward(self, x: Array, training: bool) -> Array:
-        """The same, without a word: some cases are poisoned on purpose."""
+        """Like ``BatchNorm.forward``, without the warning: some cases contain NaN on purpose."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PoisonedBatch)
             return super().forward(x, training)
 
     def moving(self) -> tuple[Array, Array]:
-        """Copies of the moving statistics."""
+        """Return copies of the moving statistics."""
         return self.moving_mean.copy(), self.moving_var.copy()
 
 
 class ReferenceSubject(KernelSubject):
-    """The same, computed by ``multibn.reference``."""
+    """Like ``KernelSubject``, computed by ``multibn.reference``."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         state = self.gamma, self.beta, self.moving_mean, self.moving_var
@@ -62,19 +62,19 @@ class WhiteningSubject(Whitening):
         self.num_dims = None
 
     def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_covariance: Array | None) -> None:
-        """Copies of the arrays become the state."""
+        """Set copies of the arrays as the state."""
         self.gamma, self.beta = (None if a is None else a.copy() for a in (gamma, beta))
         if moving_mean is not None and moving_covariance is not None:
             self.moving_mean, self.moving_covariance = moving_mean.copy(), moving_covariance.copy()
         self.batches = 0
 
     def moving(self) -> tuple[Array, Array]:
-        """Copies of the moving statistics."""
+        """Return copies of the moving statistics."""
         return self.moving_mean.copy(), self.moving_covariance.copy()
 
 
 class ReferenceWhiteningSubject(WhiteningSubject, ReferenceWhitening):
-    """The same for ``ReferenceWhitening``."""
+    """``ReferenceWhitening`` as the conformance suite sees it."""
 
 
 def _make(num_features: int, spec: BatchNormSpec | None, device: str, implementation: str) -> KernelSubject:
@@ -98,4 +98,4 @@ BACKEND = Backend(
     whitening=_make_whitening,
     title="NumPy",
 )
-"""NumPy as the conformance suite sees it."""
+"""The backend ``numpy``."""

@@ -1,9 +1,9 @@
-"""The statistics of the whole data, exactly: for ``multibn_torch.recalibrate`` and ``multibn_mxnet.recalibrate``.
+"""Exact statistics of a whole data set, for ``multibn_torch.recalibrate`` and ``multibn_mxnet.recalibrate``.
 
-Ioffe & Szegedy, Algorithm 2, take the average over batches at test time. What it stands for is mean and variance of all the data.
-Chan's merge (Chan, Golub & LeVeque, 1979) puts those of batches together, weighted by count; here it is carried out without
-rounding, as sums of integers: a float is an integer times a power of 2, and so is its square. The one rounding is at the end,
-to float64. So the batches' order and size cannot be seen in a single bit.
+Ioffe & Szegedy, Algorithm 2, average over batches at test time, to estimate mean and variance of all data. Chan's merge (Chan,
+Golub & LeVeque, 1979) combines the statistics of batches, weighted by count. Here it is computed without rounding, as sums of
+integers: a float is an integer times a power of 2, and so is its square. The only rounding is the last one, to float64, so the
+result does not depend on the order and size of the batches in any bit.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .layer.types import Array
 
 _LIMB: Final = 18
 _CHUNK: Final = 1 << 16
-"""A mantissa is cut into limbs of 18 bits. The sum of 2^16 products of two of them is below 2^53, so float64 holds it exactly."""
+"""Bits of a limb of a mantissa. The sum of 2^16 products of two limbs is below 2^53, so float64 holds it exactly."""
 
 _UNIT: Final = -1200
-"""Sums count in units of 2 to this power: the smallest float64 is 2^-1074, and its mantissa is 53 bits long."""
+"""Sums are in units of 2 to this power: the smallest float64 is 2^-1074, and a mantissa has 53 bits."""
 
 
 class WholeData:
@@ -40,7 +40,7 @@ class WholeData:
         self._sums, self._squares = [0] * num_features, [0] * num_features  # of squares: twice _UNIT
 
     def add(self, x: Array, channel_axis: int = 1) -> None:
-        """Count one batch in: any rank >= 2, float16, float32 or float64."""
+        """Add a batch of any rank >= 2; float16, float32 or float64."""
         values = np.moveaxis(x, channel_axis, 0).reshape(x.shape[channel_axis], -1).astype(np.float64)
         self.count += values.shape[1]
         finite = np.isfinite(values)
@@ -56,7 +56,7 @@ class WholeData:
         place = (np.arange(len(values))[:, None] * span + (exponents - low)).ravel()
         mantissas = np.ldexp(fractions, bits).astype(np.int64).ravel()
         limbs = [(mantissas >> shift) & ((1 << _LIMB) - 1) for shift in range(0, bits, _LIMB)]
-        limbs[-1] = mantissas >> (_LIMB * (len(limbs) - 1))  # the uppermost has the sign
+        limbs[-1] = mantissas >> (_LIMB * (len(limbs) - 1))  # the highest limb has the sign
         for i, a in enumerate(limbs):
             self._collect(self._sums, place, a, span, low - bits - _UNIT + _LIMB * i, 1)
             for j, b in enumerate(limbs[: i + 1]):
@@ -65,13 +65,13 @@ class WholeData:
 
     @staticmethod
     def _collect(totals: list[int], place: Array, terms: Array, span: int, shift: int, step: int) -> None:
-        """Add terms, each at the place of its channel and exponent; one exponent more is ``step`` powers of 2 more."""
+        """Add terms at the position of their channel and exponent; exponents are multiples of ``step``."""
         found = np.bincount(place, terms, len(totals) * span).reshape(len(totals), span)
         for channel, exponent in zip(*map(np.ndarray.tolist, np.nonzero(found)), strict=True):
             totals[channel] += int(found[channel, exponent]) << (shift + step * exponent)
 
     def statistics(self, unbiased: bool) -> tuple[Array, Array]:
-        """Mean and variance, (C,) float64, each the float64 nearest to the exact one; NaN where a value was not finite.
+        """Return mean and variance, (C,) float64, each the float64 nearest to the exact value; NaN for non-finite data.
 
         Raises:
             ValueError: fewer than 2 values per channel.
@@ -88,7 +88,7 @@ class WholeData:
         return np.where(self._finite, mean, np.nan), np.where(self._finite, var, np.nan)
 
     def settle(self, moving_mean: Array, moving_var: Array, unbiased: bool) -> tuple[Array, Array]:
-        """A layer's new moving statistics, of the type of the old ones, which stay where a new one is not finite (BN-11)."""
+        """Return a layer's new moving statistics in the old ones' type; the old ones where a new one is not finite (BN-11)."""
         with np.errstate(over="ignore"):
             mean, var = (a.astype(moving_mean.dtype) for a in self.statistics(unbiased))
         finite = np.isfinite(mean) & np.isfinite(var)
@@ -100,13 +100,13 @@ def layer_by_layer(
     send: Callable[[Sequence[Any], Callable[[Any, Callable[[], Array]], None]], None],
     settle: Callable[[Any, WholeData], None],
 ) -> list[Any]:
-    """Give each layer the statistics of what reaches it, those before it having theirs already; the layers in that order.
+    """Give each layer the exact statistics of its input, after the layers before it. Return the layers in that order.
 
     Args:
-        layers: all that have moving statistics.
+        layers: the layers that have moving statistics.
         send: ``send(waiting, collect)`` runs all data through the model in inference, and calls ``collect(layer, array)`` for
-            every input of a layer that waits; array() is (N, C, ...).
-        settle: gives a layer its statistics.
+            each input of a waiting layer; array() is (N, C, ...).
+        settle: sets the statistics of a layer.
     """
     waiting, settled = list(layers), []
     while waiting:
@@ -128,7 +128,7 @@ def layer_by_layer(
 
 
 def inputs(batches: Iterable[Any], one_by_one: bool) -> Iterator[Any]:
-    """What the model is called with: each batch, or the first of several, labels coming after; or each sample of it."""
+    """Yield the model's input of each batch: the batch, or its first item if labels follow; or each sample of it."""
     for batch in batches:
         x = batch[0] if isinstance(batch, (list, tuple)) else batch
         if one_by_one:
@@ -138,7 +138,7 @@ def inputs(batches: Iterable[Any], one_by_one: bool) -> Iterator[Any]:
 
 
 def check_batches(batches: Any) -> None:
-    """Raise TypeError if batches can be gone through only once."""
+    """Raise TypeError if ``batches`` can be iterated only once."""
     if iter(batches) is batches:
         raise TypeError(
             f"batches must be something to go through more than once, once for each BatchNorm, got {type(batches).__name__}, "

@@ -1,6 +1,6 @@
-"""The specification, runnable: BatchNorm in float64 NumPy that reads like the formulas.
+"""The executable specification: BatchNorm in float64 NumPy, written like the formulas.
 
-Sums are taken in the order that BN-15 fixes, so that every implementation can give the same bits.
+Sums follow the order of BN-15, so that other implementations can give the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .spec.clauses import BLOCK, JOINED, LANES, PIVOT
 
 
 class Saved(NamedTuple):
-    """What backward needs of a forward: the input, gamma (float64, ones if there is none) and the statistics that normalised."""
+    """What backward needs of a forward: the input, gamma (float64, ones if absent) and the statistics that normalised."""
 
     x: Array
     gamma: Array
@@ -29,7 +29,7 @@ class Saved(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """y has x's shape and type; moving_mean and moving_var are new arrays of the old ones' type."""
+    """The result of ``forward``: y has x's shape and type; moving_mean and moving_var are new arrays of the old type."""
 
     y: Array
     moving_mean: Array
@@ -38,7 +38,7 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """dx has x's shape and type; dgamma and dbeta are (C,) of gamma's type, None where the spec has or learns none."""
+    """The result of ``backward``: dx has x's shape and type; dgamma and dbeta are (C,) of gamma's type, or None."""
 
     dx: Array
     dgamma: Array | None
@@ -60,10 +60,10 @@ def forward(
 
     Args:
         x: any rank >= 2, float16, float32 or float64.
-        gamma, beta: (C,), or None for 1 and 0; ignored where the spec has none. float64 for float64 input, else float32 (BN-10).
+        gamma, beta: (C,), or None for 1 and 0; ignored if the spec has none. float64 for float64 input, else float32 (BN-10).
         moving_mean, moving_var: (C,), of the same type.
         training: normalise with the batch and update, as the spec says; else normalise with the moving statistics.
-        batches: training batches that the moving statistics hold already, for momentum None.
+        batches: number of training batches already in the moving statistics, for momentum None.
 
     Raises:
         ValueError: wrong rank, shape or number of values (BN-01, BN-12).
@@ -108,14 +108,14 @@ def forward(
 
 
 def backward(dy: Array, saved: Saved) -> Backward:
-    """The gradients of ``sum(dy * y)`` for x, gamma and beta (BN-08; Ioffe & Szegedy, section 3).
+    """Return the gradients of ``sum(dy * y)`` with respect to x, gamma and beta (BN-08; Ioffe & Szegedy, section 3).
 
     Args:
         dy: of x's shape and type.
-        saved: of the forward.
+        saved: what the forward saved.
 
     Raises:
-        ValueError: dy is not of x's shape and type.
+        ValueError: dy has not x's shape and type.
     """
     x, gamma, mean, invstd, spec, channel_axis, through_statistics = saved
     if dy.shape != x.shape or dy.dtype != x.dtype:
@@ -141,13 +141,13 @@ def backward(dy: Array, saved: Saved) -> Backward:
 
 
 def statistics(values: Array) -> tuple[Array, Array]:
-    """Mean and biased variance of each channel of (N, C, S) float64 values, (C,) each (BN-02).
+    """Return mean and biased variance of each channel of (N, C, S) float64 values, (C,) each (BN-02).
 
-    Each block of BN-15 takes its deviations from a pivot of its own, the mean of its first chunks. Then the blocks move to the
-    mean of all: with shift = pivot - mean, sum((x-mean)^2) = sum((d+shift)^2) = sum(d^2) + 2*shift*sum(d) + count*shift^2. That
-    loses nothing however far the values lie from 0, for a pivot is never far from its block: it is the mean of about 1/16 of it
-    or more, so that (pivot - mean)^2 <= 15 var. The sum of the deviations from the mean, which would be 0 if the mean were not
-    rounded, corrects mean and variance.
+    Each block of BN-15 sums deviations from its own pivot, the mean of its first chunks. The sums of a block are then moved to
+    the mean of all: with shift = pivot - mean, sum((x-mean)^2) = sum((d+shift)^2) = sum(d^2) + 2*shift*sum(d) + count*shift^2.
+    Nothing is lost for values far from 0, since a pivot is close to its block: it is the mean of about 1/16 of the block or
+    more, so (pivot - mean)^2 <= 15 var. The sum of the deviations from the mean is 0 but for the rounding of the mean; it
+    corrects mean and variance.
     """
     m = values.shape[0] * values.shape[2]
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
@@ -164,23 +164,23 @@ def statistics(values: Array) -> tuple[Array, Array]:
 
 
 def _moved(moving: Array, batch: Array, weight_of_old: float) -> Array:
-    """The moving statistic after one update (BN-05); what counts for nothing may be anything, even NaN."""
+    """Return the moving statistic after one update (BN-05); a value of weight 0 is ignored, even NaN."""
     return batch if weight_of_old == 0 else weight_of_old * moving + (1 - weight_of_old) * batch
 
 
 def inverse_std(var: Array, eps: float) -> Array:
-    """1/sqrt(var+eps), NaN where the variance is not finite, so that a poisoned channel shows (BN-03, BN-11)."""
+    """Return 1/sqrt(var+eps), NaN where the variance is not finite, so that the channel becomes NaN (BN-03, BN-11)."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.isfinite(var), 1.0 / np.sqrt(var + eps), np.nan)
 
 
 def ordered_sum(values: Array) -> Array:
-    """The sum of each channel of (N, C, S) float64 values, (C,), in the order of BN-15."""
+    """Return the sum of each channel of (N, C, S) float64 values, (C,), in the order of BN-15."""
     return _fold(_sum_blocks(_blocks(values)).T) if values.size else np.zeros(values.shape[1])
 
 
 def _blocks(values: Array) -> Array:
-    """(N, C, S) as (blocks, chunks of a block, C, joined samples, width), with zeros where the last ones are not full."""
+    """Reshape (N, C, S) to (blocks, chunks of a block, C, joined samples, width), padded with zeros."""
     n, channels, s = values.shape
     joined = max(1, min(LANES // (channels * s), n // JOINED))
     pieces = math.ceil(s / LANES)
@@ -192,7 +192,7 @@ def _blocks(values: Array) -> Array:
 
 
 def _sum_blocks(blocks: Array) -> Array:
-    """The sums of the blocks, (blocks, C): chunks are added position by position, then samples are folded, then positions."""
+    """Sum each block, (blocks, C): add chunks position by position, then fold samples, then positions."""
     lanes = np.zeros((blocks.shape[0], *blocks.shape[2:]))
     for chunk in range(blocks.shape[1]):
         lanes += blocks[:, chunk]
@@ -200,7 +200,7 @@ def _sum_blocks(blocks: Array) -> Array:
 
 
 def _fold(a: Array) -> Array:
-    """The sum over the last axis: the second half is added to the first until one value is left."""
+    """Sum the last axis: add the second half to the first until one value is left."""
     while a.shape[-1] > 1:
         half = (a.shape[-1] + 1) // 2
         low, high = a[..., :half].copy(), a[..., half:]
@@ -210,12 +210,12 @@ def _fold(a: Array) -> Array:
 
 
 def _padded(a: Array, axis: int, multiple: int) -> Array:
-    """Zeros after the end of an axis, up to a multiple of a length; they do not change a sum."""
+    """Pad an axis with zeros to a multiple of a length; they do not change a sum."""
     return np.pad(a, [(0, -a.shape[i] % multiple if i == axis else 0) for i in range(a.ndim)])
 
 
 def by_channel(x: Array, channel_axis: int) -> Array:
-    """x as float64 (N, C, S): the axes before the channel axis, the channels, the axes after it."""
+    """Return x as float64 (N, C, S): the axes before the channel axis, the channels, the axes after it."""
     axis = channel_axis % x.ndim
     before, after = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
     return _float64(x).reshape(before, x.shape[axis], after)

@@ -16,8 +16,8 @@ from multibn.layer.nonfinite import PoisonedBatch, poisoned
 LAYER = "2.norm, BatchNorm2d(4)"
 ONE = (
     f"{LAYER}: the batch statistics of 1 channel are not finite (2), since the input holds NaN or Inf there. The output is NaN "
-    "there; the moving statistics stay as they were (BN-11). Look for the cause in what comes before this layer. It is said once "
-    "for each layer."
+    "there; the moving statistics stay as they were (BN-11). Look for the cause in the layers before this one. Shown once per "
+    "layer."
 )
 
 

@@ -15,12 +15,12 @@ from .jit import inner
 
 @inner
 def keep(arrays: Any) -> None:
-    """Numba may free an array after its last use, which its address is not: this is one, after the address was used."""
+    """Use arrays, so that Numba does not free them before this point; it does not count the use of an address."""
 
 
 @intrinsic
 def pointer(_: Any, address: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """An address as a pointer, for ``numba.carray``."""
+    """Convert an address to a pointer for ``numba.carray``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
@@ -30,7 +30,7 @@ def pointer(_: Any, address: Any) -> Any:  # pragma: no cover - runs in the comp
 
 @intrinsic
 def part(_: Any, array: Any, start: Any, width: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """``array[start : start + width]`` of a contiguous array of one axis, where that is known to be inside: much less code."""
+    """``array[start : start + width]`` of a contiguous one-dimensional array, without bounds handling: much less code."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         given = make_array(signature.args[0])(context, builder, arguments[0])
@@ -58,7 +58,7 @@ def call(_: Any, address: Any, arguments: Any) -> Any:  # pragma: no cover - run
 
 @intrinsic
 def fetch_add(_: Any, address: Any, count: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """Add to the int64 at an address, as one step for all threads; returns what it was."""
+    """Add to the int64 at an address atomically; return the old value."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
@@ -68,4 +68,4 @@ def fetch_add(_: Any, address: Any, count: Any) -> Any:  # pragma: no cover - ru
 
 
 unsigned = np.uint64
-"""For an index: whether a signed one is negative, compiled code has to look each time."""
+"""Type of an index; compiled code checks each signed index for being negative."""

@@ -41,7 +41,7 @@ def forward(
 ) -> tuple[Array, Saved]:
     """``reference.forward`` by the kernel: the same arguments and the same bits, but the moving statistics are updated in place.
 
-    x is taken in whatever layout it has; it is copied only if neither it nor its channels-last view is contiguous.
+    x may have any layout; it is copied only if neither x nor its channels-last view is contiguous.
     """
     values = by_channel(x, channel_axis)
     kind = np.dtype(PARAMETER_TYPE[x.dtype.name])
@@ -60,7 +60,7 @@ def forward(
 def backward(dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
     """``(dx, dgamma, dbeta)``, the same bits as ``reference.backward``."""
     dys = by_channel(dy, saved.channel_axis)
-    if dys.shape != saved.x.shape:  # dy lies in memory in another way than x
+    if dys.shape != saved.x.shape:  # dy has another memory layout than x
         dys = np.ascontiguousarray(np.moveaxis(dy, saved.channel_axis, -1) if saved.x.shape[2] == 1 else dy).reshape(
             saved.x.shape
         )
@@ -70,36 +70,36 @@ def backward(dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
 
 
 def by_channel(x: Array, channel_axis: int) -> Array:
-    """x as C-contiguous (N, C, S), a view where possible: of x itself, or, for channels-last memory, with S = 1."""
+    """Return x as a C-contiguous (N, C, S) array: a view where possible, with S = 1 for channels-last memory."""
     axis = channel_axis % x.ndim
     channels = x.shape[axis]
     if not x.flags.c_contiguous or not x.flags.writeable:
         last = np.moveaxis(x, axis, -1)
         if last.flags.c_contiguous and last.flags.writeable:
             return last.reshape(-1, channels, 1)
-        x = np.array(x, order="C")  # Numba compiles anew for read-only arrays: cheaper to copy these
+        x = np.array(x, order="C")  # Numba recompiles for read-only arrays, so copy them
     return x.reshape(math.prod(x.shape[:axis]), channels, math.prod(x.shape[axis + 1 :]))
 
 
 def bits(a: Array) -> Array:
-    """float16 as the int16 that the kernel takes; other types as they are."""
+    """View float16 as int16, which the kernel takes; return other types unchanged."""
     return a.view(np.int16) if a.dtype == np.float16 else a
 
 
 @lru_cache(maxsize=256)
 def ones(channels: int, dtype: Any) -> Array:
-    """gamma of a layer that has none."""
+    """Ones in place of a missing gamma."""
     return np.ones(channels, dtype)
 
 
 @lru_cache(maxsize=256)
 def zeros(channels: int, dtype: Any) -> Array:
-    """beta of a layer that has none."""
+    """Zeros in place of a missing beta."""
     return np.zeros(channels, dtype)
 
 
 def _as_given(values: Array, shape: tuple[int, ...], channel_axis: int) -> Array:
-    """(N, C, S) back to the shape that came, in the same layout."""
+    """Reshape (N, C, S) to the shape and layout of the input."""
     axis = channel_axis % len(shape)
     if values.shape[2] == 1 and math.prod(shape[axis + 1 :]) != 1:
         return np.moveaxis(values.reshape(*shape[:axis], *shape[axis + 1 :], shape[axis]), -1, axis)

@@ -35,7 +35,7 @@ def _correlate4(a: Any, b: Any, c: Any, d: Any, da: Any, db: Any, dc: Any, dd: A
 
 @inner
 def _correlate_rectified(a: Any, da: Any, lanes: Any) -> None:
-    """``_correlate`` where a ReLU follows: its gradient is 0 where y, which is made anew, is not positive."""
+    """``_correlate`` with a fused ReLU: y is recomputed, and dy counts as 0 where y <= 0."""
     least = vanishes(a)
     for j in range(a.shape[0]):
         p, dp = load(a[j]) - lanes[j + MEAN], load(da[j])
@@ -59,7 +59,7 @@ def _correlate_rectified4(a: Any, b: Any, c: Any, d: Any, da: Any, db: Any, dc: 
 
 @inner
 def _propagate(a: Any, da: Any, dx: Any, lanes: Any) -> None:
-    """dx from dy: lanes A hold the mean of dy, B what goes with x-mean."""
+    """Compute dx from dy; lanes A hold the mean of dy, lanes B the factor of x-mean."""
     for j in range(a.shape[0]):
         along = (load(a[j]) - lanes[j + MEAN]) * lanes[j + B]
         store(dx, j, ((load(da[j]) - lanes[j + A]) - along) * lanes[j + SCALE])
@@ -67,7 +67,7 @@ def _propagate(a: Any, da: Any, dx: Any, lanes: Any) -> None:
 
 @inner
 def _propagate_rectified(a: Any, da: Any, dx: Any, through: bool, lanes: Any) -> None:
-    """``_propagate``, or without ``through`` ``_scale``, where a ReLU follows."""
+    """``_propagate`` with a fused ReLU, or ``_scale`` if not ``through``."""
     least = vanishes(a)
     if through:
         for j in range(a.shape[0]):
@@ -102,14 +102,14 @@ _rectified_lines, _rectified_lines_past = by_lines((MEAN, A, B, SCALE, BETA), _p
 
 @inner
 def _scale(da: Any, dx: Any, lanes: Any) -> None:
-    """dx from dy where the statistics are constants."""
+    """Compute dx from dy where the statistics are constants."""
     for j in range(da.shape[0]):
         store(dx, j, load(da[j]) * lanes[j + SCALE])
 
 
 @inner
 def _propagate_row(a: Any, da: Any, dx: Any, through: bool, rectify: bool, lanes: Any) -> None:
-    """dx of a chunk, by the loop that serves."""
+    """Compute dx of a chunk by the loop that fits."""
     if rectify:
         _propagate_rectified(a, da, dx, through, lanes)
     elif through:
@@ -120,7 +120,7 @@ def _propagate_row(a: Any, da: Any, dx: Any, through: bool, rectify: bool, lanes
 
 @inner
 def _propagate_rows(x: Any, dy: Any, dx: Any, start: int, row: int, width: int, past: bool, rectify: bool, lanes: Any) -> None:
-    """``_propagate`` and ``_propagate_rectified`` of ROWS rows, into the cache or past it."""
+    """``_propagate`` or ``_propagate_rectified`` of ROWS rows, with ordinary or non-temporal stores."""
     begin, end, line = whole_lines(part(dx, start, width), row)
     if rectify and past:
         for j in range(begin, end, line):
@@ -144,7 +144,7 @@ def _correlate_blocks(
     plan: Plan, flat: Any, dy: Any, gamma: Any, beta: Any, saved: Any, sums: Any, means: Any, rectify: bool,
     first: int, last: int, lanes: Any,
 ) -> None:  # fmt: skip
-    """sums[0], sums[1]: of dy, which has gone through the ReLU where one follows, and of dy*(x-mean)."""
+    """Fill sums[0] with the sums of dy, masked by the ReLU if one is fused, and sums[1] with those of dy*(x-mean)."""
     used = lanes_in_use(plan)
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
@@ -182,9 +182,9 @@ def _propagate_blocks(
     plan: Plan, flat: Any, dy: Any, dx: Any, beta: Any, saved: Any, means: Any, through: bool, rectify: bool, large: int,
     known: bool, first: int, last: int, lanes: Any,
 ) -> None:  # fmt: skip
-    """means: what is taken from dy for each channel, what goes with x-mean, and gamma*invstd.
+    """Compute dx. ``means`` holds per channel the mean of dy, the factor of x-mean, and gamma*invstd.
 
-    known: whether the lanes still hold what ``_correlate_blocks`` laid there for the same group.
+    known: whether the lanes still hold the values that ``_correlate_blocks`` put there for the same group.
     """
     past, whole = goes_past(dx, plan.row, large), plan.n // plan.joined
     for task in range(first, last):
@@ -200,7 +200,7 @@ def _propagate_blocks(
                 spread(beta, plan, group, lanes[BETA:])
         first_step, last_step = steps_of(plan, block)
         for step in range(first_step, last_step):
-            # the last rows first: where not all of x and dy stay in the cache, these do
+            # last rows first: they are still in the cache
             row, piece = ROWS * (math.ceil(plan.rows / ROWS) - 1 - step // plan.pieces), step % plan.pieces
             i, w = chunk_of(plan, group, row * plan.pieces + piece)
             if row + ROWS <= whole and through and has_vectors(dx):
@@ -226,7 +226,7 @@ def backward_stage(
     stage: int, first: int, last: int, shape: tuple[int, int, int], x: Any, dy: Any, dx: Any, gamma: Any, beta: Any, saved: Any,
     dgamma: Any, dbeta: Any, sums: Any, means: Any, lanes: Any, through: bool, rectify: bool, large: int,
 ) -> None:  # fmt: skip
-    """One stage of a backward, as of a forward; x, dy and dx are flat."""
+    """Run one stage of a backward, numbered as those of ``forward_stage``; x, dy and dx are flat."""
     plan, m = plan_of(shape), shape[0] * shape[2]
     for i in range(last - first if stage == 0 else 1):
         begin, end, c, c_end = tasks(plan, stage, first, last, i)

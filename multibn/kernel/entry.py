@@ -1,4 +1,4 @@
-"""The CPU kernel that every layer shares: its entries, which share the work among threads, and BatchNorm of NumPy arrays."""
+"""Entry points of the CPU kernel that every layer shares: choose threads, compile on first use, run."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from .schedule import backward_at as backward_at
 from .schedule import forward_at as forward_at
 
 SERIAL, CREATING = 1 << 15, 1 << 18
-"""Inputs of fewer values than this are done by the caller alone: waking a thread takes longer, creating one much longer."""
+"""Inputs with fewer values than this run on the calling thread alone: SERIAL if sleeping threads exist, else CREATING."""
 
 LARGE = 8 << 20
-"""Outputs from this many bytes on are written past the cache, where little of them would be left for who reads them next."""
+"""Outputs of this many bytes and more are written by non-temporal stores: little of them would stay in the cache."""
 
 
 def team(body: int, size: int, asked: int | None = None) -> Team:
-    """The threads that run a body (an address) on input of so many values.
+    """Choose the threads that run a body on an input.
 
     Args:
-        asked: at most so many threads; None for ``threads.limit()``.
+        body: address of the compiled body.
+        size: number of values of the input.
+        asked: the largest number of threads; None for ``threads.limit()``.
     """
     place, count = threads.starters(), 1
     if size >= (SERIAL if threads.awake() else CREATING):
@@ -43,15 +45,15 @@ def run_forward(
     """Normalise x into y; fill saved; update the moving statistics in place.
 
     Args:
-        x, y: (N, C, S), C-contiguous, float32, float64, or a half's bits (int16 float16, uint16 bfloat16).
-        gamma, beta, moving_mean, moving_var: (C,) float32, for float64 x float64; ones and zeros where there is none.
-        saved: (2, C) float64; gets the mean that normalised and 1/sqrt(var+eps).
+        x, y: (N, C, S), C-contiguous, float32, float64, or half types as their bits (int16 for float16, uint16 for bfloat16).
+        gamma, beta, moving_mean, moving_var: (C,), float64 for float64 x, else float32; ones and zeros where the layer has none.
+        saved: (2, C) float64, filled with the mean that normalised and 1/sqrt(var+eps).
         old: weight of the old moving statistics.
-        use_batch: normalise with the batch statistics, else with the moving ones as they were before.
+        use_batch: normalise with the batch statistics, else with the moving statistics before this update.
         update: update the moving statistics with those of the batch.
 
     Returns:
-        How many channels' moving statistics were left as they were (BN-11).
+        The number of channels whose moving statistics were not updated (BN-11).
     """
     if x.size == 0:  # BN-12
         return 0
@@ -67,7 +69,7 @@ def run_backward(x: Array, dy: Array, dx: Array, gamma: Array, saved: Array, dga
         x, dy, dx: (N, C, S), as for ``run_forward``.
         gamma, dgamma, dbeta: (C,), as gamma there.
         saved: as filled by ``run_forward``.
-        through: whether the statistics that normalised were the batch's, so that gradients flow through them (BN-08).
+        through: whether batch statistics normalised, so that gradients flow through them (BN-08).
     """
     if x.size == 0:
         dgamma[:] = dbeta[:] = 0
@@ -83,7 +85,7 @@ _preparing = threading.RLock()
 
 
 def _wait_for_compilers() -> None:
-    """Before a fork: no other thread may be compiling, for the child would wait for its locks for ever."""
+    """Before a fork, wait until no other thread compiles: the child would inherit its locks and never get them."""
     _preparing.acquire()
     global_compiler_lock.acquire()
 
@@ -98,7 +100,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def prepare(kind: Any) -> Bodies:
-    """Compile the kernel for a type of input, or load it from disk; says so on stderr when compiling takes over a second."""
+    """Compile the kernel for a type of input, or load it from disk; report on stderr if compiling takes over a second."""
     kind = np.dtype(kind)
     if kind in _ready:
         return _ready[kind]
@@ -115,19 +117,19 @@ def prepare(kind: Any) -> Bodies:
 
 
 class _Notice:
-    """Says that the kernel is being compiled, a second after compiling has begun."""
+    """Report that the kernel is being compiled, a second after compiling began."""
 
     def __init__(self, kind: str) -> None:
         self._timer, self._started = threading.Timer(1.0, _say_compiling, [kind]), False
 
     def start(self) -> None:
-        """Called for each function that was not found on disk."""
+        """Start the timer; called for each function that was not found on disk."""
         if not self._started:
             self._started = True
             self._timer.start()
 
     def cancel(self) -> None:
-        """Called when the kernel is ready."""
+        """Stop the timer; called when the kernel is ready."""
         self._timer.cancel()
 
 

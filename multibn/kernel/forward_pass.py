@@ -20,12 +20,12 @@ from .lanes import BETA, MEAN, SCALE, A, B, add, clear, fold_blocks, fold_lanes,
 from .plan import Plan, channels_of, chunk_of, chunks_of_four, count_of, lanes_in_use, plan_of, steps_of, tasks
 from .simd import ROWS, by_lines, goes_past, has_vectors, whole_lines
 
-# Inner loops. Four chunks at a time: a lane adds them one after the other, but is read and written only once.
+# Inner loops. With four chunks at a time a lane adds them one after the other, but is loaded and stored only once.
 
 
 @inner
 def _add4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
-    """PIVOT chunks, to lanes that count as 0: what they hold is not read."""
+    """Store the sum of PIVOT chunks in the lanes; their old values do not count."""
     for j in range(a.shape[0]):
         lanes[j] = ((load(a[j]) + load(b[j])) + load(c[j])) + load(d[j])
 
@@ -49,14 +49,14 @@ def _deviate4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
 
 @inner
 def _normalise(a: Any, y: Any, least: float, lanes: Any) -> None:
-    """least: 0 for a ReLU, else -inf."""
+    """Normalise a chunk; ``least`` is 0 for a fused ReLU, else -inf."""
     for j in range(a.shape[0]):
         store(y, j, _at_least((load(a[j]) - lanes[j + MEAN]) * lanes[j + SCALE] + lanes[j + BETA], least))
 
 
 @inner
 def _at_least(value: float, least: float) -> float:
-    """NaN stays."""
+    """The larger of two values; NaN stays NaN."""
     return least if value < least else value
 
 
@@ -71,7 +71,7 @@ _normalise_lines, _normalise_lines_past = by_lines((MEAN, SCALE, BETA), _normali
 
 @inner
 def _normalise_rows(x: Any, y: Any, start: int, row: int, width: int, past: bool, least: float, lanes: Any) -> None:
-    """``_normalise`` of ROWS rows that begin ``row`` values apart, into the cache or past it."""
+    """``_normalise`` of ROWS rows that begin ``row`` values apart, with ordinary or non-temporal stores."""
     begin, end, line = whole_lines(part(y, start, width), row)
     if past:
         for j in range(begin, end, line):
@@ -84,12 +84,12 @@ def _normalise_rows(x: Any, y: Any, start: int, row: int, width: int, past: bool
             _normalise(part(x, i, n), part(y, i, n), least, part(lanes, at, lanes.shape[0] - at))
 
 
-# Passes over the tasks first..last, a task being one block of one group.
+# Passes over the tasks first..last; a task is one block of one group.
 
 
 @inlined
 def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
-    """sums: the pivot of each block, the sum of the deviations from it, and of the squares of these."""
+    """Fill sums with the pivot of each block, the sum of the deviations from it, and the sum of their squares."""
     used = lanes_in_use(plan)
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
@@ -149,12 +149,12 @@ def _normalise_blocks(
                     _normalise(part(flat, i, w), part(y, i, w), least, lanes)
 
 
-# Between the passes: what the sums of a channel say.
+# Between the passes: statistics and scale from the sums.
 
 
 @inner
 def _batch_statistics(plan: Plan, m: int, sums: Any, saved: Any, first: int, last: int) -> None:
-    """saved: mean and variance of channels first..last, from the sums of their blocks, as in ``reference.statistics``."""
+    """Fill saved with mean and variance of channels first..last from the sums of their blocks, as ``reference.statistics``."""
     totals = sums[3]
     for b in range(plan.blocks):
         count = count_of(plan, b * BLOCK, min(plan.chunks, (b + 1) * BLOCK))
@@ -182,11 +182,11 @@ def _statistics(
     plan: Plan, m: int, sums: Any, saved: Any, gamma: Any, moving_mean: Any, moving_var: Any, eps: float, old: float,
     unbiased: bool, use_batch: bool, update: bool, first: int, last: int,
 ) -> int:  # fmt: skip
-    """saved: the mean and 1/sqrt(var+eps) that normalise; the moving statistics are updated in place (BN-05, BN-06, BN-11).
+    """Fill saved with mean and 1/sqrt(var+eps), and update the moving statistics in place (BN-05, BN-06, BN-11).
 
-    The first block's first sums become gamma/sqrt(var+eps).
+    sums[0, 0] becomes gamma/sqrt(var+eps).
 
-    Returns how many channels' moving statistics were left as they were.
+    Returns the number of channels whose moving statistics were not updated.
     """
     left = 0
     if use_batch or update:
@@ -209,8 +209,8 @@ def _statistics(
     return left
 
 
-# Whole forwards and backwards. ``stage`` 0 takes groups first..last through all passes, one after the other, while their values
-# are in the cache; the other stages are the passes one by one, for input with too few groups to give each thread some.
+# Stage 0 takes groups first..last through all passes, one group after the other, while its values are in the cache. Stages 1, 2
+# and 3 are single passes, for inputs with too few groups to give each thread some.
 
 
 @inlined
@@ -219,11 +219,11 @@ def forward_stage(
     moving_mean: Any, moving_var: Any, saved: Any, sums: Any, lanes: Any,
     eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool, large: int,
 ) -> int:  # fmt: skip
-    """One stage of a forward: 0 all of groups first..last; 1, 3 tasks first..last; 2 channels first..last. x and y are flat.
+    """Run one stage of a forward: 0 for groups first..last, 1 and 3 for tasks, 2 for channels. x and y are flat.
 
-    An output from ``large`` bytes on is written past the cache; lanes: scratch of ALL values, of this thread alone.
+    Outputs of ``large`` bytes and more are written by non-temporal stores. ``lanes`` is this thread's scratch of ALL values.
 
-    Returns how many channels' moving statistics were left as they were (BN-11).
+    Returns the number of channels whose moving statistics were not updated (BN-11).
     """
     plan, m, left = plan_of(shape), shape[0] * shape[2], 0
     for i in range(last - first if stage == 0 else 1):

@@ -12,7 +12,7 @@ from .jit import inner
 
 
 def load(value: Any) -> Any:
-    """A value as float64."""
+    """Convert a stored value to float64."""
     if value.dtype == np.int16:
         return _decode(value, 10, 15)
     return _decode(value, 7, 127) if value.dtype == np.uint16 else np.float64(value)
@@ -32,7 +32,7 @@ _VANISHES = {"int16": 2.0**-25, "uint16": 2.0**-134, "float32": 2.0**-150, "floa
 
 
 def vanishes(values: Any) -> Any:
-    """The largest value that is rounded to 0 in the type of an array."""
+    """The largest float64 that rounds to 0 in the type of an array."""
     return _VANISHES[values.dtype.name]
 
 
@@ -69,7 +69,7 @@ def _store_for(out: Any, j: int, value: Any) -> Any:
 
 @inner
 def _decode(code: Any, mantissa: int, bias: int) -> Any:
-    """The value of 16 bits: a sign, then the exponent, then ``mantissa`` bits."""
+    """Decode 16 bits: sign, exponent, and ``mantissa`` bits."""
     magnitude = np.int64(code) & 0x7FFF
     infinity = (0x7FFF >> mantissa) << mantissa
     if magnitude >= infinity:
@@ -83,7 +83,7 @@ def _decode(code: Any, mantissa: int, bias: int) -> Any:
 
 @inner
 def _encode(value: Any, mantissa: int, bias: int) -> Any:
-    """The 16 bits nearest to a float64, ties to even: one rounding, so BN-16 holds for halves too."""
+    """Encode a float64 in the nearest 16 bits, ties to even, with one rounding (BN-16)."""
     size = abs(value)
     infinity = np.int64((0x7FFF >> mantissa) << mantissa)
     if not size < np.inf:

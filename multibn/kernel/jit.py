@@ -14,32 +14,32 @@ from .compat import CFunc, normalize_signature
 
 
 def compiled(function: Any) -> Any:
-    """Compile on first use; keep the result on disk where there is a place for it (beside this file, or the user's cache)."""
+    """Compile on first use; cache the result on disk, beside this file or in the user's cache folder."""
     return _compile(function, {})
 
 
 def inner(function: Any) -> Any:
-    """The same for a function that only compiled code calls: it needs no entry from Python, which takes as long to compile."""
+    """For functions that only compiled code calls: no entry from Python, which would double the compile time."""
     return _compile(function, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
 
 
 def inlined(function: Any) -> Any:
-    """For a function that one other calls: compiled as a part of it, not once more alone."""
+    """Like ``compiled``, for a function with one caller: compiled as part of the caller only."""
     return _compile(function, {"inline": "always"})
 
 
 def _compile(function: Any, options: dict[str, Any]) -> Any:
     try:
         dispatcher = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-    except RuntimeError:  # Numba found no directory that it may write
+    except RuntimeError:  # no folder for Numba to write to
         return njit(nogil=True, error_model="numpy", **options)(function)
     return cache.keep(dispatcher, SOURCES)
 
 
 def c_function(signature: Any, function: Any, sources: str) -> Any:
-    """The function compiled for C to call (``address``), kept on disk like those of ``compiled``; sources: see ``cache.keep``."""
+    """Compile a function for C callers (see its ``address``), cached on disk; ``sources`` as for ``cache.keep``."""
     made = CFunc(function, normalize_signature(signature), {}, {"nopython": True, "error_model": "numpy"})
-    with suppress(RuntimeError):  # Numba found no directory that it may write
+    with suppress(RuntimeError):  # no folder for Numba to write to
         made.enable_caching()
     cache.keep(made, sources).compile()
     return made
@@ -53,4 +53,4 @@ SOURCES = hashlib.sha256(
         if each.name.endswith(pattern)
     )
 ).hexdigest()
-"""Of every file that the kernel is compiled from."""
+"""Digest of every file that the kernel is compiled from."""

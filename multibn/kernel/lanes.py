@@ -14,23 +14,23 @@ from .halves import load
 from .jit import inner
 from .plan import Plan, channels_of
 
-# One scratch array per call holds six vectors of LANES values at constant distances: the compiler sees that they do not overlap.
+# A thread's scratch holds six vectors of LANES values at constant distances, so the compiler sees that they do not overlap.
 _PAD = 24
-"""Values between them: at a distance of a power of two they would meet in the same few lines of the cache."""
+"""Values between two vectors: at distances of a power of two they would compete for the same cache lines."""
 
 
 A, B, MEAN, SCALE, BETA, _ASIDE, ALL = (i * (LANES + _PAD) for i in range(7))
 
 
 SIDE_BY_SIDE = 8
-"""Channels that are enough to fold them together."""
+"""From this many channels on, their lanes are folded together."""
 
 
 @inner
 def spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
-    """One value per channel of the group, repeated for each of its lanes."""
+    """Repeat the value of each channel of the group for each of its lanes."""
     first, last = channels_of(plan, group)
-    if plan.width == 1:  # a plain copy is vectorised
+    if plan.width == 1:  # a plain copy, which LLVM vectorises
         for j in range(last - first):
             lanes[j] = values[first + j]
     else:
@@ -46,9 +46,9 @@ def spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
 
 @inner
 def _fold(lanes: Any, start: int, width: int, each: int) -> None:
-    """The sum of so many vectors of ``each`` lanes, in the first: the second half is added to the first until one is left.
+    """Sum ``width`` vectors of ``each`` lanes into the first: add the second half to the first until one is left.
 
-    All numbers are unsigned, here and in ``fold_lanes``.
+    All indices are unsigned, here and in ``fold_lanes``.
     """
     while width > 1:
         half = (width + unsigned(1)) // unsigned(2)
@@ -60,7 +60,7 @@ def _fold(lanes: Any, start: int, width: int, each: int) -> None:
 
 @inner
 def fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> None:
-    """The sum of each channel of the group over its lanes, which begin at ``start``; those at _ASIDE are spoilt."""
+    """Sum the lanes of each channel of the group, which begin at ``start``; the lanes at _ASIDE are overwritten."""
     first, last = channels_of(plan, group)
     channels, width = unsigned(last - first), unsigned(plan.width)
     if plan.joined > 1:
@@ -82,7 +82,7 @@ def fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> Non
 
 @inner
 def _lay_side_by_side(lanes: Any, start: int, out: int, channels: int, width: int) -> None:
-    """The first step of folding each channel, to ``out``, where the channels are neighbours."""
+    """Fold each channel's lanes once, into ``out``, with neighbouring channels side by side."""
     half = (width + unsigned(1)) // unsigned(2)
     for j in range(width - half):
         for k in range(channels):
@@ -108,7 +108,7 @@ def add(a: Any, lanes: Any) -> None:
 
 @inner
 def fold_blocks(sums: Any, first: int, last: int) -> None:
-    """The sums of channels first..last over the blocks, into those of the first block; folded like lanes."""
+    """Sum channels first..last over the blocks into the first block, folded like lanes."""
     width = sums.shape[0]
     while width > 1:
         half = (width + 1) // 2

@@ -15,9 +15,9 @@ from .jit import compiled, inner
 from .simd import ROWS
 
 EVEN = 4
-"""Channels are cut as if for a multiple of so many groups: where these are few, so many threads, or half, have equal shares.
+"""Groups come in multiples of this number where there are few, so that two or four threads get equal shares.
 
-No bit depends on it, for each channel is summed by itself."""
+No bit depends on it, since each channel is summed by itself."""
 
 
 class Plan(NamedTuple):
@@ -27,13 +27,13 @@ class Plan(NamedTuple):
     channels: int
     s: int
     joined: int
-    """Samples that are taken as one, where all their values fit into a chunk."""
+    """Samples that share a chunk; 1 where a sample does not fit in half a chunk."""
     rows: int
-    """Samples, or such joined ones."""
+    """Samples divided by ``joined``, rounded up."""
     row: int
-    """Values of a row of all channels."""
+    """Values of ``joined`` samples, all channels."""
     together: int
-    """Neighbouring channels that share a chunk: a group."""
+    """Neighbouring channels that share a chunk, called a group."""
     pieces: int
     """Chunks of a row of one channel."""
     width: int
@@ -53,7 +53,7 @@ def plan_of(shape: tuple[int, int, int]) -> Plan:
     rows = math.ceil(n / joined)
     pieces = math.ceil(s / LANES)
     together = min(channels, max(1, LANES // s))
-    if channels * s >= LANES and s > 1:  # where S is 1, long rows are read faster
+    if channels * s >= LANES and s > 1:  # not for S = 1: long rows are read faster
         together = math.ceil(channels / (EVEN * math.ceil(channels / (EVEN * together))))
     chunks = rows * pieces
     width = math.ceil(s / pieces)
@@ -69,7 +69,7 @@ def channels_of(plan: Plan, group: int) -> tuple[int, int]:
 
 @inner
 def chunk_of(plan: Plan, group: int, chunk: int) -> tuple[int, int]:
-    """Where a chunk of a group begins in the flat array, and how many values it has."""
+    """Offset of a chunk of a group in the flat array, and its number of values."""
     channel = group * plan.together
     if plan.joined > 1:
         return chunk * plan.row, min(plan.joined, plan.n - chunk * plan.joined) * plan.channels * plan.s
@@ -81,13 +81,13 @@ def chunk_of(plan: Plan, group: int, chunk: int) -> tuple[int, int]:
 
 @inner
 def lanes_in_use(plan: Plan) -> int:
-    """Lanes that a chunk of a whole group has."""
+    """Number of lanes of a full chunk."""
     return plan.joined * min(plan.together, plan.channels) * plan.width
 
 
 @inner
 def count_of(plan: Plan, begin: int, end: int) -> int:
-    """Values that a channel has in these chunks."""
+    """Number of values per channel in the chunks begin..end."""
     if plan.joined > 1:
         return (min(end * plan.joined, plan.n) - begin * plan.joined) * plan.s
     whole = end // plan.pieces - begin // plan.pieces
@@ -96,14 +96,14 @@ def count_of(plan: Plan, begin: int, end: int) -> int:
 
 @inner
 def steps_of(plan: Plan, block: int) -> tuple[int, int]:
-    """A block's share of the steps of a pass that sums nothing: a step takes one piece of ROWS rows."""
+    """A block's share of the steps of a pass without sums; a step takes one piece of ROWS rows."""
     steps = math.ceil(plan.rows / ROWS) * plan.pieces
     return steps * block // plan.blocks, steps * (block + 1) // plan.blocks
 
 
 @inner
 def chunks_of_four(plan: Plan, group: int, chunk: int, end: int) -> tuple[bool, int, int, int]:
-    """Whether four chunks of equal width begin at this one, and where the three others lie."""
+    """Whether four chunks of equal width begin with this one, and the offsets of the other three."""
     if chunk + 3 >= end:
         return False, 0, 0, 0
     _, width = chunk_of(plan, group, chunk)
@@ -115,7 +115,7 @@ def chunks_of_four(plan: Plan, group: int, chunk: int, end: int) -> tuple[bool, 
 
 @inner
 def tasks(plan: Plan, stage: int, first: int, last: int, i: int) -> tuple[int, int, int, int]:
-    """Tasks and channels of the i-th round of a stage: group by group at stage 0, else all in one."""
+    """Tasks and channels of the i-th round of a stage: one group per round at stage 0, else everything at once."""
     if stage == 0:
         begin, end = channels_of(plan, first + i)
         return (first + i) * plan.blocks, (first + i + 1) * plan.blocks, begin, end

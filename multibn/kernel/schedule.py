@@ -1,7 +1,7 @@
-"""A call of the kernel: what it works on, by address, and how threads share it out. Compiled, without Python between the passes.
+"""Schedule a call of the kernel: describe it by addresses, and let threads take pieces of it, without Python between the passes.
 
 The loops are compiled once for each type of input, as a C function (a body) that takes the address of a description of the call.
-A body does pieces of a stage until none is left; one thread or several may run it at a time. ``forward_at`` and ``backward_at``
+A body takes pieces of a stage until none is left; several threads may run it at once. ``forward_at`` and ``backward_at``
 write the description and run the body, stage after stage.
 """
 
@@ -21,20 +21,27 @@ from .plan import Plan, plan_of
 from .processor import restore_mode, set_default_mode
 
 PIECES = 4
-"""Pieces of work for each thread, so that one that starts late does less."""
+"""Pieces per thread, so that a thread that starts late does less."""
 
 GROUPS = 2
-"""Groups for each thread that are enough to give each whole groups."""
+"""From this many groups per thread on, threads take whole groups (stage 0)."""
 
 _INTEGERS = (
-    *("next", "left", "seat", "pieces", "stage", "count"),  # the piece that nobody has begun; see BN-11; tasks of the stage
+    *(
+        "next",
+        "left",
+        "seat",
+        "pieces",
+        "stage",
+        "count",
+    ),  # next: first piece that no thread has taken; left: channels not updated (BN-11)
     *("n", "channels", "s"),
     *("x", "y", "dy", "dx", "gamma", "beta", "moving_mean", "moving_var", "dgamma", "dbeta"),
     *("saved", "sums", "means", "lanes", "started"),
     *("blocks", "unbiased", "use_batch", "update", "through", "rectify", "large"),
 )
 CALL = np.dtype([*((name, np.int64) for name in _INTEGERS), ("eps", np.float64), ("old", np.float64)])
-"""The description of a call, forward or backward; ``next``, ``left`` and ``seat`` come first, for threads count with them."""
+"""The description of a call, forward or backward; ``next``, ``left`` and ``seat`` come first and are counted atomically."""
 _SIZE, _LEFT, _SEAT = CALL.itemsize // 8, 8, 16
 
 
@@ -46,7 +53,7 @@ def described(address: int) -> Any:
 
 @inner
 def claimed(address: int) -> tuple[int, int]:
-    """The tasks first..last of a piece that nobody has begun; none where there is no such piece."""
+    """Take the next piece: its tasks first..last, or none if all pieces are taken."""
     its = described(address)
     piece: int = fetch_add(address, 1)
     if piece >= its.pieces:
@@ -56,7 +63,7 @@ def claimed(address: int) -> tuple[int, int]:
 
 @inner
 def lanes_of_a_thread(address: int) -> Any:
-    """Scratch lanes that no other thread of this stage has. They are allocated before the first pass: a pass cannot fail."""
+    """Scratch lanes of this thread alone; allocated before the first pass, so that a pass cannot fail."""
     return carray(pointer(described(address).lanes + 8 * ALL * fetch_add(address + _SEAT, 1)), ALL, np.float64)
 
 
@@ -68,9 +75,12 @@ class Bodies(NamedTuple):
 
 
 def bodies(kind: str) -> Bodies:
-    """The loops for input of a type (by its NumPy name, halves by that of their bits), compiled or loaded from disk.
+    """Compile the loops for a type of input, or load them from disk.
 
-    Whoever has their addresses must keep them.
+    The result must be kept alive as long as its addresses are used.
+
+    Args:
+        kind: NumPy's name of the type; that of their bits for half types.
     """
     values = np.dtype(kind).type
     parameters = np.float64 if values is np.float64 else np.float32
@@ -128,13 +138,13 @@ def _backward_body(values: Any, parameters: Any) -> Any:
 
 
 Team = tuple[int, int, int, int]
-"""Who does a call: the address of the body, that of ``threads.starters``, how many threads; and from how many bytes on an output
-is written past the cache. A plain tuple: it is passed on to compiled code twice as fast as one with names."""
+"""The address of the body, the address of ``threads.starters``, the number of threads, and the output size in bytes from which on
+non-temporal stores are used. A plain tuple reaches compiled code twice as fast as a named one."""
 
 
 @inner
 def _run(team: Team, address: int, stage: int, count: int, threads: int) -> None:
-    """So many threads do a stage of so many tasks; they have all done when this returns."""
+    """Run a stage of ``count`` tasks on ``threads`` threads; all have finished when this returns."""
     body, place, _, _ = team
     its = described(address)
     its.stage, its.count, its.pieces = stage, count, 1 if threads == 1 else min(count, PIECES * threads)
@@ -149,7 +159,7 @@ def _run(team: Team, address: int, stage: int, count: int, threads: int) -> None
     if create != 0:
         for i in range(1, threads):
             call(create, (its.started + 8 * i, 0, body, address))
-    call(body, (address,))  # does all where no thread could be started
+    call(body, (address,))  # does everything if no thread could be started
     for i in range(1, threads):
         if started[i] != 0:
             call(join, (started[i], 0))
@@ -157,12 +167,12 @@ def _run(team: Team, address: int, stage: int, count: int, threads: int) -> None
 
 @inner
 def _stages(team: Team, address: int, plan: Plan, sums_needed: bool) -> None:
-    """All passes: group by group, while their values are in the cache, where there are groups enough for the threads."""
+    """Run all passes: group by group, while its values are in the cache, if there are enough groups for the threads."""
     _, _, threads, described(address).large = team
     first, last = (1 if sums_needed else 2), 4
     if threads == 1 or plan.groups >= GROUPS * threads:
         first, last = 0, 1
-    for stage in range(first, last):  # written out, each call would be compiled by itself
+    for stage in range(first, last):  # a loop, since each call written out is compiled separately
         count = plan.groups if stage == 0 else plan.channels if stage == 2 else plan.groups * plan.blocks
         _run(team, address, stage, count, 1 if stage == 2 else threads)
 
@@ -174,7 +184,7 @@ def forward_at(
 ) -> int:  # fmt: skip
     """The forward of ``kernel.run_forward`` on addresses; returns the same.
 
-    batches is where an int64 counts the updates, 0 for nowhere; rectify: whether y goes through a ReLU.
+    ``batches`` is the address of an int64 that counts the updates, or 0; ``rectify`` fuses a ReLU.
     """
     plan = plan_of(shape)
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
@@ -187,7 +197,7 @@ def forward_at(
     its.unbiased, its.use_batch, its.update, its.rectify, its.eps, its.old = unbiased, use_batch, update, rectify, eps, old
     _stages(team, memory.ctypes.data, plan, use_batch or update)
     keep((sums, lanes))
-    if update and batches != 0:  # last: where memory runs out, nothing has changed
+    if update and batches != 0:  # last, so that nothing has changed if memory runs out
         carray(pointer(batches), 1, np.int64)[0] += 1
     return memory[_LEFT // 8]
 
@@ -197,7 +207,7 @@ def backward_at(
     team: Team, shape: tuple[int, int, int], x: int, dy: int, dx: int, gamma: int, beta: int, saved: int, dgamma: int, dbeta: int,
     through: bool, rectify: bool,
 ) -> None:  # fmt: skip
-    """The backward of ``kernel.run_backward`` on addresses; beta counts only where y went through a ReLU."""
+    """The backward of ``kernel.run_backward`` on addresses; beta is read only with a fused ReLU."""
     plan = plan_of(shape)
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
     sums, means = np.empty((2, plan.blocks, plan.channels)), np.empty((3, plan.channels))

@@ -1,12 +1,10 @@
-"""Several rows at a time, a line of the cache in each, by vectors that are put together here.
+"""Loops vectorised by hand: several rows at a time, one cache line in each.
 
-The compiler makes vectors of a loop by itself. These are wider where the processor has it, load what goes with a lane once for
-all rows, and can write past the cache: a store to memory that the cache does not hold has the line fetched first, a third of what
-a forward moves; there are instructions that write a whole line without that, which no loop is compiled to. The operations are
-those of the loop, one by one, and so are the bits (BN-15).
+LLVM vectorises a loop by itself. These loops use wider vectors, load the values of a lane once for all rows, and can use
+non-temporal stores: an ordinary store to memory outside the cache fetches the line first, which is a third of a forward's
+traffic, and LLVM generates no non-temporal stores from loops. The operations and the bits are those of the plain loops (BN-15).
 
-What is written past the cache may be seen late by another processor. The kernel counts its pieces of work by instructions that
-wait for it.
+Non-temporal stores become visible to other processors late; the atomic instructions that count pieces of work wait for them.
 """
 
 from __future__ import annotations
@@ -22,35 +20,35 @@ from .compat import make_array, unpack_tuple
 from .jit import inner
 
 LINE = 64
-"""Bytes of a line."""
+"""Bytes of a cache line."""
 
 ROWS = 4
-"""Rows at a time."""
+"""Rows that are processed at a time."""
 
 _VECTOR = 8
-"""Values of a vector; a line of float32 is two."""
+"""Values of a vector; a line of float32 holds two vectors."""
 
 
 @inner
 def has_vectors(out: Any) -> bool:
-    """Halves have none, for their values are taken apart bit by bit."""
+    """Whether there are vector loops for a type; half types are decoded bit by bit and have none."""
     return out.itemsize >= 4
 
 
 @inner
 def goes_past(out: Any, row: int, large: int) -> bool:
-    """Whether an output of ``large`` bytes or more can be written past the cache.
+    """Whether an output has ``large`` bytes or more and can be written by non-temporal stores.
 
-    All its rows must begin at the same place of a line, and lines with a value: NumPy has arrays that begin at any byte.
+    All rows must begin at the same offset in a cache line, at a multiple of the item size: NumPy arrays may begin at any byte.
     """
     return out.nbytes >= large and row * out.itemsize % LINE == 0 and out.ctypes.data % out.itemsize == 0
 
 
 @inner
 def whole_lines(out: Any, row: int) -> tuple[int, int, int]:
-    """From which value of a row on, and to which, it has whole lines, and the values of one.
+    """First and last value of the whole lines of a row, and the values per line.
 
-    The lines are the cache's own if they can be so in all rows, which begin ``row`` values apart.
+    Lines are aligned to cache lines if that is possible in all rows, which begin ``row`` values apart.
     """
     line = LINE // out.itemsize
     begin = min(-out.ctypes.data % LINE // out.itemsize, out.shape[0]) if row % line == 0 else 0
@@ -58,13 +56,13 @@ def whole_lines(out: Any, row: int) -> tuple[int, int, int]:
 
 
 def by_lines(lanes: Sequence[int], formula: Callable[..., Any]) -> tuple[Any, Any]:
-    """Two functions for compiled code that write a line in each of ROWS rows, into the cache and past it.
+    """Make two functions for compiled code that write a line in each of ROWS rows: by ordinary and by non-temporal stores.
 
-    Their arguments: ``(out, inputs, start, row, lanes, j, number)``. For the second the lines must be the cache's own.
+    Their arguments: ``(out, inputs, start, row, lanes, j, number)``. The second needs lines aligned to cache lines.
 
     Args:
-        lanes: where the vectors that go with a lane begin.
-        formula: of a builder, ``number``, a value of each input, and one of each of these vectors; gives the value to write.
+        lanes: offsets of the lane vectors that the formula takes.
+        formula: takes a builder, ``number``, a vector of each input and of each lane vector; returns the vector to store.
     """
     return _writing(lanes, formula, False), _writing(lanes, formula, True)
 
@@ -81,18 +79,18 @@ def _writing(lanes: Sequence[int], formula: Callable[..., Any], past: bool) -> A
 
 
 def _nothing(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """For halves, which never come here."""
+    """For half types, which have no vector loops."""
     return context.get_dummy_value()
 
 
 class _Lines:  # pragma: no cover - runs in the compiler
-    """Makes the code of a function of ``by_lines``."""
+    """Generate the code of a function of ``by_lines``."""
 
     def __init__(self, lanes: Sequence[int], formula: Callable[..., Any], past: bool) -> None:
         self._lanes, self._formula, self._past = lanes, formula, past
 
     def __call__(self, context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        """What Numba calls with the types and values of the arguments."""
+        """Called by Numba with the types and values of the arguments."""
 
         def data(kind: Any, value: Any) -> Any:
             return make_array(kind)(context, builder, value).data
@@ -125,7 +123,7 @@ class _Lines:  # pragma: no cover - runs in the compiler
                 given = [builder.fpext(each, wide) for each in given] if converts else given
                 value = self._formula(builder, number, *given, *of_lanes)
                 values.append(builder.fptrunc(value, narrow) if converts else value)
-            # a line's vectors one after the other: there are few places for lines that are half written
+            # finish a line before the next: there are few write-combining buffers
             for k, value in zip(vectors, values, strict=True):
                 store = builder.store(value, place(out, line, k, of=narrow), align=size * (_VECTOR if self._past else 1))
                 if self._past:

@@ -1,9 +1,9 @@
 """Threads for the kernel's compiled code: how many a call may use, and the C functions that start them.
 
-Where a framework has loaded GNU OpenMP, its threads are used: they are awake, and threads of our own would fight with them for
-the processors while they wait for the framework's next operator. Otherwise, and in a forked child, whose OpenMP is dead, the
-system's threads are started for each call. Numba's own layers do neither: they bring an OpenMP of their own and die in a forked
-child, or are not safe for two callers at once. Python's would wait for each other's lock before they begin.
+Where a framework has loaded GNU OpenMP, the kernel uses its threads: they spin while they wait for the next operator, so further
+threads would compete with them for the processors. Otherwise, and in a forked child, where OpenMP hangs, the kernel creates
+system threads for each call. Numba's threading layers do neither: they load another OpenMP and die in a forked child, or are not
+safe for two callers at once. Python's threads would wait for the GIL before they begin.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from functools import cache
 import numpy as np
 
 STARTERS = ("GOMP_parallel", "pthread_create", "pthread_join")
-"""What ``starters`` has the addresses of."""
+"""The C functions whose addresses ``starters`` holds."""
 
 
 def limit() -> int:
-    """Threads that a call may use: the least of this process's processors, OMP_NUM_THREADS and NUMBA_NUM_THREADS."""
+    """The largest number of threads of a call: the least of the processors, OMP_NUM_THREADS and NUMBA_NUM_THREADS."""
     present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return _at_most("OMP_NUM_THREADS", within(present))
 
 
 def within(asked: int) -> int:
-    """As many as asked for, but no more than NUMBA_NUM_THREADS."""
+    """``asked`` threads, but no more than NUMBA_NUM_THREADS."""
     return _at_most("NUMBA_NUM_THREADS", asked)
 
 
@@ -36,13 +36,13 @@ def _at_most(variable: str, count: int) -> int:
 
 @cache
 def _asked(variable: str) -> int | None:
-    """What a variable of the environment says; what is changed later counts no more than it does for OpenMP and Numba."""
+    """The number in an environment variable, read once, as OpenMP and Numba do."""
     value = os.environ.get(variable, "").split(",")[0]
     return int(value) if value.isdigit() and int(value) > 0 else None
 
 
 def starters() -> int:
-    """Where the addresses of STARTERS stand for compiled code to read, each an int64, 0 for what there is not."""
+    """Address of an int64 array with the addresses of STARTERS, 0 for a function that is absent."""
     global _openmp
     if _openmp is None and hasattr(os, "RTLD_NOLOAD"):
         try:
@@ -54,7 +54,7 @@ def starters() -> int:
 
 
 def awake() -> bool:
-    """Whether there are threads that need not be created first; ``starters`` has looked."""
+    """Whether threads exist that need not be created first; call ``starters`` before."""
     return _openmp not in (None, _libc)
 
 
@@ -63,7 +63,7 @@ def _address(library: ctypes.CDLL, name: str) -> int:
 
 
 def _forget() -> None:
-    """In a forked child OpenMP's threads are gone, and it waits for them for ever."""
+    """In a forked child, drop OpenMP: its threads are gone, and it would wait for them for ever."""
     global _openmp
     _openmp = _libc
     _starters[0] = 0
@@ -71,7 +71,7 @@ def _forget() -> None:
 
 _libc = ctypes.CDLL(None) if os.name == "posix" else None
 _openmp: ctypes.CDLL | None = None
-"""GNU OpenMP; in a forked child a library that is not it, so that it is not looked for again."""
+"""GNU OpenMP; None if not loaded yet; libc in a forked child, so that nobody looks for OpenMP again."""
 _starters = np.array([0, *(_address(_libc, name) if _libc else 0 for name in STARTERS[1:])], np.int64)
 _place: int = _starters.ctypes.data
 

@@ -1,4 +1,4 @@
-"""What all layers share: the input they take, the messages when they refuse it, their text, and how a backend presents itself."""
+"""Checks of a layer's input, with the messages that all layers share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Objection(NamedTuple):
-    """Why an input is refused; a backend raises its framework's usual class for the kind, with the message."""
+    """Why an input is refused; each backend raises the exception class that its framework uses for the kind."""
 
     kind: Literal["rank", "channels", "input type", "parameter type", "one value"]
     message: str
@@ -28,12 +28,12 @@ def objection(
     needs_batch: bool = False,
     parameters: Mapping[str, tuple[Sequence[int], str]] | None = None,
 ) -> Objection | None:
-    """What is wrong with an input, or None.
+    """Check an input; return what is wrong with it, or None.
 
     Args:
-        shape, dtype: of the input; dtype by NumPy's name (or "bfloat16").
-        num_features: channels the layer was built for.
-        ranks: ranks that the layer takes; None for any >= 2 (BN-01).
+        shape, dtype: of the input; dtype is NumPy's name, or "bfloat16".
+        num_features: number of channels of the layer.
+        ranks: ranks that the layer accepts; None for any >= 2 (BN-01).
         channel_axis: may be negative.
         needs_batch: whether this forward uses batch statistics (``BatchNormSpec.uses_batch``).
         parameters: name -> (shape, dtype) of gamma, beta and the moving statistics.

@@ -20,6 +20,6 @@ PARAMETER_TYPE = {"float16": "float32", "bfloat16": "float32", "float32": "float
 
 
 def values_per_channel(shape: Sequence[int], channel_axis: int = 1) -> int:
-    """m of the clauses: how many values one channel has."""
+    """Return m of the clauses: the number of values per channel."""
     axis = channel_axis % len(shape)
     return int(np.prod([n for i, n in enumerate(shape) if i != axis], dtype=np.int64))

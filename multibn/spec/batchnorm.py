@@ -83,17 +83,17 @@ update_statistics=True, learn_affine=True)
 
     @classmethod
     def article(cls, average: bool = False) -> BatchNormSpec:
-        """The article's: eps 1e-12, momentum 0.9 of the old value, biased variance, gamma 1 and beta 0 to begin with.
+        """Return the article's: eps 1e-12, momentum 0.9 of the old value, biased variance; gamma begins as 1 and beta as 0.
 
         Args:
-            average: the article's other way to the statistics of test time, its Algorithm 2: the equal-weight average over all
-                batches, of the means and of the unbiased variances (times m/(m-1)).
+            average: estimate the statistics of test time as the article's Algorithm 2: the equal-weight average over all batches
+                of the means and of the unbiased variances (times m/(m-1)).
         """
         return cls(1e-12, None, "unbiased") if average else cls(1e-12, 0.9, "biased")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BatchNormSpec:
-        """The spec that ``to_dict`` described. Unknown names raise TypeError with the known ones."""
+        """Return the spec that ``to_dict`` described; an unknown name raises TypeError, which lists the known ones."""
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
@@ -102,20 +102,20 @@ update_statistics=True, learn_affine=True)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict of numbers, strings and booleans, fit for JSON."""
+        """Return a plain dict of numbers, strings and booleans, fit for JSON."""
         return asdict(self)
 
     def weight_of_old(self, batches: int) -> float:
-        """The weight of the old moving statistics at the update that follows ``batches`` training batches (BN-05)."""
+        """Return the weight of the old moving statistics in the update after ``batches`` training batches (BN-05)."""
         return batches / (batches + 1) if self.momentum is None else self.momentum
 
     def uses_batch(self, training: bool) -> bool:
-        """Whether a forward needs batch statistics, to normalise with or to update with (BN-09, BN-12)."""
+        """Whether a forward needs batch statistics, to normalise or to update (BN-09, BN-12)."""
         return training and (self.normalize_with == "batch" or self.update_statistics)
 
 
 def spec_text(spec: BatchNormSpec) -> str:
-    """The spec's parameters that differ from the defaults, for the text of a layer: ``eps=1e-12, scale=False``."""
+    """Return the parameters that differ from the defaults, for the repr of a layer: ``eps=1e-12, scale=False``."""
     default = BatchNormSpec()
     return ", ".join(
         f"{field.name}={getattr(spec, field.name)!r}"

@@ -18,11 +18,11 @@ BLOCK: Final = 64
 
 
 JOINED: Final = 8
-"""BN-15: joined samples are at most one in so many of the batch, for lanes that are used once cost more than they save."""
+"""BN-15: at most one in this many samples of the batch are joined, since lanes used once cost more than they save."""
 
 
 PIVOT: Final = 4
-"""BN-15: the mean of so many chunks, the first of a block, is what the deviations of the block are taken from."""
+"""BN-15: deviations of a block are taken from the mean of its first chunks, this many."""
 
 
 CLAUSES: Final[Mapping[str, str]] = {
@@ -32,7 +32,7 @@ CLAUSES: Final[Mapping[str, str]] = {
     "BN-04": "y = gamma*xhat + beta. scale=False: there is no gamma. center=False: there is no beta. Neither is overwritten.",
     "BN-05": (
         "Moving statistics: moving = momentum*moving + (1-momentum)*batch, with momentum the weight of the OLD value, "
-        "0 <= momentum < 1; None: the equal-weight average of all batches so far, the initial state counting for nothing. "
+        "0 <= momentum < 1; None: the equal-weight average of all batches so far, without the initial state. "
         "Once per training forward: never in backward, never twice for one forward (activation recomputation included)."
     ),
     "BN-06": "The moving variance takes the biased batch variance, or the unbiased one (times m/(m-1)), as the spec says.",
