@@ -1,1 +1,1 @@
-"""The article, run: each of its statements as code, numbers and a picture, on one page. ``multibn article`` makes it."""
+"""``multibn article``: each statement of the article as code, numbers and a picture, on one page."""

@@ -1,4 +1,4 @@
-"""What every home of BatchNorm is asked for the page: the article's example, and the identity."""
+"""Facts that the page shows of every backend: the article's example, and the identity initialisation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from multibn.layer.types import Array
 from multibn.spec.batchnorm import BatchNormSpec
 
 EXAMPLE: Final = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
-"""The article's: its first channel has the mean (0+1+2+3+12+13+14+15)/8 = 7.5."""
+"""The article's example; its first channel has the mean (0+1+2+3+12+13+14+15)/8 = 7.5."""
 
 
 def of(backend: Backend, begins_as_identity: Callable[[Array], Array]) -> dict[str, Any]:
-    """The facts of a backend, on its CPU."""
+    """Return the facts of a backend on a CPU."""
     x = np.random.default_rng(0).normal(3, 2, (16, 4, 8, 8)).astype(np.float32)
     off = np.abs(begins_as_identity(x).astype(np.float64) - x)
     return {
@@ -30,7 +30,7 @@ def of(backend: Backend, begins_as_identity: Callable[[Array], Array]) -> dict[s
 
 
 def example(backend: Backend, implementation: str) -> dict[str, list[float]]:
-    """Batch means of the article's example, as the moving mean shows them with momentum 0; the moving means with its own 0.9."""
+    """Return the batch means of the article's example, read as moving means with momentum 0, and its moving means with 0.9."""
     found = {}
     for name, momentum in (("batch", 0.0), ("moving", 0.9)):
         subject = backend.make(3, replace(BatchNormSpec.article(), momentum=momentum), "cpu", implementation)

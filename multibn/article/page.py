@@ -67,12 +67,17 @@ def page(studies: Mapping[str, Study], plan: Plan, seconds: float, command: str)
     claims = {
         claim: {name: judge(study.results, plan) for name, study in studies.items()} for claim, judge in verdicts.CLAIMS.items()
     }
-    together = {claim: verdicts.together({names[n]: v for n, v in its.items()}) for claim, its in claims.items()}
+    judged = plan.seeds >= verdicts.FEWEST
+    together = {
+        claim: verdicts.together({names[n]: v for n, v in its.items()}) if judged else verdicts.NOT_JUDGED
+        for claim, its in claims.items()
+    }
     text = environment.get_template("article.html.j2").render(
         css=style,
         sections=SECTIONS,
         names=names,
         claims=claims,
+        judged=judged,
         together=together,
         numbers=_numbers(studies),
         pictures={name: Markup(svg) for name, svg in _pictures(studies, plan).items()},

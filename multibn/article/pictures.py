@@ -1,4 +1,4 @@
-"""The page's pictures: SVG by Matplotlib, whose colours and font are the page's own."""
+"""The page's pictures: SVG drawn by Matplotlib, in the page's colours and font."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS: Final = {
     "#0a0a02": "var(--c1)",
     "#0a0a03": "var(--c2)",
 }
-"""What Matplotlib draws with -> what the page's style makes of it, light or dark."""
+"""Matplotlib's colour -> the page's CSS variable, which is light or dark."""
 _TEXT, _GRID, WITH, WITHOUT, THIRD = COLOURS
 _STYLE: Final = {WITH: ("-", "o"), WITHOUT: ("--", "s"), THIRD: (":", "^")}
 
@@ -53,7 +53,7 @@ class Picture:
             self.axes.fill_between(xs, *band, color=colour, alpha=0.18, linewidth=0)
 
     def svg(self, name: str, about: str) -> str:
-        """The SVG element; name makes its ids its own, about says what is seen."""
+        """Return the SVG element; ``name`` makes its ids unique, ``about`` is its description."""
         import matplotlib
 
         labels = self.axes.get_legend_handles_labels()[1]
@@ -84,7 +84,7 @@ class Picture:
 def study(
     results: Results, plan: Plan, what: Any, values: Sequence[float], x: str, name: str, about: str, close: bool = False
 ) -> str:
-    """Test accuracy against what varied, with and without; close: what differs fills the picture."""
+    """Test accuracy against the varied parameter, with and without BatchNorm; ``close`` scales to the differences."""
     picture = Picture(x, "test digits known, %", log="x")
     for norm, colour, label in ((True, WITH, "with BatchNorm"), (False, WITHOUT, "without")):
         found = [interval(column) for column in accuracies(results, plan, what, values, norm).T]

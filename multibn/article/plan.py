@@ -13,9 +13,9 @@ import numpy as np
 from multibn.layer.types import Array
 
 TEST: Final = 360
-"""Digits that nobody trains on, of 1797."""
+"""Test digits, of 1797."""
 RECORDS: Final = 40
-"""How often a run that is recorded looks at its distributions."""
+"""Number of times that a recorded run looks at its distributions."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Run:
 
     Args:
         norm: whether BatchNorm stands between each hidden layer and its activation.
-        seed: of the weights and of the order of the digits; the same in both frameworks, with and without BatchNorm.
+        seed: of the initial weights and the order of the digits; the same in all frameworks, with and without BatchNorm.
         rate: the learning rate.
         scale: what the usual initial weights (variance 2/n for ReLU, 1/n else) are multiplied by.
         activation: "relu", "sigmoid" or "tanh".
         depth: hidden layers, of 64 units each.
         batch, steps: digits in a step, and steps.
-        digits: how many it trains on.
+        digits: number of training digits.
     """
 
     norm: bool
@@ -46,7 +46,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run."""
+    """Which trainings are run."""
 
     seeds: int
     rates: tuple[float, ...]
@@ -68,11 +68,11 @@ class Plan:
         return Run(norm, seed, rate=0.3, activation=activation[0], scale=activation[1], depth=5, steps=3 * self.steps // 2)
 
     def few(self, norm: bool, seed: int, batch: int) -> Run:
-        """Claim 4: a hundred digits only, so that nets fit them all and differ in what they make of others."""
+        """Claim 4: a hundred digits, so that all nets fit them and differ in how they generalise."""
         return Run(norm, seed, batch=batch, digits=100, steps=self.steps)
 
     def runs(self) -> list[Run]:
-        """All of them, each once."""
+        """Return all runs, each once."""
         found: list[Run] = []
         for seed in range(self.seeds):
             for norm in (False, True):

@@ -1,4 +1,4 @@
-"""The article's statements that need no training, in NumPy: the page shows these very functions, and what they return."""
+"""The article's statements that need no training, in NumPy; the page shows these functions and their results."""
 
 from __future__ import annotations
 
@@ -136,5 +136,5 @@ def at_test_time() -> dict[str, list[float]]:
 
 
 def begins_as_identity(x: Array) -> Array:
-    """gamma = sqrt(var+eps) and beta = mean give back what normalising took away."""
+    """gamma = sqrt(var+eps) and beta = mean undo the normalisation."""
     return BatchNorm(x.shape[1], x.ndim, init="identity").forward(x, training=True)

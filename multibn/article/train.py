@@ -1,4 +1,4 @@
-"""Trains a framework's nets as the plan says, in a process of its own: a framework's ``article`` module calls ``serve``."""
+"""Train a framework's nets in a process of its own: a framework's ``article`` module calls ``serve``."""
 
 from __future__ import annotations
 
@@ -68,8 +68,11 @@ def reaching(layers: Sequence[dict[str, Array]], activation: str, x: Array) -> A
 
 
 def shift(percentiles: Array) -> tuple[float, int]:
-    """How far the median of a unit's input wanders in a training, in spreads (85th less 15th percentile, averaged): the mean over
-    units, and the unit whose way is of median length. (records, 3, units) come in.
+    """Return how far the median of a unit's input moves during training, in spreads (mean of 85th minus 15th percentile): the
+    mean over units, and the unit with the median distance.
+
+    Args:
+        percentiles: (records, 3, units).
     """
     low, median, high = np.moveaxis(percentiles, 1, 0)
     way = np.abs(np.diff(median, axis=0)).sum(axis=0) / (high - low).mean(axis=0)

@@ -1,4 +1,4 @@
-"""What the runs say of each claim: paired differences over the seeds, with 95 % confidence intervals; and honest sentences."""
+"""Judge each claim by the runs: paired differences over the seeds, with 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import numpy as np
 from .plan import Plan, Run
 
 LEARNS: Final = 0.9
-"""A net has learned that knows so many of the digits it never saw."""
+"""Test accuracy from which on a net counts as having learned."""
+
+FEWEST: Final = 5
+"""Seeds that a claim needs to be judged."""
+
+NOT_JUDGED: Final = "not judged: a quick run has too few seeds"
 
 Results = Mapping[Run, Mapping[str, Any]]
 
@@ -26,7 +31,7 @@ class Interval:
 
 
 def interval(values: Any) -> Interval:
-    """Of one value a seed. Where all are alike, or there is one, the interval is the value: nothing varies to judge by."""
+    """Return the interval of one value per seed; the value itself if all are equal or there is only one."""
     from scipy import stats
 
     mean, error = float(np.mean(values)), float(stats.sem(values)) if len(values) > 1 else 0.0
@@ -36,7 +41,7 @@ def interval(values: Any) -> Interval:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one framework's runs say of a claim.
+    """The verdict on a claim by one framework's runs.
 
     Args:
         degree: "shows", where the interval of the difference is on the claim's side; "shows in part", where it is so in some of
@@ -51,7 +56,7 @@ class Verdict:
 
 
 def degree(*shows: bool) -> str:
-    """Of one comparison, or several."""
+    """Return the degree of one comparison or several."""
     return "shows" if all(shows) else "shows in part" if any(shows) else "does not show"
 
 

@@ -1,4 +1,4 @@
-"""What the whitening layers of all homes share: arguments, text, and checks of the input."""
+"""Arguments, repr and input checks that the whitening layers of all backends share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .spec import Kind, WhiteningSpec
 def resolved(
     num_features: int, num_dims: int, kind: Kind | None, groups: int | None, spec: WhiteningSpec | None
 ) -> WhiteningSpec:
-    """The spec of a layer, whose ``kind`` and ``groups`` count before those of its ``spec``.
+    """Return the spec of a layer; its arguments ``kind`` and ``groups`` override those of ``spec``.
 
     Raises:
-        ValueError, TypeError: what WhiteningSpec refuses; num_dims not 2 to 5; num_features that the groups do not divide.
+        ValueError, TypeError: WhiteningSpec refuses a value; num_dims is not 2 to 5; groups do not divide num_features.
     """
     if num_dims not in (2, 3, 4, 5):
         raise ValueError(f"num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got {num_dims!r} (WH-01).")
@@ -28,7 +28,7 @@ def resolved(
 
 
 def layer_text(num_features: int, num_dims: int | None, spec: WhiteningSpec) -> str:
-    """The text of a layer: its constructor's arguments, and what of the spec differs from the defaults."""
+    """Return the repr of a layer: the constructor's arguments, and the parameters that differ from the defaults."""
     default = WhiteningSpec()
     others = [
         f"{field.name}={getattr(spec, field.name)!r}"
@@ -46,6 +46,6 @@ def problem(
     training: bool,
     parameters: Mapping[str, tuple[Sequence[int], str]],
 ) -> Objection | None:
-    """What is wrong with an input of a layer, or None: see ``multibn.layer.objection``."""
+    """Check an input of a layer; return what is wrong with it, or None, as ``multibn.layer.inputs.objection`` does."""
     ranks = None if num_dims is None else (num_dims,)
     return objection(shape, dtype, num_features=num_features, ranks=ranks, needs_batch=training, parameters=parameters)

@@ -12,13 +12,13 @@ from multibn.spec.parameters import one_of, real_number
 
 
 class Whitened(NamedTuple):
-    """What the article's derivation gives, step by step: all float64.
+    """The results of the article's derivation, step by step, in float64.
 
     Args:
         output: (n, d), the whitened samples.
-        mean, std: (d,), what standardising took away; std is 1 where it was not asked for.
+        mean, std: (d,), used to standardise; std is 1 without ``standardise``.
         covariance: (d, d), of the standardised samples.
-        eigenvalues: (d,), the largest first.
+        eigenvalues: (d,), in descending order.
         rotation: U, (d, d), an eigenvector in each row.
         matrix: W, (d, d): ``output = standardised @ matrix.T``.
     """
@@ -41,13 +41,13 @@ def whiten(
     eigenvalue. ZCA rotates back, by U^T. The covariance of the result is the identity.
 
     Args:
-        x: (n, d), a sample in each row, as scikit-learn has them; floating point.
+        x: (n, d), a sample in each row, as in scikit-learn; floating point.
         kind: "pca" or "zca".
-        eps: added to the eigenvalues, for where one is tiny: the variance of such a direction becomes l/(l+eps), about 0. With
-            eps=0 an eigenvalue that is 0 is an error.
-        standardise: divide by the standard deviation first, as the article does; a constant feature stays 0. Otherwise only the
-            mean is taken away, as scikit-learn's PCA does.
-        unbiased: covariance with n-1 in place of n, scikit-learn's.
+        eps: added to the eigenvalues, so that the variance of a direction with a tiny eigenvalue l becomes l/(l+eps), about 0.
+            With eps=0 an eigenvalue of 0 is an error.
+        standardise: divide by the standard deviation first, as the article does; a constant feature becomes 0. Otherwise
+            only subtract the mean, as scikit-learn's PCA does.
+        unbiased: divide the covariance by n-1 in place of n, as scikit-learn does.
 
     Raises:
         TypeError: x is not floating point.
@@ -82,7 +82,7 @@ def whiten(
     degrees = n - 1 if unbiased else n
     if standardise:
         std = np.sqrt((values**2).sum(axis=1) / degrees)
-        constant = std <= np.abs(mean) * np.finfo(np.float64).eps * math.sqrt(n)  # nothing but the rounding of the mean
+        constant = std <= np.abs(mean) * np.finfo(np.float64).eps * math.sqrt(n)  # only the rounding of the mean
         std[constant], values[constant] = 1.0, 0.0
         values /= std[:, None]
     covariance = values @ values.T / degrees
@@ -96,7 +96,7 @@ def whiten(
         )
     eigenvalues[rank:] = 0.0
     matrix = rotation / np.sqrt(eigenvalues + eps)[:, None]
-    matrix[rank:] = 0.0  # what is left in these directions is rounding, which must not be made large
+    matrix[rank:] = 0.0  # only rounding is left in these directions; do not amplify it
     if kind == "zca":
         matrix = rotation.T @ matrix
     return Whitened((matrix @ values).T, mean, std, covariance, eigenvalues, rotation, matrix)

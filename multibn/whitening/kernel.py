@@ -1,12 +1,12 @@
-"""The CPU kernel of whitening, which every home shares: matrix products by NumPy's BLAS, block by block in the cache.
+"""The CPU kernel of whitening, which every backend shares: matrix products by NumPy's BLAS, block by block in the cache.
 
-Mean, covariance and all (d, d) matrices are float64, for what they lose grows in y with the power 3/2 of the condition of the
-covariance. The products of such a matrix with the data only lose its root, so they are made in the type of the statistics, at
-twice the speed.
+Mean, covariance and all (d, d) matrices are float64, since their rounding errors grow in y with the 3/2 power of the covariance's
+condition number. Errors of the products of such a matrix with the data grow with its square root only, so these products use the
+type of the statistics, at twice the speed.
 
-Forward has two passes over the data: one for the statistics, one for y = A (x-mean) + beta with A = gamma W. Backward has two:
-one for M = dy (x-mean)^T, which dgamma and dL/dW = gamma M come from, and one for dx = A^T (dy - average(dy)) + 2/m
-dL/dSigma (x-mean). BLAS has its own threads (OPENBLAS_NUM_THREADS or OMP_NUM_THREADS as Python starts).
+Forward passes over the data twice: for the statistics, and for y = A (x-mean) + beta with A = gamma W. Backward passes over it
+twice: for M = dy (x-mean)^T, from which dgamma and dL/dW = gamma M follow, and for dx = A^T (dy - average(dy)) + 2/m dL/dSigma
+(x-mean). BLAS has its own threads (OPENBLAS_NUM_THREADS or OMP_NUM_THREADS when Python starts).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .matrix import adjoint, decompose, matrix
 from .spec import WhiteningSpec
 
 CACHE = 1 << 16
-"""Values of a block, about: half a mebibyte of float64."""
+"""Approximate number of values of a block: half a mebibyte of float64."""
 
 FEWEST, MOST = 128, 1024
-"""Columns of a block, whatever the channels."""
+"""Smallest number of columns of a block."""
 
 
 class Saved(NamedTuple):
-    """What backward needs of a forward besides x: the mean (C,) that was taken away, ``decompose``'s factors, and whether both
-    are the batch's, so that gradients flow through them (WH-07).
+    """What backward needs of a forward besides x: the subtracted mean (C,), ``decompose``'s factors, and whether both are batch
+    statistics, so that gradients flow through them (WH-07).
     """
 
     mean: Array
@@ -50,13 +50,13 @@ def forward(
     batches: int = 0,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
-    """y for x, (N, C, S) both; in training the moving statistics change in place (WH-01 to WH-06). Nothing is checked.
+    """Return y for x, both (N, C, S); in training, update the moving statistics in place (WH-01 to WH-06). Checks nothing.
 
     Args:
         gamma, beta: (C,), or None for 1 and 0.
         moving_mean, moving_covariance: (C,) and (groups, d, d).
-        batches: training batches that the moving statistics hold already, for momentum None.
-        out: where y goes; else it is made.
+        batches: number of training batches already in the moving statistics, for momentum None.
+        out: memory for y; None to allocate it.
     """
     y = _like(x) if out is None else out
     training = training and x.size > 0
@@ -83,10 +83,10 @@ def forward(
 def backward(
     dy: Array, x: Array, gamma: Array | None, saved: Saved, spec: WhiteningSpec, out: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """dx (N, C, S) of x's type, dgamma and dbeta (C,) in float64 (WH-07).
+    """Return dx, (N, C, S) in x's type, and dgamma and dbeta, (C,) float64 (WH-07).
 
     Raises:
-        ValueError: kind "pca", and two eigenvalues are equal.
+        ValueError: kind "pca" and two equal eigenvalues.
     """
     n, c, s = x.shape
     groups, d = saved.factors.shape[:2]
@@ -123,9 +123,9 @@ def backward(
 
 
 def statistics(x: Array, groups: int) -> tuple[Array, Array]:
-    """Mean (C,) and biased covariance (groups, d, d) of x (N, C, S).
+    """Return mean (C,) and biased covariance (groups, d, d) of x (N, C, S).
 
-    Deviations are taken from the mean of their block and moved to the mean of all, which costs no digits where the mean is large.
+    Deviations are taken from the mean of their block and then moved to the mean of all, which loses no digits for a large mean.
     """
     d = x.shape[1] // groups
     total = np.zeros((groups, d, d))
@@ -142,21 +142,21 @@ def statistics(x: Array, groups: int) -> tuple[Array, Array]:
 
 
 def merged(total: Array, means: Sequence[Array], counts: Sequence[int]) -> tuple[Array, Array]:
-    """Mean (C,) and biased covariance (groups, d, d) of all blocks.
+    """Return mean (C,) and biased covariance (groups, d, d) of all blocks.
 
     Args:
-        total: the sum of the products of deviations, each block's from its own mean.
+        total: the sum of the products of deviations, each from the mean of its block.
         means, counts: (C,) and number of values of each block.
     """
     of_blocks, weights = np.array(means).T, np.array(counts) / sum(counts)
-    near = of_blocks[:, :1]  # what is added then is small, so that the mean is rounded once
+    near = of_blocks[:, :1]  # the correction is small, so the mean is rounded once
     mean = near[:, 0] + (of_blocks - near) @ weights
     moved = _grouped(of_blocks - mean[:, None], len(total))
     return mean, total / sum(counts) + (moved * weights) @ np.swapaxes(moved, 1, 2)
 
 
 def update(mean: Array, covariance: Array, batch_mean: Array, batch_covariance: Array, old: float) -> None:
-    """Move the moving statistics, in place (WH-05); a group that would not be finite stays (WH-08)."""
+    """Update the moving statistics in place (WH-05), but for groups that would not be finite (WH-08)."""
     groups = covariance.shape[:2]
     new_mean = _moved(mean, batch_mean.reshape(mean.shape), old).reshape(groups)
     new_covariance = _moved(covariance, batch_covariance, old)
@@ -170,11 +170,11 @@ def _moved(moving: Array, batch: Array, old: float) -> Array:
 
 
 Piece = tuple[slice, slice]
-"""Where a block is in N and S."""
+"""Position of a block in N and S."""
 
 
 def _pieces(shape: tuple[int, ...]) -> list[Piece]:
-    """x (N, C, S) in blocks: whole samples, or equal parts of one."""
+    """Cut x (N, C, S) into blocks: whole samples, or equal parts of one."""
     n, _, s = shape
     together, part = _sizes(shape)
     return [
@@ -185,14 +185,14 @@ def _pieces(shape: tuple[int, ...]) -> list[Piece]:
 
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Samples of a block, and how much of each."""
+    """Number of samples of a block, and of positions of each."""
     n, c, s = (max(1, size) for size in shape)
     most = int(np.clip(CACHE // c, FEWEST, MOST))
     return min(n, max(1, most // s)), -(-s // -(-s // most))
 
 
 class _Memory:
-    """For one block of x (N, C, S) in the type of the statistics, or another; used again and again."""
+    """Reusable memory for one block of x (N, C, S), in the type of the statistics or another."""
 
     def __init__(self, x: Array, kind: Any = None) -> None:
         samples, part = _sizes(x.shape)
@@ -205,7 +205,7 @@ class _Memory:
 
 
 def _loaded(x: Array, piece: Piece, memory: _Memory, less: Array | None = None) -> Array:
-    """A block of x as (C, columns) in the memory's type, less a value for each channel: x's own memory if it is that already."""
+    """Return a block of x as (C, columns) in the memory's type, minus a value per channel; a view of x if nothing changes."""
     values = x[piece[0], :, piece[1]].swapaxes(0, 1)
     if less is None and _is_block(x, piece, memory):
         return values[:, 0]
@@ -219,7 +219,7 @@ def _loaded(x: Array, piece: Piece, memory: _Memory, less: Array | None = None) 
 
 
 def _target(out: Array, piece: Piece, memory: _Memory) -> Array:
-    """Where a block is made: where it belongs, or in memory from which ``_store`` takes it there."""
+    """Memory to compute a block in: its place in the output, or scratch that ``_store`` copies from."""
     if _is_block(out, piece, memory):
         return out[piece[0].start, :, piece[1]]
     return memory.block((piece[0].stop - piece[0].start) * (piece[1].stop - piece[1].start))
@@ -236,7 +236,7 @@ def _is_block(x: Array, piece: Piece, memory: _Memory) -> bool:
 
 
 def _near(mean: Array, x: Array) -> Array:
-    """The mean in the type of the statistics; what is missing is made good in float64."""
+    """The mean in the type of the statistics, and the rest in float64."""
     return mean.astype(PARAMETER_TYPE[x.dtype.name])
 
 
@@ -250,12 +250,12 @@ def _product(a: Array, block: Array, target: Array) -> Array:
 
 
 def times(a: Array, vector: Array) -> Array:
-    """Each group's matrix times its part of a vector (C,)."""
+    """Multiply each group's matrix by its part of a vector (C,)."""
     return np.asarray(a @ vector.reshape(len(a), -1, 1)).reshape(-1)
 
 
 def scaled(w: Array, gamma: Array | None) -> Array:
-    """The rows of each group's matrix times their gamma."""
+    """Multiply the rows of each group's matrix by gamma."""
     return w if gamma is None else np.asarray(w * gamma.astype(np.float64).reshape(*w.shape[:2], 1))
 
 

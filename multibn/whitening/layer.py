@@ -1,4 +1,4 @@
-"""The NumPy home of whitening: the layer on arrays, and what the layers of all homes share."""
+"""The NumPy whitening layer."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .spec import Kind, WhiteningSpec
 
 
 class Whitening:
-    """Whitens the channels of NumPy arrays, by the CPU kernel.
+    """Whiten the channels of NumPy arrays, by the CPU kernel.
 
-    State: gamma (ones), beta (zeros), None where the spec has none; moving_mean (C,), zeros; moving_covariance (groups, d, d),
-    identities; float32, make them float64 for float64 input (WH-09). ``batches`` counts the updates, for momentum None.
+    The state is gamma (ones) and beta (zeros), or None if the spec has none, moving_mean (C,), zeros, and moving_covariance
+    (groups, d, d), identities; all float32. Set float64 arrays for float64 input (WH-09). ``batches`` counts the updates.
 
     Args:
         num_features: channels C.
         num_dims: rank of the input, 2 for (N, C), 4 for (N, C, H, W).
         kind: "zca", "pca" or "newton"; None for the spec's.
-        groups: groups of channels that are whitened each on its own; None for the spec's.
-        spec: what it computes.
+        groups: number of channel groups, each whitened on its own; None for the spec's.
+        spec: what the layer computes.
 
     Raises:
-        ValueError, TypeError: an argument that is not allowed (WH-01, WH-03).
+        ValueError, TypeError: an invalid argument (WH-01, WH-03).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Whitening:
         return f"Whitening({layer_text(self.num_features, self.num_dims, self.spec)})"
 
     def forward(self, x: Array, training: bool) -> Array:
-        """y for x, (N, C, ...); in training the moving statistics are updated (WH-01 to WH-06).
+        """Return y for x, (N, C, ...); in training, update the moving statistics (WH-01 to WH-06).
 
         Raises:
             ValueError: wrong rank, shape or number of values (WH-01, WH-08).
@@ -69,10 +69,10 @@ class Whitening:
         return y
 
     def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
-        """(dx, dgamma, dbeta) of the last forward (WH-07); None for what there is not.
+        """Return (dx, dgamma, dbeta) of the last forward (WH-07); None for an absent parameter.
 
         Raises:
-            ValueError: there was no forward; dy is not of its output's shape and type; or kind "pca" and two equal eigenvalues.
+            ValueError: no forward yet; dy has another shape or type than its output; or kind "pca" and two equal eigenvalues.
         """
         if self._saved is None:
             raise ValueError("backward needs a forward before it, and there was none. Call forward(x, training) first.")
@@ -104,7 +104,7 @@ class Whitening:
 
 
 class ReferenceWhitening(Whitening):
-    """The same, computed by ``multibn.whitening.reference``."""
+    """Like ``Whitening``, computed by ``multibn.whitening.reference``."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         state = self.gamma, self.beta, self.moving_mean, self.moving_covariance
@@ -117,5 +117,5 @@ class ReferenceWhitening(Whitening):
 
 
 def _rows(x: Array) -> Array:
-    """x as (N, C, S)."""
+    """Reshape x to (N, C, S)."""
     return x.reshape(x.shape[0], x.shape[1], x.size // max(1, x.shape[0] * x.shape[1]))

@@ -3,12 +3,12 @@
 With S = Sigma + eps I = U diag(r^2) U^T, and G = dL/dW, each kind's dL/dSigma is the symmetric part of:
 
 zca: U (F * (U^T G U)) U^T, F the divided differences of f(l) = 1/sqrt(l+eps) (Daleckii & Krein; Higham, "Functions of Matrices",
-    theorem 3.11). Usually written (f(l_i)-f(l_j))/(l_i-l_j), which is 0/0 for equal eigenvalues and loses its digits for
-    near ones, it is -1/(r_i r_j (r_i+r_j)): no difference is left.
-pca: by du_i = sum over j of u_j (u_j^T dSigma u_i)/(l_i-l_j), which does not exist for equal eigenvalues.
-newton: as zca, f being the polynomial that the steps are, whose divided differences come by the same steps from the rule for
-    products, (fg)[i,j] = f_i g[i,j] + f[i,j] g_j; the trace adds a multiple of I. The steps themselves would cost more, their
-    roundings grow, and the result is the same.
+    theorem 3.11). The usual form (f(l_i)-f(l_j))/(l_i-l_j) is 0/0 for equal eigenvalues and cancels for near ones; the
+    form -1/(r_i r_j (r_i+r_j)) has no difference.
+pca: from du_i = sum over j of u_j (u_j^T dSigma u_i)/(l_i-l_j), which does not exist for equal eigenvalues.
+newton: as zca, with f the polynomial that the iteration computes. Its divided differences follow from the same steps by the
+    product rule, (fg)[i,j] = f_i g[i,j] + f[i,j] g_j; the trace adds a multiple of I. Iterating matrices would cost more and
+    round more, for the same result.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _U = float(np.finfo(np.float64).eps)
 
 
 Solver = Callable[[Array], tuple[Array, Array]]
-"""As ``numpy.linalg.eigh``."""
+"""A function like ``numpy.linalg.eigh``."""
 
 
 def decompose(covariance: Array, solver: Solver = np.linalg.eigh) -> Array:
-    """What W and its gradient are made of, (groups, d, d+1): the eigenvectors as columns and, last, the eigenvalues. NaN for a
+    """Return the factors of W and its gradient, (groups, d, d+1): the eigenvectors as columns, then the eigenvalues. NaN for a
     group that is not finite.
     """
     factors = np.full((*covariance.shape[:2], covariance.shape[2] + 1), np.nan)
@@ -39,7 +39,7 @@ def decompose(covariance: Array, solver: Solver = np.linalg.eigh) -> Array:
 
 
 def eigenvectors(covariance: Array, solver: Solver = np.linalg.eigh) -> tuple[Array, Array]:
-    """Eigenvalues (groups, d), the largest first, none below 0; eigenvectors in the columns, with the sign of WH-03."""
+    """Return eigenvalues (groups, d), descending and >= 0, and eigenvectors in the columns, with the signs of WH-03."""
     eigenvalues, vectors = solver(covariance)
     eigenvalues, vectors = np.maximum(eigenvalues[:, ::-1], 0.0), vectors[:, :, ::-1]
     sizes = np.abs(vectors)
@@ -48,14 +48,14 @@ def eigenvectors(covariance: Array, solver: Solver = np.linalg.eigh) -> tuple[Ar
 
 
 def negligible(eigenvalues: Array, unit: float = _U) -> Array:
-    """Up to here an eigenvalue, or the difference of two, is rounding: (..., 1) for (..., d), the largest first; ``unit`` is that
-    of the type that the covariance was summed in.
+    """Return the bound below which an eigenvalue, or a difference of two, is rounding: (..., 1) for (..., d) in descending order.
+    ``unit`` is the unit roundoff of the type in which the covariance was summed.
     """
     return np.asarray(8 * eigenvalues.shape[-1] * unit * eigenvalues[..., :1])
 
 
 def matrix(factors: Array, spec: WhiteningSpec) -> Array:
-    """W, (groups, d, d) (WH-03)."""
+    """Return W, (groups, d, d) (WH-03)."""
     vectors, eigenvalues = factors[..., :-1], factors[..., -1] + spec.eps
     rows = np.swapaxes(vectors, 1, 2)
     if spec.kind == "newton":
@@ -66,8 +66,8 @@ def matrix(factors: Array, spec: WhiteningSpec) -> Array:
     return np.asarray(scaled if spec.kind == "pca" else vectors @ scaled)
 
 
-def adjoint(factors: Array, owed: Array, spec: WhiteningSpec, unit: float = _U) -> Array:
-    """dL/dSigma, symmetric, for ``owed`` = dL/dW (WH-07); ``unit`` is that of the type that the covariance was summed in.
+def adjoint(factors: Array, cotangent: Array, spec: WhiteningSpec, unit: float = _U) -> Array:
+    """Return dL/dSigma, symmetric, for ``cotangent`` = dL/dW (WH-07); ``unit`` as for ``negligible``.
 
     Raises:
         ValueError: kind "pca", and two eigenvalues are equal.
@@ -77,29 +77,29 @@ def adjoint(factors: Array, owed: Array, spec: WhiteningSpec, unit: float = _U) 
     root = np.sqrt(eigenvalues + spec.eps)
     if spec.kind == "zca":
         a, b = root[..., :, None], root[..., None, :]
-        inner = rows @ owed @ vectors / -(a * b * (a + b))
+        inner = rows @ cotangent @ vectors / -(a * b * (a + b))
     elif spec.kind == "newton":
-        inner = _newton_inner(eigenvalues + spec.eps, rows @ owed @ vectors, spec.steps)
+        inner = _newton_inner(eigenvalues + spec.eps, rows @ cotangent @ vectors, spec.steps)
     else:
-        inner = _pca_inner(eigenvalues, root, owed @ vectors, unit)
+        inner = _pca_inner(eigenvalues, root, cotangent @ vectors, unit)
     result = vectors @ inner @ rows
     return np.asarray((result + np.swapaxes(result, 1, 2)) / 2)
 
 
-def _newton_inner(eigenvalues: Array, owed: Array, steps: int) -> Array:
-    """dL/dSigma in the basis of the eigenvectors; ``owed`` is dL/dW in it. W = P_T(S/t)/sqrt(t), t = tr(S)."""
+def _newton_inner(eigenvalues: Array, cotangent: Array, steps: int) -> Array:
+    """Return dL/dSigma in the eigenvectors' basis; ``cotangent`` is dL/dW in that basis. W = P_T(S/t)/sqrt(t), t = tr(S)."""
     trace = eigenvalues.sum(axis=1)[:, None, None]
     values, quotients = _newton(eigenvalues[..., None] / trace, steps)
-    inner = owed * quotients / trace**1.5
+    inner = cotangent * quotients / trace**1.5
     diagonal = np.arange(eigenvalues.shape[1])
-    of_w = (owed[:, diagonal, diagonal] * values[..., 0]).sum(axis=1) / np.sqrt(trace[:, 0, 0])
+    of_w = (cotangent[:, diagonal, diagonal] * values[..., 0]).sum(axis=1) / np.sqrt(trace[:, 0, 0])
     of_s = (inner[:, diagonal, diagonal] * eigenvalues).sum(axis=1)
     inner[:, diagonal, diagonal] -= ((of_w / 2 + of_s) / trace[:, 0, 0])[:, None]
     return np.asarray(inner)
 
 
 def _newton(z: Array, steps: int) -> tuple[Array, Array]:
-    """The polynomial P_T at the eigenvalues z (groups, d, 1) of N, and its divided differences (groups, d, d)."""
+    """Return the polynomial P_T at the eigenvalues z (groups, d, 1) of N, and its divided differences (groups, d, d)."""
     across = np.swapaxes(z, 1, 2)
     p, quotients = np.ones_like(z), np.zeros(np.broadcast_shapes(z.shape, across.shape))
     for _ in range(steps):
@@ -109,23 +109,23 @@ def _newton(z: Array, steps: int) -> tuple[Array, Array]:
     return p, quotients
 
 
-def _pca_inner(eigenvalues: Array, root: Array, owed: Array, unit: float) -> Array:
-    """dL/dSigma in the basis of the eigenvectors; ``owed`` is dL/dW in it."""
+def _pca_inner(eigenvalues: Array, root: Array, cotangent: Array, unit: float) -> Array:
+    """Return dL/dSigma in the eigenvectors' basis; ``cotangent`` is dL/dW in that basis."""
     null = without_variance(eigenvalues, unit)
     gaps = eigenvalues[..., :, None] - eigenvalues[..., None, :]
     gaps[null[..., :, None] & null[..., None, :]] = np.inf  # held fixed
     diagonal = np.arange(eigenvalues.shape[-1])
     gaps[..., diagonal, diagonal] = np.inf
-    inner = owed / (root[..., :, None] * gaps)
-    inner[..., diagonal, diagonal] = owed[..., diagonal, diagonal] / (-2 * root**3)
+    inner = cotangent / (root[..., :, None] * gaps)
+    inner[..., diagonal, diagonal] = cotangent[..., diagonal, diagonal] / (-2 * root**3)
     return np.asarray(inner)
 
 
 def without_variance(eigenvalues: Array, unit: float = _U) -> Array:
-    """Which eigenvalues are 0, (groups, d), to rounding: see ``negligible``.
+    """Return which eigenvalues are 0 up to rounding, (groups, d): see ``negligible``.
 
     Raises:
-        ValueError: two others are equal, so that PCA has no gradient (WH-07).
+        ValueError: two others are equal, where PCA has no gradient (WH-07).
     """
     limit = negligible(eigenvalues, unit)
     equal = -np.diff(eigenvalues, axis=-1) <= limit

@@ -1,4 +1,4 @@
-"""Whitening as the formulas say, on whole matrices: the runnable specification of the layer (WH-01 to WH-08)."""
+"""The executable specification of whitening: the formulas on whole matrices (WH-01 to WH-08)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .spec import WhiteningSpec
 
 
 class Saved(NamedTuple):
-    """What backward needs of a forward: X-mean, the decomposition and W of each group, gamma, whether they are the batch's."""
+    """What backward needs of a forward: X-mean, the decomposition and W of each group, gamma, mode."""
 
     deviations: Array
     factors: Array
@@ -32,13 +32,13 @@ def forward(
     training: bool,
     batches: int = 0,
 ) -> tuple[Array, Array, Array, Saved]:
-    """y, the new moving mean and covariance, and what backward needs. Inputs are never changed, and not checked.
+    """Return y, the new moving mean and covariance, and what backward needs. Never changes or checks its inputs.
 
     Args:
         x: (N, C, ...).
         gamma, beta: (C,), or None for 1 and 0.
         moving_mean, moving_covariance: (C,) and (groups, d, d).
-        batches: training batches that the moving statistics hold already, for momentum None.
+        batches: number of training batches already in the moving statistics, for momentum None.
     """
     groups, d = moving_covariance.shape[:2]
     values = _by_group(x, groups)
@@ -69,10 +69,10 @@ def forward(
 
 
 def backward(dy: Array, saved: Saved, spec: WhiteningSpec) -> tuple[Array, Array, Array]:
-    """dx (N, C, ...), and dgamma and dbeta (C,) in float64 (WH-07).
+    """Return dx (N, C, ...), and dgamma and dbeta (C,) in float64 (WH-07).
 
     Raises:
-        ValueError: kind "pca", and two eigenvalues are equal.
+        ValueError: kind "pca" and two equal eigenvalues.
     """
     deviations, factors, w, gamma, through_statistics = saved
     slopes = _by_group(dy, len(w))
@@ -88,7 +88,7 @@ def backward(dy: Array, saved: Saved, spec: WhiteningSpec) -> tuple[Array, Array
 
 
 def _by_group(x: Array, groups: int) -> Array:
-    """(N, C, ...) as (groups, d, m) in float64."""
+    """Reshape (N, C, ...) to (groups, d, m) in float64."""
     c = x.shape[1]
     return np.moveaxis(x.astype(np.float64), 1, 0).reshape(groups, c // groups, x.size // c)
 

@@ -1,7 +1,7 @@
-"""What whitening is: its numbered clauses, the parameters that a layer may choose, and the article's derivation, runnable.
+"""Whitening: its numbered clauses, and the parameters that a layer may choose.
 
-Whitening is what BatchNorm approximates: the channels get mean 0, variance 1 and no correlation. The article derives it by PCA
-and leaves it for its cost; ``multibn bench --whitening`` measures that. Sources: the article; Kessy, Lewin & Strimmer, "Optimal
+BatchNorm approximates whitening, which gives the channels mean 0, variance 1 and no correlation. The article derives it by PCA
+and rejects it for its cost, which ``multibn bench --whitening`` measures. Sources: the article; Kessy, Lewin & Strimmer, "Optimal
 whitening and decorrelation" (2018), for ZCA; Huang et al., "Decorrelated Batch Normalization" (2018), for the layer; Huang et
 al., "Iterative Normalization" (2019), for Newton's iteration.
 """
@@ -75,8 +75,8 @@ class WhiteningSpec:
         eps: added to every eigenvalue of the covariance (WH-03); finite and > 0, however small.
         momentum: weight of the OLD moving statistics (WH-05), 0 <= momentum < 1, or None for the equal-weight average.
         kind: "zca", "pca" or "newton" (WH-03).
-        groups: into how many groups the channels are cut (WH-01).
-        steps: T of Newton's iteration; "zca" and "pca" have none, and ignore it.
+        groups: number of groups of channels (WH-01).
+        steps: T of Newton's iteration; "zca" and "pca" ignore it.
         scale: whether there is a gamma (WH-04).
         center: whether there is a beta (WH-04).
 
@@ -124,7 +124,7 @@ class WhiteningSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> WhiteningSpec:
-        """The spec that ``to_dict`` described. Unknown names raise TypeError with the known ones."""
+        """Return the spec that ``to_dict`` described; an unknown name raises TypeError, which lists the known ones."""
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
@@ -132,18 +132,18 @@ class WhiteningSpec:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict of numbers, strings and booleans, fit for JSON."""
+        """Return a plain dict of numbers, strings and booleans, fit for JSON."""
         return asdict(self)
 
     def weight_of_old(self, batches: int) -> float:
-        """The weight of the old moving statistics at the update that follows ``batches`` training batches (WH-05)."""
+        """Return the weight of the old moving statistics in the update after ``batches`` training batches (WH-05)."""
         return batches / (batches + 1) if self.momentum is None else self.momentum
 
     def group_size(self, num_features: int) -> int:
-        """d: channels of a group.
+        """Return d, the number of channels of a group.
 
         Raises:
-            ValueError: num_features is no whole number >= 1, or the groups do not divide it.
+            ValueError: num_features is not a whole number >= 1, or groups do not divide it.
         """
         if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
             raise ValueError(
