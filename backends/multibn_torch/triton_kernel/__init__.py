@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from multibn.layer.types import PARAMETER_TYPE
+
 from . import passes
 from .plan import Plan, plan_of
 
@@ -28,7 +30,7 @@ UNROLL = 4
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """What every launch is given: no contraction (BN-15)."""
 
-_PARAMETER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+_PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PARAMETER_TYPE.items()}
 
 _plan = lru_cache(maxsize=1024)(plan_of)
 
@@ -38,7 +40,7 @@ def run_forward(
     saved: Tensor, eps: float, old: float | None, unbiased: bool, use_batch: bool, update: bool, *,
     batches: Tensor | None = None, rectify: bool = False,
 ) -> None:  # fmt: skip
-    """Normalise x into y; fill saved; update the moving statistics in place. The bits are those of ``multibn.kernel.run_forward``.
+    """Normalise x into y; fill saved; update the moving statistics in place, with the bits of ``multibn.kernel.run_forward``.
 
     How many channels' moving statistics were left as they were (BN-11) is not returned: to ask a GPU is to wait for it.
 
@@ -47,7 +49,7 @@ def run_forward(
         gamma, beta: (C,) float32, for float64 x float64; None for 1 and 0.
         moving_mean, moving_var: of gamma's type; None where the batch statistics normalise and nothing is updated.
         saved: (2, C) float64; gets the mean that normalised and 1/sqrt(var+eps).
-        old: weight of the old moving statistics; None for the equal-weight average of all batches, of which ``batches`` were seen.
+        old: weight of the old moving statistics; None for the equal-weight average, with ``batches`` seen before.
         use_batch: normalise with the batch statistics, else with the moving ones as they were before.
         update: update the moving statistics with those of the batch.
         batches: () int64, how many batches went into the moving statistics; an update adds 1.
@@ -185,7 +187,9 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
 def _check(x: Tensor, *like: Tensor) -> int:
     """Check x and tensors of its shape; return C."""
     if x.dtype not in _PARAMETER:
-        raise TypeError(f"expected x of type {', '.join(map(str, _PARAMETER))}, got {x.dtype} (BN-10). Convert it to float32 first.")
+        raise TypeError(
+            f"expected x of type {', '.join(map(str, _PARAMETER))}, got {x.dtype} (BN-10). Convert it to float32 first."
+        )
     if x.dim() != 3 or not x.is_contiguous():
         raise ValueError(
             f"expected x of shape (N, C, S), contiguous, got shape {tuple(x.shape)}, strides {x.stride()}. "

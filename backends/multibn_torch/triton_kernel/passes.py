@@ -1,12 +1,12 @@
 """The passes of the GPU kernel, in Triton: BN-15's order of summation, float64 arithmetic.
 
-A program of a summing pass takes one block of BN-15 (up to BLOCK chunks) for a few channels. Its tile is (P, A, Q): P*Q channels
-with A lanes each, one lane per position of a chunk. A lane adds the values of its position chunk by chunk; then the lanes are
-folded in halves. BN-15 folds widths that are not powers of two, Triton's tiles are powers of two: ``_position`` lays the positions
-out so that folding halves of the tile folds halves of the width. Lanes without a position hold a neutral element.
+A program of a summing pass takes one block of BN-15 (up to BLOCK chunks) for a few channels. Its tile is (P, A, Q): P*Q
+channels with A lanes each, one lane per position of a chunk. A lane adds the values of its position chunk by chunk; then the
+lanes are folded in halves. BN-15 folds widths that are not powers of two, Triton's tiles are powers of two: ``_position`` lays
+the positions out so that folding halves of the tile folds halves of the width. Lanes without a position hold a neutral element.
 
-Sizes are arguments of the kernels, not constants, so that a kernel is compiled once for many shapes. Python floats would arrive as
-float32, so eps and the weight of the old moving statistics arrive as the bits of a float64. All kernels are launched with
+Sizes are arguments of the kernels, not constants, so that a kernel is compiled once for many shapes. Python floats would arrive
+as float32, so eps and the weight of the old moving statistics arrive as the bits of a float64. All kernels are launched with
 ``enable_fp_fusion=False``: no multiplication is contracted with an addition (BN-15).
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multibn.spec import BLOCK, PIVOT
+from multibn.spec.clauses import BLOCK, PIVOT
 
 _BLOCK = tl.constexpr(BLOCK)
 _PIVOT = tl.constexpr(PIVOT)
@@ -180,7 +180,7 @@ def correlate(
     tl.store(out + row, _fold(b, P, A, Q), mask=here)
 
 
-# Between them: what the sums of a channel say. A program takes Q channels; it folds up to B blocks in registers, and more in memory.
+# Between them: what the sums of a channel say. A program takes Q channels; it folds B blocks in registers, more in memory.
 
 
 @triton.jit
@@ -227,9 +227,7 @@ def _batch_statistics(
     if MANY:
         for begin in range(0, blocks, B):
             at = begin + tl.arange(0, B)[None, :, None]
-            place, inside, sum1, sum2 = _move_sums(
-                sums, mean, at, c, here, n, channels, s, joined, pieces, width, chunks, blocks
-            )
+            place, inside, sum1, sum2 = _move_sums(sums, mean, at, c, here, n, channels, s, joined, pieces, width, chunks, blocks)
             tl.store(place + row, sum1, mask=inside)
             tl.store(place + 2 * row, sum2, mask=inside)
         tl.debug_barrier()
@@ -304,8 +302,8 @@ def gradients(
     tl.store(means + channels + c, invstd * (sum_dy_xhat / m), mask=here)
 
 
-# Passes over the data that sum nothing: tiles of R rows and K columns. A row is one channel of one sample, with S columns; where S
-# is 1 (COLUMN_IS_CHANNEL), a row is a sample, with C columns.
+# Passes over the data that sum nothing: tiles of R rows and K columns. A row is one channel of one sample, with S columns; where
+# S is 1 (COLUMN_IS_CHANNEL), a row is a sample, with C columns.
 
 
 @triton.jit
@@ -335,9 +333,7 @@ def _vanishes(KIND: tl.constexpr):
 
 
 @triton.jit
-def _rows(
-    rows, columns, across, channels, R: tl.constexpr, K: tl.constexpr, COLUMN_IS_CHANNEL: tl.constexpr
-):
+def _rows(rows, columns, across, channels, R: tl.constexpr, K: tl.constexpr, COLUMN_IS_CHANNEL: tl.constexpr):
     """Where the values of a tile lie, which are inside, and the channels, with which of these are known."""
     pid = tl.program_id(0)
     row = (pid // across).to(tl.int64) * R + tl.arange(0, R)[:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from multibn.spec import BLOCK, JOINED, LANES
+from multibn.spec.clauses import BLOCK, JOINED, LANES
 
 TILE = 2048
 """Lanes of a program that sums: at most LANES of one channel."""
