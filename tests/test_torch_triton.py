@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_launches import KERNELS, recorded
 
 import multibn_torch as ours
 from multibn.kernel.plan import plan_of
 from multibn_torch import triton_kernel
 from multibn_torch.forward import eager, on_gpu
 from multibn_torch.forward.formulas import How, Moving
-from multibn_torch.triton_kernel import passes, plan
+from multibn_torch.triton_kernel import plan
 
 
 @pytest.mark.parametrize("name", ["triton_interpreted", "triton_layers"])
@@ -65,23 +65,6 @@ def test_tiles_fit() -> None:
         assert rows.r * rows.k <= plan.ELEMENTS
 
 
-class Launches:
-    """Stands in for a kernel: remembers what it is launched with."""
-
-    def __init__(self) -> None:
-        self.grids: list[tuple[int, ...]] = []
-        self.given: list[tuple[Any, ...]] = []
-        self.options: list[dict[str, Any]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*given: Any, **options: Any) -> None:
-            self.grids.append(grid)
-            self.given.append(given)
-            self.options.append(options)
-
-        return launch
-
-
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers which of PyTorch's operators ran."""
 
@@ -94,21 +77,11 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def launches(monkeypatch: Any) -> Launches:
-    """CUDA tensors without memory can be made here, and Triton cannot launch on them."""
-    launched = Launches()
-    for name in ("describe", "statistics", "normalise", "correlate", "gradients", "propagate"):
-        monkeypatch.setattr(passes, name, launched)
-    monkeypatch.setattr(triton_kernel, "_on", lambda x: nullcontext())
-    return launched
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("momentum", [0.9, None])
-def test_nothing_waits_and_all_memory_is_pytorchs(launches: Launches, momentum: float | None, layout: Any) -> None:
+def test_nothing_waits_and_all_memory_is_pytorchs(momentum: float | None, layout: Any) -> None:
     """What a CUDA graph needs: no operator that reads a value, copies between devices or synchronises; memory by empty alone."""
-    with FakeTensorMode(), Operators() as ran:
+    with FakeTensorMode(), recorded() as launches, Operators() as ran:
         x = torch.empty(8, 3, 5, 6, device="cuda", dtype=torch.bfloat16).to(memory_format=layout)
         gamma, beta, mean, var = (torch.empty(3, device="cuda") for _ in range(4))
         batches = torch.empty((), dtype=torch.int64, device="cuda")
@@ -118,24 +91,23 @@ def test_nothing_waits_and_all_memory_is_pytorchs(launches: Launches, momentum: 
         dx, dgamma, dbeta = on_gpu.kernel_backward(torch.empty_like(x), x, gamma, statistics, True, beta, True)
         assert {y.device, dx.device, dgamma.device, dbeta.device} == {x.device}
         assert y.stride() == dx.stride() == x.stride()
-    assert len(launches.grids) == 6
-    for given in launches.given:
-        assert {t.device for t in given if isinstance(t, torch.Tensor)} == {x.device}
-    for options in launches.options:
-        assert options["enable_fp_fusion"] is False
+    assert [launch.kernel.__name__ for launch in launches] == list(KERNELS)
+    for launch in launches:
+        assert {t.device for t in launch.given if isinstance(t, torch.Tensor)} == {x.device}
+        assert launch.options["enable_fp_fusion"] is False
     views = {"aten.view.default", "aten.view.dtype", "aten.transpose.int", "aten.permute.default"}
     views |= {"aten.detach.default", "prim.device.default"}
     memory = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
     assert ran.names - views <= memory
 
 
-def test_a_value_that_is_read_would_be_found(launches: Launches, monkeypatch: Any) -> None:
+def test_a_value_that_is_read_would_be_found(monkeypatch: Any) -> None:
     """The test above fails where a launch, or anything, reads from the device."""
     monkeypatch.setattr(triton_kernel, "_float64_bits", lambda value: torch.empty((), device="cuda").item())
     with FakeTensorMode():
         x: Any = torch.empty(8, 3, 5, device="cuda")
         mean = torch.empty(3, device="cuda")
-    with x.fake_mode, pytest.raises(DataDependentOutputException):
+    with x.fake_mode, recorded(), pytest.raises(DataDependentOutputException):
         on_gpu.kernel_forward(x, None, None, Moving(mean, mean, None), How(1e-5, 0.9, True, True, True))
 
 
@@ -164,15 +136,15 @@ def test_what_a_compiler_sees_of_a_layer_on_a_gpu(implementation: Any) -> None:
         ({"batches": "cpu"}, "expected batches on cuda:0, where x is, got it on cpu. Move one of them."),
     ],
 )
-def test_several_devices_are_not_mixed(tensors: dict[str, str], message: str, launches: Launches) -> None:
-    with FakeTensorMode():
+def test_several_devices_are_not_mixed(tensors: dict[str, str], message: str) -> None:
+    with FakeTensorMode(), recorded() as launches:
         x = torch.empty(4, 3, 5, device="cuda:0")
         gamma, mean, var = (torch.empty(3, device=tensors.get(name, "cuda:0")) for name in ("gamma", "mean", "var"))
         batches = torch.empty((), dtype=torch.int64, device=tensors.get("batches", "cuda:0"))
         with pytest.raises(RuntimeError) as caught:
             on_gpu.kernel_forward(x, gamma, None, Moving(mean, var, batches), How(1e-5, 0.9, True, True, True))
     assert str(caught.value) == message
-    assert not launches.grids
+    assert not launches
 
 
 def test_the_device_of_the_tensors_is_the_current_one_while_kernels_are_launched(monkeypatch: Any) -> None:
