@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -36,6 +37,35 @@ def test_in_the_interpreter(name: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
+
+
+def test_make_gpu_runs_with_pytorch_and_numpy_alone(tmp_path: Path) -> None:
+    """In the interpreter, where Numba and all else that such a machine may lack cannot be imported."""
+    absent = ("numba", "llvmlite", "rich", "typer", "hypothesis", "sklearn", "scipy", "jinja2", "matplotlib", "pytest")
+    program = f"""
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.argv = ["gpu_check.py", {str(tmp_path / "gpu.json")!r}]
+runpy.run_path({str(Path(__file__).with_name("gpu_check.py"))!r}, run_name="__main__")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"MULTIBN_GPU_SECONDS": "900"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    came = json.loads((tmp_path / "gpu.json").read_text())
+    assert (came["wrong"], came["not_done"]) == ([], [])
+    assert came["environment"]["interpreter"] == (not torch.cuda.is_available())
+    assert all(each["right"] for each in came["bits"] + came["repeats"])
+    assert {each["dtype"] for each in came["bits"]} == {"float16", "bfloat16", "float32", "float64"}
+    for implementation in ("kernel", "framework"):
+        (clauses,) = (its for name, its in came["clauses"].items() if name.startswith(f"torch/{implementation}/"))
+        assert sum(verdicts.get("pass", 0) for verdicts in clauses.values()) > 5
+    assert len(came["times"]) == len(came["repeats"]) > 0
+    count = len(came["bits"])
+    assert f"bits of the CPU (BN-15): {count} of {count} checks equal" in done.stdout
 
 
 def test_the_cut_is_that_of_the_cpu_kernel() -> None:
