@@ -22,7 +22,7 @@ from rounding import FORMATS, rounded
 from multibn import kernel
 from multibn.layer.types import PARAMETER_TYPE, Array
 from multibn_torch import triton_kernel
-from multibn_torch.triton_kernel import plan
+from multibn_torch.triton_kernel import passes, plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter computes with NumPy
 
@@ -197,11 +197,46 @@ def test_no_bit_depends_on_the_tiles(monkeypatch: Any) -> None:
     same(call)
 
 
-def test_more_blocks_than_are_folded_in_registers(monkeypatch: Any) -> None:
-    monkeypatch.setattr(plan, "FOLDED", 2)
-    call = Call((260, 1, 1030), "float32", shift=100.0)
-    assert plan.cut_of(*call.shape).blocks == 5
-    same(call)
+def fold(a: Array) -> Array:
+    """The sum over the first axis, as BN-15 says."""
+    while len(a) > 1:
+        half = (len(a) + 1) // 2
+        low = a[:half].copy()
+        low[: len(a) - half] += a[half:]
+        a = low
+    return a[0]
+
+
+@pytest.mark.parametrize("folded", [2, 1024])
+def test_many_blocks(folded: int, monkeypatch: Any) -> None:
+    """More than are folded in registers, and fewer: so many that folding halves is not folding neighbours."""
+    monkeypatch.setattr(plan, "FOLDED", folded)
+    n, channels, s = 64 * 4 + 10, 3, 1030
+    cut, _, tile, _ = plan.plan_of(n, channels, s)
+    assert cut.blocks == 5
+    sums = torch.randn(4, 5, channels, dtype=torch.float64)
+    sums[2] = sums[2].abs() * 1e5
+    count = np.array([64 * s] * 4 + [10 * s], dtype=np.float64)[:, None]
+    pivot, sum1, sum2, _ = sums.numpy()
+    sums[3] = torch.from_numpy(pivot * count + sum1)
+    mean = fold(sums[3].numpy()) / (n * s)
+    shift = pivot - mean
+    missed = fold(sum1 + count * shift) / (n * s)
+    var = fold(sum2 + 2 * shift * sum1 + count * shift * shift) / (n * s) - missed * missed
+    wanted = np.stack([mean + missed, 1 / np.sqrt(var + 1e-5)])
+    saved, unread = torch.empty(2, channels, dtype=torch.float64), torch.zeros(channels)
+    passes.statistics[(tile.programs,)](
+        sums.clone(), unread, unread, unread, saved, triton_kernel._float64_bits(1e-5), 0, *cut, B=tile.blocks, Q=tile.q,
+        MANY=tile.many, UNBIASED=False, USE_BATCH=True, UPDATE=False, AVERAGE=False,
+    )  # fmt: skip
+    np.testing.assert_array_equal(saved.numpy(), wanted)
+
+    means, gradients = torch.empty_like(saved), torch.empty_like(saved)
+    two = sums[:2].clone()
+    passes.gradients[(tile.programs,)](two, saved, means, gradients[0], gradients[1], n, channels, s, 5, B=tile.blocks, Q=tile.q)
+    dgamma, dbeta = fold(sum1) * wanted[1], fold(pivot)
+    np.testing.assert_array_equal(gradients.numpy(), [dgamma, dbeta])
+    np.testing.assert_array_equal(means.numpy(), [dbeta / (n * s), wanted[1] * (dgamma / (n * s))])
 
 
 special = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-310, 6e-8, 65504.0, 3e38, float("nan"), float("inf"), float("-inf")])
