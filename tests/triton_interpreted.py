@@ -204,7 +204,8 @@ def fold(a: Array) -> Array:
         low = a[:half].copy()
         low[: len(a) - half] += a[half:]
         a = low
-    return a[0]
+    total: Array = a[0]
+    return total
 
 
 @pytest.mark.parametrize("folded", [2, 1024])
