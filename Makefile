@@ -2,7 +2,9 @@ PY := .venv/bin/python
 QUICK := tests/test_array.py tests/test_dialects.py tests/test_identity.py tests/test_layer_messages.py tests/test_memory.py \
 	tests/test_reference.py tests/test_spec.py tests/test_threads.py
 
-.PHONY: atlas conform lint quick test versions
+PYTHON ?= python3
+
+.PHONY: atlas conform gpu lint quick test versions
 
 conform: .venv/ready
 	.venv/bin/multibn conform
@@ -22,6 +24,9 @@ quick: .venv/ready  # in under a minute: lint of what changed, the quick cases, 
 
 versions: .venv/ready  # the tests that need no framework on other Pythons, and PyTorch's with the newest NumPy
 	PATH="$$PATH:$$(echo $$HOME/.pyenv/versions/3.1*/bin | tr ' ' ':')" .venv/bin/nox  # pyenv's Pythons too
+
+gpu:  # on a machine with a GPU, PyTorch and NumPy; nothing is installed or fetched
+	timeout 240 $(PYTHON) tests/gpu_check.py build/gpu.json
 
 docs/report.png: .venv/ready  # the picture in the README; needs chromium
 	mkdir -p build

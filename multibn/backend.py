@@ -45,6 +45,7 @@ class Backend:
         make: ``make(num_features, spec, device, implementation)`` returns a Subject; spec None means its own defaults.
         whitening: the same for its whitening layer, whose Subject has a moving covariance in place of the variance; or None.
         no_whitening: names of implementations that its whitening layer does not have.
+        exact_on: kinds of devices on which the exact implementations run, with the bits of the CPU (BN-15).
         title: the framework's name in prose, such as "PyTorch".
     """
 
@@ -55,4 +56,5 @@ class Backend:
     make: Callable[[int, BatchNormSpec | None, str, str], Subject]
     whitening: Callable[[int, WhiteningSpec, str, str], Subject] | None = None
     no_whitening: Collection[str] = ()
+    exact_on: Collection[str] = ("cpu",)
     title: str = ""

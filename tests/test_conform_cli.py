@@ -88,7 +88,7 @@ def test_conforms() -> None:
         "Worst error in ulp of the output's type, at the scale of the result; d: in float64, which has nothing wider to work in, "
         "so that it loses kappa (the mean over the deviation, up to 1e6 here) where the values lie far from 0. "
         "Judged with third 3.0.",
-        "skipped right/right/chip:0: exact implementations run on the CPU",
+        "skipped right/right/chip:0: exact implementations run on cpu",
         "conforms: right/right/cpu (11 checks)",
     ]
 
@@ -173,7 +173,7 @@ def test_all_of_the_third_party() -> None:
         (("--backend", "wrong", "--device", "cuda:0"), "there is no device 'cuda:0'; there is cpu."),
         (
             ("--backend", "right", "--device", "chip:0"),
-            "nobody to judge: right/right/chip:0: exact implementations run on the CPU.",
+            "nobody to judge: right/right/chip:0: exact implementations run on cpu.",
         ),
         (("--case", "BN-99-*"), f"there is no case 'BN-99-*'; there are {', '.join([*CASES, *WHITENING_CASES])}."),
         (("--clause", "BN-99"), f"there is no clause 'BN-99'; there are {', '.join([*CLAUSES, *WHITENING])}."),
@@ -285,7 +285,7 @@ def test_pytest_names_subject_and_case(third_party: Path) -> None:
         "FAILED conformance/multibn_conformance/checks.py::test_conforms[wrong-wrong-cpu-BN-05-momentum-0.1]",
     ):
         assert any(each.startswith(line) for each in done.stdout.splitlines()), done.stdout
-    assert "right/right/chip:0: exact implementations run on the CPU" in done.stdout
+    assert "right/right/chip:0: exact implementations run on cpu" in done.stdout
 
 
 def test_pytest_skips_what_is_not_promised(third_party: Path) -> None:

@@ -19,6 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import multibn_torch as ours
+from multibn_torch.forward.eager import kernel_forward
+from multibn_torch.forward.formulas import How, Moving
 
 pytestmark = [  # 2026-11-25: what torch 2.13 says of itself while it compiles and exports
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -236,6 +238,10 @@ def test_a_layer_elsewhere_is_refused() -> None:
     with pytest.raises(RuntimeError) as caught:
         ours.BatchNorm2d(3, device="meta")(torch.randn(2, 3, 4, 4))
     assert str(caught.value) == "expected weight on cpu, where the input is, got it on meta. Move the layer or the input."
-    with FakeTensorMode(), pytest.raises(RuntimeError) as caught:
-        ours.BatchNorm2d(3, device="cuda", implementation="kernel")(torch.empty(2, 3, 4, 4, device="cuda"))
-    assert str(caught.value) == "implementation='kernel' computes on cpu, got input on cuda:0. Move the input, or use 'auto'."
+    with pytest.raises(RuntimeError) as caught:
+        kernel_forward(
+            torch.empty(2, 3, 4, device="meta"), None, None, Moving(None, None, None), How(1e-5, 0.9, True, True, False)
+        )
+    assert (
+        str(caught.value) == "implementation='kernel' computes on cpu and cuda, got input on meta. Move the input, or use 'auto'."
+    )

@@ -80,5 +80,6 @@ BACKEND = Backend(
     devices=_devices,
     make=TorchSubject,
     whitening=TorchWhitening,
+    exact_on=("cpu", "cuda"),
     title="PyTorch",
 )

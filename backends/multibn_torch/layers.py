@@ -38,10 +38,11 @@ _HALF = (torch.float16, torch.bfloat16)
 class Layer(Switches, _BatchNorm):
     """What the layers share: forward, the state's types, the text.
 
-    ``implementation``: "kernel" (the CPU kernel), "framework" (PyTorch's own operators, any device), or "auto": the kernel on
-    CPU, the operators elsewhere. ``init``: "identity" lets the first training batch pass unchanged: ``multibn.identity``.
-    ``name`` is the layer's name in the model, for messages; ``swap`` tells it. ``fuse_relu``: the layer returns max(y, 0), at the
-    cost of y alone; ``swap`` sets it where a ReLU follows, which then has nothing left to do.
+    ``implementation``: "kernel" (our kernel: the same bits on a CPU and, by Triton, on a CUDA device), "framework" (PyTorch's own
+    operators, any device), or "auto": the kernel where it was measured to be at least as fast, so on a CPU; else the operators.
+    ``init``: "identity" lets the first training batch pass unchanged: ``multibn.identity``. ``name`` is the layer's name in the
+    model, for messages; ``swap`` tells it. ``fuse_relu``: the layer returns max(y, 0), at the cost of y alone; ``swap`` sets it
+    where a ReLU follows, which then has nothing left to do.
     """
 
     ranks: tuple[int, ...]

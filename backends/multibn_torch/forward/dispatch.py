@@ -32,10 +32,6 @@ def normalise(
         return formulas.forward(x, gamma, beta, moving, how, work)
     looked_at = _looked_at(x)
     if on_kernel:
-        if not (x.is_cpu or x.is_meta):
-            raise RuntimeError(
-                f"implementation='kernel' computes on cpu, got input on {x.device}. Move the input, or use 'auto'."
-            )
         return by_operator(x, gamma, beta, moving, how) if looked_at else by_kernel(x, gamma, beta, moving, how, layer)
     if looked_at:
         return by_operators(x, gamma, beta, moving, how)
@@ -49,9 +45,9 @@ def rectify(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
     mask: Tensor | None = None, layer: nonfinite.Named | None = None,
 ) -> Tensor:  # fmt: skip
-    """``normalise``, then a ReLU: in one pass over the data where the program runs as it is written, on CPU."""
+    """``normalise``, then a ReLU: in one pass over the data where the program runs as it is written."""
     observed = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed() or _looked_at(x)
-    if observed or mask is not None or not on_kernel or not x.is_cpu:
+    if observed or mask is not None or not on_kernel:
         return torch.relu(normalise(x, gamma, beta, moving, how, on_kernel, mask, layer))
     how = _again(how) if how.update and recomputed() else how
     y = by_kernel(x, gamma, beta, moving, how, layer, rectify=True)

@@ -1,4 +1,4 @@
-"""BatchNorm by the CPU kernel as a function of PyTorch tensors, for programs that run as they are written."""
+"""BatchNorm by the kernel as a function of PyTorch tensors, for programs that run as they are written."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ _CPU = torch.device("cpu")  # named, since there may be another default
 PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PARAMETER_TYPE.items()}
 """Type of the input -> type of gamma, beta and the moving statistics (BN-10)."""
 
+Statistics = Array[c_double] | Tensor
+"""The statistics that normalised, (2, C) float64: on a CPU in memory of their own, since a tensor takes longer to make."""
+
 
 def by_kernel(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, layer: nonfinite.Named | None = None,
     rectify: bool = False,
 ) -> Tensor:  # fmt: skip
-    """y, on CPU tensors, without copying them; the moving statistics are updated in place (BN-05).
+    """y, on CPU or CUDA tensors, without copying them; the moving statistics are updated in place (BN-05).
 
     Bits as BN-15 fixes them, accuracy as BN-16 says. The layer is named where the batch is poisoned. rectify: y is max(y, 0).
     """
@@ -79,7 +82,7 @@ class _Kernel(torch.autograd.Function):
                 dy = dy * formulas.positive(x, gamma, beta, known)
             dx, dgamma, dbeta = formulas.gradients(dy, x, gamma, known, eps, through)
         else:
-            dx, dgamma, dbeta = kernel_backward(dy, x, gamma, addressof(statistics), through, beta, rectify)
+            dx, dgamma, dbeta = kernel_backward(dy, x, gamma, statistics, through, beta, rectify)
         return dx, None if gamma is None else dgamma, dbeta if has_beta else None, None
 
 
@@ -109,11 +112,18 @@ _run_as_written(_kernel.backward)
 def kernel_forward(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None = None,
     rectify: bool = False,
-) -> tuple[Tensor, Array[c_double]]:  # fmt: skip
+) -> tuple[Tensor, Statistics]:  # fmt: skip
     """y (for rectify max(y, 0)) and, for ``kernel_backward``, the statistics that normalised, (2, C).
 
     x is put into ``refused`` where the moving statistics of a channel do not take it in (BN-11).
+
+    Raises:
+        RuntimeError: x is neither on a CPU nor on a CUDA device, or there is no Triton for that.
     """
+    if not x.is_cpu:
+        return _elsewhere(x).kernel_forward(  # type: ignore[no-any-return]
+            x, gamma, beta, moving, how, refused, rectify
+        )
     eps, old, unbiased, use_batch, update = how
     mean, var, batches = moving
     if old is None:
@@ -121,9 +131,9 @@ def kernel_forward(
         old = n / (n + 1)
     kind = _kind(x.dtype, x.shape[1])
     statistics = kind.statistics()  # a tensor takes many times as long to make
-    x, size, shape = _laid_out(x)
+    x, size, shape = laid_out(x)
     y = output_like(x)
-    gamma, beta, whole_mean, whole_var = _whole(gamma, beta, mean, var)
+    gamma, beta, whole_mean, whole_var = whole(gamma, beta, mean, var)
     if size:
         one, zero = kind.one, kind.zero
         left = kind.kernel.forward_at(
@@ -143,26 +153,31 @@ def kernel_forward(
 
 
 def kernel_backward(
-    dy: Tensor, x: Tensor, gamma: Tensor | None, statistics: int, through: bool, beta: Tensor | None = None,
+    dy: Tensor, x: Tensor, gamma: Tensor | None, statistics: Statistics, through: bool, beta: Tensor | None = None,
     rectify: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dgamma and dbeta of ``kernel_forward``, whose statistics lie at the given address.
+    """dx, dgamma and dbeta of ``kernel_forward``, with the statistics that it returned.
 
     through: whether it used batch statistics (BN-08).
     """
+    if not x.is_cpu:
+        return _elsewhere(x).kernel_backward(  # type: ignore[no-any-return]
+            dy, x, gamma, statistics, through, beta, rectify
+        )
     kind = _kind(x.dtype, x.shape[1])
-    x, size, shape = _laid_out(x)
+    x, size, shape = laid_out(x)
     dx = output_like(x)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     if size == 0:
         return dx, torch.zeros_like(kind.parameter), torch.zeros_like(kind.parameter)
     dgamma, dbeta = torch.empty_like(kind.parameter), torch.empty_like(kind.parameter)
-    gamma, beta = _whole(gamma, beta)
+    gamma, beta = whole(gamma, beta)
     kind.kernel.backward_at(
         kind.kernel.team(kind.backward, size, torch.get_num_threads()), shape, x.data_ptr(), dy.data_ptr(),
         dx.data_ptr(), kind.one if gamma is None else gamma.data_ptr(), kind.zero if beta is None else beta.data_ptr(),
-        statistics, dgamma.data_ptr(), dbeta.data_ptr(), through, rectify,
+        statistics.data_ptr() if isinstance(statistics, Tensor) else addressof(statistics), dgamma.data_ptr(),
+        dbeta.data_ptr(), through, rectify,
     )  # fmt: skip
     return dx, dgamma, dbeta
 
@@ -193,17 +208,35 @@ def _kind(dtype: torch.dtype, channels: int) -> _Kind:
     return _Kind(kernel, *addresses, zero, c_double * (2 * channels), (bodies, one))
 
 
-def as_tensor(statistics: Array[c_double]) -> Tensor:
+def _elsewhere(x: Tensor) -> Any:
+    """The module that computes on x's device."""
+    if not x.is_cuda:
+        raise RuntimeError(
+            f"implementation='kernel' computes on cpu and cuda, got input on {x.device}. Move the input, or use 'auto'."
+        )
+    try:
+        from . import on_gpu
+    except ImportError as error:
+        raise RuntimeError(
+            f"implementation='kernel' computes on cuda by Triton, which cannot be imported: {error}. Install the Triton "
+            "that belongs to this PyTorch, or use 'auto'."
+        ) from error
+    return on_gpu
+
+
+def as_tensor(statistics: Statistics) -> Tensor:
     """What ``kernel_forward`` returned, where it lies."""
+    if isinstance(statistics, Tensor):
+        return statistics
     return torch.frombuffer(statistics, dtype=torch.float64).view(2, -1)
 
 
 def dense(x: Tensor) -> Tensor:
     """x itself where its memory is NC... or channels-last, else a copy in NC... order."""
-    return _laid_out(x)[0]
+    return laid_out(x)[0]
 
 
-def _laid_out(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
+def laid_out(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
     """``dense``, how many values it has, and (N, C, S) for the kernel; S is 1 for channels-last memory."""
     shape, size = x.shape, x.numel()
     n, channels = shape[0], shape[1]
@@ -214,7 +247,7 @@ def _laid_out(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
     return x, size, (n, channels, size and size // (n * channels))
 
 
-def _whole(*ts: Tensor | None) -> list[Tensor | None]:
+def whole(*ts: Tensor | None) -> list[Tensor | None]:
     """Each with one value per channel, side by side in memory: itself unless it is a slice or expanded."""
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in ts]
 

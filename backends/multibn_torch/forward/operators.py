@@ -101,8 +101,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dgamma and dbeta."""
     if mask is None:
-        return kernel_backward(dy, x, gamma, statistics.data_ptr(), through)
-    dx, dgamma, dbeta = kernel_backward(pack(dy, mask), pack(x, mask), gamma, statistics.data_ptr(), through)
+        return kernel_backward(dy, x, gamma, statistics, through)
+    dx, dgamma, dbeta = kernel_backward(pack(dy, mask), pack(x, mask), gamma, statistics, through)
     return unpack(dx, mask, x), dgamma, dbeta
 
 

@@ -35,7 +35,9 @@ class Candidate:
 
     @property
     def whitens(self) -> bool:
-        """Whether it has whitening layers."""
+        """Whether it has whitening layers; exact ones run on a CPU only."""
+        if self.precision == "exact" and self.device != "cpu":
+            return False
         return self.backend.whitening is not None and self.implementation not in self.backend.no_whitening
 
     def make(self, num_features: int, spec: BatchNormSpec) -> Subject:
@@ -92,8 +94,9 @@ def candidates(names: Sequence[str] = (), devices: Sequence[str] = ()) -> tuple[
                 if device not in wanted:
                     continue
                 candidate = Candidate(backend, implementation, device)
-                if precision == "exact" and device != "cpu":
-                    absent.append(Absent(candidate.name, "exact implementations run on the CPU"))
+                if precision == "exact" and device.partition(":")[0] not in backend.exact_on:
+                    where = " and ".join(backend.exact_on)
+                    absent.append(Absent(candidate.name, f"exact implementations run on {where}"))
                 else:
                     found.append(candidate)
     return found, absent

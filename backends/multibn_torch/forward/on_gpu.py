@@ -1,0 +1,58 @@
+"""``eager.kernel_forward`` and ``kernel_backward`` on CUDA tensors: how tensors of any layout reach ``triton_kernel``.
+
+Nothing here waits for the device, so BN-11's channels are not counted, and nobody is warned of NaN or Inf.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from multibn_torch import triton_kernel
+
+from .eager import PARAMETER, Statistics, laid_out, whole
+from .formulas import How, Moving
+
+
+def kernel_forward(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None = None,
+    rectify: bool = False,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    """As in ``eager``, but ``refused`` stays empty."""
+    eps, old, unbiased, use_batch, update = how
+    mean, var, batches = moving
+    x, _, shape = laid_out(x)
+    y, statistics = torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    gamma, beta, whole_mean, whole_var = whole(gamma, beta, mean, var)
+    triton_kernel.run_forward(
+        _as(x, shape), _as(y, shape), gamma, beta, whole_mean, whole_var, statistics, eps, old, unbiased, use_batch, update,
+        batches=batches, rectify=rectify,
+    )  # fmt: skip
+    if update:
+        for given, its in ((mean, whole_mean), (var, whole_var)):
+            if given is not its:
+                given.copy_(its)  # type: ignore[union-attr, arg-type]
+    return y, statistics
+
+
+def kernel_backward(
+    dy: Tensor, x: Tensor, gamma: Tensor | None, statistics: Statistics, through: bool, beta: Tensor | None = None,
+    rectify: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As in ``eager``."""
+    assert isinstance(statistics, Tensor)
+    x, _, shape = laid_out(x)
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)
+    dx, dgamma = torch.empty_like(x), x.new_empty(x.shape[1], dtype=PARAMETER[x.dtype])
+    dbeta = torch.empty_like(dgamma)
+    gamma, beta = whole(gamma, beta)
+    triton_kernel.run_backward(
+        _as(x, shape), _as(dy, shape), _as(dx, shape), gamma, statistics, dgamma, dbeta, through, beta=beta, rectify=rectify
+    )
+    return dx, dgamma, dbeta
+
+
+def _as(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The same memory as (N, C, S)."""
+    return (x if x.is_contiguous() else x.movedim(1, -1)).view(shape)

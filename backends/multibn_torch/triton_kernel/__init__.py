@@ -1,0 +1,217 @@
+"""The kernel on a GPU: ``multibn.kernel``'s forward and backward on CUDA tensors, in BN-15's order, by Triton.
+
+Triton comes with PyTorch's CUDA builds; nothing else is needed. Nothing here waits for the device, and all memory comes from
+PyTorch's allocator on the current stream, so that a CUDA graph can capture it. With ``TRITON_INTERPRET=1``, set before Triton is
+imported, the same code runs on CPU tensors in Triton's interpreter, slowly: that is how it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import struct
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import JITFunction
+
+from multibn.layer.types import PARAMETER_TYPE
+
+from . import passes
+from .plan import Plan, plan_of
+
+COMPILED = isinstance(passes.describe, JITFunction)
+"""Whether kernels are compiled for a GPU; else Triton's interpreter runs them on CPU tensors."""
+
+UNROLL = 4
+"""Chunks whose loads are issued together."""
+
+EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+"""What every launch is given: no contraction (BN-15)."""
+
+_PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PARAMETER_TYPE.items()}
+
+_plan = lru_cache(maxsize=1024)(plan_of)
+
+
+def run_forward(
+    x: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor | None, moving_mean: Tensor | None, moving_var: Tensor | None,
+    saved: Tensor, eps: float, old: float | None, unbiased: bool, use_batch: bool, update: bool, *,
+    batches: Tensor | None = None, rectify: bool = False,
+) -> None:  # fmt: skip
+    """Normalise x into y; fill saved; update the moving statistics in place, with the bits of ``multibn.kernel.run_forward``.
+
+    How many channels' moving statistics were left as they were (BN-11) is not returned: to ask a GPU is to wait for it.
+
+    Args:
+        x, y: (N, C, S), contiguous, float16, bfloat16, float32 or float64. Channels-last memory is (N*S, C, 1).
+        gamma, beta: (C,) float32, for float64 x float64; None for 1 and 0.
+        moving_mean, moving_var: of gamma's type; None where the batch statistics normalise and nothing is updated.
+        saved: (2, C) float64; gets the mean that normalised and 1/sqrt(var+eps).
+        old: weight of the old moving statistics; None for the equal-weight average, with ``batches`` seen before.
+        use_batch: normalise with the batch statistics, else with the moving ones as they were before.
+        update: update the moving statistics with those of the batch.
+        batches: () int64, how many batches went into the moving statistics; an update adds 1.
+        rectify: y is max(y, 0).
+
+    Raises:
+        TypeError: a tensor of another type.
+        ValueError: a tensor of another shape, or not contiguous; moving statistics or batches are needed and missing.
+        RuntimeError: tensors on several devices, or not on a CUDA device.
+    """
+    channels = _check(x, y)
+    kind = _PARAMETER[x.dtype]
+    _check_each(x, kind, (channels,), gamma=gamma, beta=beta, moving_mean=moving_mean, moving_var=moving_var)
+    _check_each(x, torch.float64, (2, channels), saved=saved)
+    _check_each(x, torch.int64, (), batches=batches)
+    if (update or not use_batch) and (moving_mean is None or moving_var is None):
+        raise ValueError("moving_mean and moving_var are needed to normalise with or to update, got None. Give both.")
+    if update and old is None and batches is None:
+        raise ValueError("batches is needed where old is None, for the equal-weight average (BN-05), got None. Give the counter.")
+    if x.numel() == 0:  # BN-12
+        return
+    plan = _plan(*x.shape)
+    cut, fold = plan.cut, plan.fold
+    sums = saved
+    with _on(x):
+        if use_batch or update:
+            sums = torch.empty((4, cut.blocks, channels), dtype=torch.float64, device=x.device)
+            _sum(passes.describe, plan, (_bits(x), sums), KIND=_name(x))
+        counter = saved if batches is None else batches
+        passes.statistics[(fold.programs,)](
+            sums, saved if moving_mean is None else moving_mean, saved if moving_var is None else moving_var, counter, saved,
+            _float64_bits(eps), _float64_bits(0.0 if old is None else old), *cut,
+            B=fold.blocks, Q=fold.q, MANY=fold.many, UNBIASED=unbiased, USE_BATCH=use_batch, UPDATE=update, AVERAGE=old is None,
+            num_warps=4, **EXACT,
+        )  # fmt: skip
+        _normalise(plan, x, y, gamma, beta, saved, rectify, batches if update else None)
+
+
+def run_normalise(
+    x: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor | None, saved: Tensor, *, rectify: bool = False
+) -> None:
+    """The last pass of ``run_forward`` alone: make y again, the same bits, of x and the statistics that it saved."""
+    channels = _check(x, y)
+    _check_each(x, _PARAMETER[x.dtype], (channels,), gamma=gamma, beta=beta)
+    _check_each(x, torch.float64, (2, channels), saved=saved)
+    if x.numel():
+        with _on(x):
+            _normalise(_plan(*x.shape), x, y, gamma, beta, saved, rectify, None)
+
+
+def run_backward(
+    x: Tensor, dy: Tensor, dx: Tensor, gamma: Tensor | None, saved: Tensor, dgamma: Tensor, dbeta: Tensor, through: bool, *,
+    beta: Tensor | None = None, rectify: bool = False,
+) -> None:  # fmt: skip
+    """Fill dx, dgamma and dbeta. The bits are those of ``multibn.kernel.run_backward``.
+
+    Args:
+        x, dy, dx: (N, C, S), as for ``run_forward``.
+        gamma, dgamma, dbeta: (C,), as gamma there.
+        saved: as filled by ``run_forward``.
+        through: whether the statistics that normalised were the batch's, so that gradients flow through them (BN-08).
+        beta, rectify: for the backward of ``run_forward`` with rectify.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``run_forward``.
+    """
+    channels = _check(x, dy, dx)
+    _check_each(x, _PARAMETER[x.dtype], (channels,), gamma=gamma, beta=beta, dgamma=dgamma, dbeta=dbeta)
+    _check_each(x, torch.float64, (2, channels), saved=saved)
+    if x.numel() == 0:
+        dgamma.zero_()
+        dbeta.zero_()
+        return
+    plan = _plan(*x.shape)
+    cut, fold, rows = plan.cut, plan.fold, plan.rows
+    xs, dys, affine = _bits(x), _bits(dy), _affine(gamma, beta, saved)
+    flags = {"GAMMA": gamma is not None, "BETA": beta is not None, "RELU": rectify, "KIND": _name(x)}
+    with _on(x):
+        sums = torch.empty((2, cut.blocks, channels), dtype=torch.float64, device=x.device)
+        means = torch.empty((2, channels), dtype=torch.float64, device=x.device)
+        _sum(passes.correlate, plan, (xs, dys, *affine, sums), **flags)
+        passes.gradients[(fold.programs,)](
+            sums, saved, means, dgamma, dbeta, cut.n, channels, cut.s, cut.blocks, B=fold.blocks, Q=fold.q, num_warps=4, **EXACT
+        )
+        passes.propagate[(rows.programs,)](
+            xs, dys, _bits(dx), *affine, means, *rows[:3], channels, R=rows.r, K=rows.k, COLUMN_IS_CHANNEL=cut.s == 1,
+            THROUGH=through, **flags, num_warps=4, **EXACT,
+        )  # fmt: skip
+
+
+def _sum(kernel: Any, plan: Plan, tensors: tuple[Tensor, ...], **flags: Any) -> None:
+    lanes = plan.lanes
+    kernel[(lanes.groups * plan.cut.blocks,)](
+        *tensors, *plan.cut, lanes.groups, P=lanes.p, AJ=lanes.joined, AW=lanes.width, Q=lanes.q, UNROLL=UNROLL, **flags,
+        num_warps=lanes.warps, **EXACT,
+    )  # fmt: skip
+
+
+def _normalise(
+    plan: Plan, x: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor | None, saved: Tensor, rectify: bool,
+    batches: Tensor | None,
+) -> None:  # fmt: skip
+    rows = plan.rows
+    passes.normalise[(rows.programs,)](
+        _bits(x), _bits(y), *_affine(gamma, beta, saved), saved if batches is None else batches, *rows[:3], plan.cut.channels,
+        R=rows.r, K=rows.k, COLUMN_IS_CHANNEL=plan.cut.s == 1, GAMMA=gamma is not None, BETA=beta is not None, RELU=rectify,
+        COUNT=batches is not None, KIND=_name(x), num_warps=4, **EXACT,
+    )  # fmt: skip
+
+
+def _affine(gamma: Tensor | None, beta: Tensor | None, saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pointers for a kernel, which does not read those that stand in for None."""
+    return saved if gamma is None else gamma, saved if beta is None else beta, saved
+
+
+def _bits(x: Tensor) -> Tensor:
+    """bfloat16 as int16: the kernels decode it by themselves."""
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _float64_bits(value: float) -> int:
+    """Triton passes Python floats on as float32."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _check(x: Tensor, *like: Tensor) -> int:
+    """Check x and tensors of its shape; return C."""
+    if x.dtype not in _PARAMETER:
+        raise TypeError(
+            f"expected x of type {', '.join(map(str, _PARAMETER))}, got {x.dtype} (BN-10). Convert it to float32 first."
+        )
+    if x.dim() != 3 or not x.is_contiguous():
+        raise ValueError(
+            f"expected x of shape (N, C, S), contiguous, got shape {tuple(x.shape)}, strides {x.stride()}. "
+            "Reshape it; channels-last memory is (N*S, C, 1)."
+        )
+    if x.is_cuda is not COMPILED or not (x.is_cuda or x.is_cpu):
+        wanted = "a CUDA device" if COMPILED else "cpu, since TRITON_INTERPRET=1 is set"
+        raise RuntimeError(f"the Triton kernel takes tensors on {wanted}, got x on {x.device}. Move the tensors.")
+    for t in like:
+        _check_each(x, x.dtype, tuple(x.shape), **{"y, dy or dx": t})
+    return x.shape[1]
+
+
+def _check_each(x: Tensor, kind: torch.dtype, shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype != kind:
+            raise TypeError(f"expected {name} of type {kind}, got {t.dtype} (BN-10). Convert it.")
+        if t.shape != shape or not t.is_contiguous():
+            raise ValueError(
+                f"expected {name} of shape {shape}, contiguous, got shape {tuple(t.shape)}, strides {t.stride()} (BN-01)."
+            )
+        if t.device != x.device:
+            raise RuntimeError(f"expected {name} on {x.device}, where x is, got it on {t.device}. Move one of them.")

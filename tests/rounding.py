@@ -1,0 +1,27 @@
+"""Rounding of float64 values to narrower types, once, ties to even: by exact arithmetic, apart from what is tested."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from multibn.layer.types import Array
+
+FORMATS = {
+    "float16": (10, -14, 65504.0),
+    "bfloat16": (7, -126, 2.0**127 * (2 - 2**-7)),
+    "float32": (23, -126, float(np.finfo(np.float32).max)),
+    "float64": (52, -1022, float(np.finfo(np.float64).max)),
+}
+"""Bits of the mantissa, least exponent of a normal number, largest number."""
+
+
+def rounded(values: Array, dtype: str) -> Array:
+    """The values of a type that are nearest, as float64."""
+    if dtype == "float64":
+        return values
+    mantissa, least_exponent, largest = FORMATS[dtype]
+    _, exponent = np.frexp(values)
+    with np.errstate(invalid="ignore"):
+        ulp = np.ldexp(1.0, np.maximum(exponent - 1, least_exponent) - mantissa)
+        near = np.rint(values / ulp) * ulp
+        return np.where(np.abs(near) > largest, np.copysign(np.inf, values), near)

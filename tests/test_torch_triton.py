@@ -1,0 +1,206 @@
+"""The GPU kernel without a GPU: in Triton's interpreter, and with CUDA tensors that have no memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton_launches import KERNELS, recorded
+
+import multibn_torch as ours
+from multibn.kernel.plan import plan_of
+from multibn_torch import triton_kernel
+from multibn_torch.forward import eager, on_gpu
+from multibn_torch.forward.formulas import How, Moving
+from multibn_torch.triton_kernel import plan
+
+
+@pytest.mark.parametrize("name", ["triton_interpreted", "triton_layers"])
+def test_in_the_interpreter(name: str) -> None:
+    """In a process of its own, for Triton reads TRITON_INTERPRET while it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{Path(__file__).parent / name}.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", "PYTEST_XDIST_AUTO_NUM_WORKERS": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_make_gpu_runs_with_pytorch_and_numpy_alone(tmp_path: Path) -> None:
+    """In the interpreter, where Numba and all else that such a machine may lack cannot be imported."""
+    absent = ("numba", "llvmlite", "rich", "typer", "hypothesis", "sklearn", "scipy", "jinja2", "matplotlib", "pytest")
+    program = f"""
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.argv = ["gpu_check.py", {str(tmp_path / "gpu.json")!r}]
+runpy.run_path({str(Path(__file__).with_name("gpu_check.py"))!r}, run_name="__main__")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"MULTIBN_GPU_SECONDS": "900"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    came = json.loads((tmp_path / "gpu.json").read_text())
+    assert (came["wrong"], came["not_done"]) == ([], [])
+    assert came["environment"]["interpreter"] == (not torch.cuda.is_available())
+    assert all(each["right"] for each in came["bits"] + came["repeats"])
+    assert {each["dtype"] for each in came["bits"]} == {"float16", "bfloat16", "float32", "float64"}
+    for implementation in ("kernel", "framework"):
+        (clauses,) = (its for name, its in came["clauses"].items() if name.startswith(f"torch/{implementation}/"))
+        assert sum(verdicts.get("pass", 0) for verdicts in clauses.values()) > 5
+    assert len(came["times"]) == len(came["repeats"]) > 0
+    count = len(came["bits"])
+    assert f"bits of the CPU (BN-15): {count} of {count} checks equal" in done.stdout
+
+
+def test_the_cut_is_that_of_the_cpu_kernel() -> None:
+    draw = random.Random(0)
+    for _ in range(2000):
+        shape = tuple(int(2 ** draw.uniform(0, most)) for most in (17, 12, 14))
+        cut, there = plan.cut_of(*shape), plan_of(shape)
+        assert cut == tuple(getattr(there, name) for name in cut._fields)
+
+
+def test_tiles_fit() -> None:
+    """Tiles are powers of two and cover all channels, blocks and values, and no program has more than it can hold."""
+    draw = random.Random(0)
+    for _ in range(2000):
+        n, channels, s = (int(2 ** draw.uniform(0, most)) for most in (20, 12, 14))
+        cut, lanes, fold, rows = plan.plan_of(n, channels, s)
+        for size in (lanes.p, lanes.joined, lanes.width, lanes.q, fold.blocks, fold.q, rows.r, rows.k, lanes.warps):
+            assert size == plan.power_of_two(size)
+        assert lanes.joined >= cut.joined
+        assert lanes.width >= cut.width
+        assert lanes.p * lanes.q * lanes.groups >= channels
+        assert fold.q * fold.programs >= channels
+        assert fold.many == (cut.blocks > fold.blocks)
+        assert rows.rows * rows.columns == n * channels * s
+        assert lanes.p * lanes.joined * lanes.width * lanes.q <= 4 * plan.TILE
+        assert fold.blocks * fold.q <= 2048
+        assert rows.r * rows.k <= plan.ELEMENTS
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers which of PyTorch's operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_nothing_waits_and_all_memory_is_pytorchs(momentum: float | None, layout: Any) -> None:
+    """What a CUDA graph needs: no operator that reads a value, copies between devices or synchronises; memory by empty alone."""
+    with FakeTensorMode(), recorded() as launches, Operators() as ran:
+        x = torch.empty(8, 3, 5, 6, device="cuda", dtype=torch.bfloat16).to(memory_format=layout)
+        gamma, beta, mean, var = (torch.empty(3, device="cuda") for _ in range(4))
+        batches = torch.empty((), dtype=torch.int64, device="cuda")
+        ran.names.clear()
+        how = How(1e-5, momentum, True, True, True)
+        y, statistics = on_gpu.kernel_forward(x, gamma, beta, Moving(mean, var, batches), how, rectify=True)
+        dx, dgamma, dbeta = on_gpu.kernel_backward(torch.empty_like(x), x, gamma, statistics, True, beta, True)
+        assert {y.device, dx.device, dgamma.device, dbeta.device} == {x.device}
+        assert y.stride() == dx.stride() == x.stride()
+    assert [launch.kernel.__name__ for launch in launches] == list(KERNELS)
+    for launch in launches:
+        assert {t.device for t in launch.given if isinstance(t, torch.Tensor)} == {x.device}
+        assert launch.options["enable_fp_fusion"] is False
+    views = {"aten.view.default", "aten.view.dtype", "aten.transpose.int", "aten.permute.default"}
+    views |= {"aten.detach.default", "prim.device.default"}
+    memory = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
+    assert ran.names - views <= memory
+
+
+def test_a_value_that_is_read_would_be_found(monkeypatch: Any) -> None:
+    """The test above fails where a launch, or anything, reads from the device."""
+    monkeypatch.setattr(triton_kernel, "_float64_bits", lambda value: torch.empty((), device="cuda").item())
+    with FakeTensorMode():
+        x: Any = torch.empty(8, 3, 5, device="cuda")
+        mean = torch.empty(3, device="cuda")
+    with x.fake_mode, recorded(), pytest.raises(DataDependentOutputException):
+        on_gpu.kernel_forward(x, None, None, Moving(mean, mean, None), How(1e-5, 0.9, True, True, True))
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "framework", "auto"])
+def test_what_a_compiler_sees_of_a_layer_on_a_gpu(implementation: Any) -> None:
+    """Operators, with the shapes, layouts and devices of their results. "auto" is not the kernel's, which was not measured."""
+    with FakeTensorMode(), torch.no_grad():  # PyTorch without CUDA cannot run autograd on CUDA tensors
+        layer: Any = ours.BatchNorm2d(3, device="cuda", implementation=implementation)
+        x: Any = torch.empty(2, 3, 4, 5, device="cuda").to(memory_format=torch.channels_last)
+        layer.eval()  # it cannot copy to CUDA tensors either, as an update does
+        y = layer(x)
+        assert (y.device, y.stride()) == (x.device, x.stride())
+        code = make_fx(layer)(x).code
+        assert ("multibn.forward.default" in code) == (implementation == "kernel")
+        assert "_local_scalar_dense" not in code
+        statistics = torch.empty(2, 3, dtype=torch.float64, device="cuda")
+        dx, dgamma, dbeta = torch.ops.multibn.backward(y, x, None, layer.weight, statistics, True)
+        assert (dx.device, dx.stride()) == (x.device, x.stride())
+        assert (dgamma.device, dgamma.shape, dbeta.shape) == (x.device, (3,), (3,))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"gamma": "cuda:1"}, "expected gamma on cuda:0, where x is, got it on cuda:1. Move one of them."),
+        ({"batches": "cpu"}, "expected batches on cuda:0, where x is, got it on cpu. Move one of them."),
+    ],
+)
+def test_several_devices_are_not_mixed(tensors: dict[str, str], message: str) -> None:
+    with FakeTensorMode(), recorded() as launches:
+        x = torch.empty(4, 3, 5, device="cuda:0")
+        gamma, mean, var = (torch.empty(3, device=tensors.get(name, "cuda:0")) for name in ("gamma", "mean", "var"))
+        batches = torch.empty((), dtype=torch.int64, device=tensors.get("batches", "cuda:0"))
+        with pytest.raises(RuntimeError) as caught:
+            on_gpu.kernel_forward(x, gamma, None, Moving(mean, var, batches), How(1e-5, 0.9, True, True, True))
+    assert str(caught.value) == message
+    assert not launches
+
+
+def test_the_device_of_the_tensors_is_the_current_one_while_kernels_are_launched(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: ("a context of", device))
+    with FakeTensorMode():
+        x = torch.empty(4, device="cuda:1")
+        context: Any = triton_kernel._on(x)
+    assert context == ("a context of", torch.device("cuda:1"))
+
+
+def test_without_triton_the_error_says_what_to_do(monkeypatch: Any) -> None:
+    monkeypatch.delattr("multibn_torch.forward.on_gpu")
+    monkeypatch.setitem(sys.modules, "multibn_torch.forward.on_gpu", None)
+    with FakeTensorMode():
+        x = torch.empty(4, 3, 5, device="cuda")
+    with pytest.raises(RuntimeError) as caught:
+        eager.kernel_forward(x, None, None, Moving(None, None, None), How(1e-5, 0, True, True, False))
+    start = "implementation='kernel' computes on cuda by Triton, which cannot be imported: "
+    end = "Install the Triton that belongs to this PyTorch, or use 'auto'."
+    assert str(caught.value).startswith(start)
+    assert str(caught.value).endswith(end)
+
+
+def test_tensors_on_a_cpu_are_refused_where_kernels_are_compiled() -> None:
+    x = torch.zeros(4, 3, 5)
+    saved = torch.zeros(2, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError) as caught:
+        triton_kernel.run_normalise(x, x, None, None, saved)
+    assert str(caught.value) == "the Triton kernel takes tensors on a CUDA device, got x on cpu. Move the tensors."

@@ -1,0 +1,178 @@
+"""What the GPU kernel is compiled to for sm_80 and sm_90, without a GPU: IEEE float64 arithmetic, nothing contracted (BN-15)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton_launches import KERNELS, Launch, recorded
+
+from multibn.layer.types import PARAMETER_TYPE
+from multibn_torch import triton_kernel
+
+TYPES = {
+    torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int16: "*i16", torch.int64: "*i64",
+}  # fmt: skip
+
+SHAPES = {"NCHW": (32, 64, 3136), "channels-last": (100352, 64, 1)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def tool(name: str) -> str:
+    """The path of one of NVIDIA's tools, which Triton brings."""
+    beside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is neither in the triton package nor on the PATH: machine code cannot be looked at")
+    return found
+
+
+def launches(shape: tuple[int, int, int], dtype: str, affine: bool = True, rectify: bool = True) -> list[Launch]:
+    """Those of a forward and a backward."""
+    with FakeTensorMode(), recorded() as made:
+        x = torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
+        parameter, other = (torch.empty(shape[1], dtype=getattr(torch, PARAMETER_TYPE[dtype]), device="cuda") for _ in range(2))
+        saved = torch.empty(2, shape[1], dtype=torch.float64, device="cuda")
+        batches = torch.empty((), dtype=torch.int64, device="cuda")
+        gamma, beta = (parameter, other) if affine else (None, None)
+        triton_kernel.run_forward(
+            x, x, gamma, beta, parameter, other, saved, 1e-5, None, True, True, True, batches=batches, rectify=rectify
+        )
+        triton_kernel.run_backward(x, x, x, gamma, saved, parameter, other, True, beta=beta, rectify=rectify)
+    return made
+
+
+def compiled(launch: Launch, capability: int, **options: Any) -> Any:
+    """What Triton would compile for a launch."""
+    names, constants = launch.kernel.arg_names, {k: v for k, v in launch.options.items() if k in launch.kernel.arg_names}
+    signature, attributes = {}, {}
+    for i, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = launch.given[i]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
+    given = {k: v for k, v in launch.options.items() if k not in constants}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=given | options)
+
+
+@cache
+def code(layout: str, dtype: str, capability: int) -> dict[str, Any]:
+    """Kernel -> what it is compiled to."""
+    made = launches(SHAPES[layout], dtype)
+    assert [launch.kernel.__name__ for launch in made] == list(KERNELS)
+    return {launch.kernel.__name__: compiled(launch, capability) for launch in made}
+
+
+def machine_code(cubin: bytes, folder: Path) -> str:
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    return subprocess.run([tool("nvdisasm"), file], capture_output=True, text=True, check=True).stdout
+
+
+def arithmetic(ptx: str) -> Counter[str]:
+    """How often PTX has each instruction that computes with floating-point numbers."""
+    found = re.findall(
+        r"^\s+(?:@\S+ )?((?:add|sub|mul|mad|fma|div|sqrt|rsqrt|rcp|cvt)\.\S*\bb?f(?:16|32|64)\S*)", ptx, re.MULTILINE
+    )
+    return Counter(found)
+
+
+def division_free(ptx: str) -> str:
+    """PTX with each division and root replaced by an instruction that becomes a single one."""
+    ptx = re.sub(r"div\.rn\.f64", "add.rn.f64", ptx)
+    return re.sub(r"sqrt\.rn\.f64", "neg.f64", ptx)
+
+
+def assembled(ptx: str, folder: Path) -> bytes:
+    """PTX as machine code, with the options that Triton gives."""
+    source, target = folder / "kernel.ptx", folder / "assembled.cubin"
+    source.write_text(ptx)
+    (architecture,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+    command: list[Any] = [tool("ptxas"), "-lineinfo", "--fmad=false", f"--gpu-name={architecture}", source, "-o", target]
+    subprocess.run(command, check=True, capture_output=True)
+    return target.read_bytes()
+
+
+EXACT = {"add.rn.f64", "sub.rn.f64", "mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"}
+CONVERSIONS = {"cvt.f64.f32", "cvt.f64.f16", "cvt.rn.f64.s32", "cvt.rn.f64.s64", "cvt.rn.f32.f64", "cvt.rn.f16.f64"}
+
+CONFIGURATIONS = [("NCHW", "float32"), ("channels-last", "float16"), ("NCHW", "bfloat16"), ("channels-last", "float64")]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("layout", "dtype"), CONFIGURATIONS)
+def test_nothing_is_contracted(layout: str, dtype: str, capability: int, tmp_path: Path) -> None:
+    for name, kernel in code(layout, dtype, capability).items():
+        ptx = kernel.asm["ptx"]
+        assert f".target sm_{capability}" in ptx
+        found = arithmetic(ptx)
+        assert set(found) <= EXACT | CONVERSIONS, name
+        assert found["add.rn.f64"], name
+        assert found["mul.rn.f64"], name
+        assert ".ftz" not in ptx, name
+        assert bool(found["div.rn.f64"]) == (name in ("describe", "statistics", "gradients"))
+        assert bool(found["sqrt.rn.f64"]) == (name == "statistics")
+
+        machine = machine_code(kernel.asm["cubin"], tmp_path)
+        assert len(re.findall(r"\bDADD\b", machine)) > 0, name
+        assert set(re.findall(r"\b(\w+)\S*\.FTZ", machine)) <= {"F2I"}, name  # in divisions of integers
+        if found["div.rn.f64"]:  # which are made of fused multiply-adds, and rounded right
+            assert re.search(r"\bDFMA\b", machine), name
+            machine = machine_code(assembled(division_free(ptx), tmp_path), tmp_path)
+        assert not re.search(r"\b(DFMA|FFMA|MUFU\.R\w+64H)\b", machine), name
+
+
+def test_a_contraction_would_be_found(tmp_path: Path) -> None:
+    """The test above fails for what Triton makes by default."""
+    for launch in launches(SHAPES["NCHW"], "float32")[:3]:
+        kernel = compiled(launch, 90, enable_fp_fusion=True)
+        assert arithmetic(kernel.asm["ptx"])["fma.rn.f64"]
+        assert re.search(r"\bDFMA\b", machine_code(assembled(division_free(kernel.asm["ptx"]), tmp_path), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "instruction"), [("channels-last", "float16", "F2F.F16.F64"), ("NCHW", "float32", "F2F.F32.F64")]
+)
+def test_a_result_is_converted_by_one_instruction(layout: str, dtype: str, instruction: str, tmp_path: Path) -> None:
+    """So that it is rounded once."""
+    kernel = code(layout, dtype, 90)["normalise"]
+    assert instruction in machine_code(kernel.asm["cubin"], tmp_path)
+
+
+def test_an_absent_beta_is_added_all_the_same() -> None:
+    """-0.0 + 0.0 is 0.0, as on the CPU."""
+    normalise = launches(SHAPES["NCHW"], "float32", affine=False, rectify=False)[2]
+    found = arithmetic(compiled(normalise, 90).asm["ptx"])
+    assert found["add.rn.f64"] == found["sub.rn.f64"] == found["mul.rn.f64"] > 0
+
+
+def test_a_kernel_serves_many_shapes() -> None:
+    """No size is a constant of a kernel, so that another batch size does not compile it anew."""
+    keys = [[launch.options for launch in launches((n, 64, s), "float32")] for n, s in ((33, 3136), (48, 3136), (63, 2200))]
+    assert keys == [keys[0]] * 3

@@ -1,0 +1,42 @@
+"""The launches of the GPU kernel for CUDA tensors that have no memory, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+
+from multibn_torch import triton_kernel
+from multibn_torch.triton_kernel import passes
+
+KERNELS = ("describe", "statistics", "normalise", "correlate", "gradients", "propagate")
+
+
+class Launch(NamedTuple):
+    """A kernel, and what it would have been launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    given: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self._kernel, self._launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *given, **options: self._launches.append(Launch(self._kernel, grid, given, options))
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches become entries of the list."""
+    launches: list[Launch] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KERNELS:
+            patch.setattr(passes, name, _Recorder(getattr(passes, name), launches))
+        patch.setattr(triton_kernel, "_on", lambda x: nullcontext())  # PyTorch without CUDA has no current device
+        yield launches

@@ -1,0 +1,184 @@
+"""The layers over the GPU kernel, in Triton's interpreter, against the layers over the CPU kernel, bit for bit.
+
+Run by test_torch_triton.py in a process of its own: TRITON_INTERPRET must be set before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+
+from triton_interpreted import bits
+
+import multibn_torch as ours
+from multibn_torch.forward import eager, on_gpu, operators
+from multibn_torch.forward.formulas import How, Moving
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # the interpreter computes with NumPy
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(copyreg|torch).*"),  # torch 2.13, while it compiles
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::multibn.layer.nonfinite.PoisonedBatch"),  # of the CPU kernel, which counts
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Any:
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+def both(program: Callable[[Any], Any], layer: Any) -> None:
+    """Run a program on a copy of a layer over each kernel: the same bits of all that it returns, and of the layer's state."""
+    ran = []
+    for gpu in (False, True):
+        mine = copy.deepcopy(layer)
+        with pytest.MonkeyPatch.context() as patch:
+            if gpu:
+                for module in (eager, operators):
+                    patch.setattr(module, "kernel_forward", on_gpu.kernel_forward)
+                    patch.setattr(module, "kernel_backward", on_gpu.kernel_backward)
+            torch.manual_seed(1)
+            results = program(mine)
+        ran.append([*results, *mine.buffers(), *(p.grad for p in mine.parameters())])
+    for wanted, got in zip(*ran, strict=True):
+        assert got.stride() == wanted.stride()
+        assert torch.equal(bits(got), bits(wanted))
+
+
+def steps(shape: Any, dtype: Any = torch.float32, layout: Callable[[Any], Any] = lambda x: x, **keywords: Any) -> Any:
+    """Two steps of training and an inference."""
+
+    def program(layer: Any) -> list[Any]:
+        results = []
+        for training in (True, True, False):
+            layer.train(training)
+            x = layout((torch.randn(shape) * 2 + 1).to(dtype)).detach().requires_grad_()
+            y = layer(x, **keywords)
+            y.backward(torch.randn(shape).to(dtype))
+            results += [y.detach(), x.grad]
+        with torch.inference_mode():
+            results.append(layer(x, **keywords).clone())
+        return results
+
+    return program
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "layout",
+    [lambda x: x, lambda x: x.to(memory_format=torch.channels_last), lambda x: x.transpose(2, 3)],
+    ids=["contiguous", "channels-last", "transposed"],
+)
+def test_types_and_layouts(dtype: Any, layout: Any) -> None:
+    layer = ours.BatchNorm2d(3, dtype=torch.float64 if dtype == torch.float64 else None)
+    both(steps((4, 3, 5, 5), dtype, layout), layer)
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 1e-12, "momentum": 1.0}], ids=str
+)
+def test_options(options: Any) -> None:
+    both(steps((9, 3, 7)), ours.BatchNorm1d(3, **options))
+
+
+def test_switches() -> None:
+    layer = ours.BatchNorm1d(3)
+    layer.use_moving_statistics()
+    both(steps((9, 3)), layer)
+    layer.freeze_statistics()
+    both(steps((9, 3)), layer)
+
+
+def test_a_mask() -> None:
+    both(steps((9, 3, 7), mask=torch.rand(9, 7) > 0.4), ours.BatchNorm1d(3))
+
+
+def test_an_empty_batch() -> None:
+    both(steps((0, 3, 7)), ours.BatchNorm1d(3))
+
+
+def test_nan_and_infinity() -> None:
+    def poison(x: Any) -> Any:
+        x[0, 0, 0], x[1, 2, 3] = torch.nan, torch.inf
+        return x
+
+    both(steps((4, 3, 5), layout=poison), ours.BatchNorm1d(3))
+
+
+def test_statistics_that_are_slices() -> None:
+    layer: Any = ours.BatchNorm1d(3)
+    layer.running_mean, layer.running_var = torch.zeros(6)[::2], torch.ones(6)[::2]
+
+    def program(mine: Any) -> list[Any]:
+        mine.running_mean, mine.running_var = torch.zeros(6)[::2], torch.ones(6)[::2]  # a copy has none
+        return steps((4, 3, 5))(mine)  # type: ignore[no-any-return]
+
+    both(program, layer)
+
+
+def test_a_fused_relu() -> None:
+    network: Any = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU())
+    assert ours.swap(network, fuse_relu=True) == ["1"]
+    both(steps((4, 3, 5, 5)), network[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}], ids=str)
+def test_torch_compile(options: Any) -> None:
+    def program(layer: Any) -> Any:
+        return steps((4, 3, 5, 5))(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+
+    both(program, ours.BatchNorm2d(3, **options))
+
+
+def test_checkpointing_updates_once() -> None:
+    def program(layer: Any) -> list[Any]:
+        x = torch.randn(8, 3, requires_grad=True)
+        y = checkpoint(layer, x, use_reentrant=False)
+        y.square().sum().backward()
+        assert layer.num_batches_tracked == 1
+        return [y.detach(), x.grad]
+
+    both(program, ours.BatchNorm1d(3))
+
+
+def test_transforms() -> None:
+    """Of these the formulas take care, and of higher derivatives too."""
+
+    def program(layer: Any) -> list[Any]:
+        x = torch.randn(8, 3, requires_grad=True)
+        layer.update_statistics = False
+        slope = torch.func.grad(lambda x: layer(x).square().sum())(x.detach())
+        mapped = torch.func.vmap(layer)(torch.randn(2, 8, 3))
+        (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        first.square().sum().backward()  # type: ignore[no-untyped-call]
+        return [slope, mapped.detach(), x.grad]
+
+    both(program, ours.BatchNorm1d(3))
+
+
+@pytest.mark.parametrize("weight_of_old", [0.9, None])
+def test_the_operators_are_what_they_say(weight_of_old: float | None, monkeypatch: Any) -> None:
+    """PyTorch's own check: schema, autograd, and shapes and layouts of the fake implementations."""
+    monkeypatch.setattr(operators, "kernel_forward", on_gpu.kernel_forward)
+    monkeypatch.setattr(operators, "kernel_backward", on_gpu.kernel_backward)
+    for x in (torch.randn(4, 3, 5, 6), torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)):
+        x.requires_grad_()
+        gamma, beta = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+        moving = Moving(torch.zeros(3), torch.ones(3), torch.tensor(0))
+        how = How(1e-5, weight_of_old, True, True, True)
+        arguments = (x, None, gamma, beta, *moving, *how)
+        torch.library.opcheck(torch.ops.multibn.forward.default, arguments)
+        statistics = torch.ops.multibn.forward(*arguments)[1]
+        given = (torch.randn_like(x), x.detach(), None, gamma.detach(), statistics, True)
+        torch.library.opcheck(torch.ops.multibn.backward.default, given)
