@@ -4,7 +4,7 @@ QUICK := tests/test_array.py tests/test_dialects.py tests/test_identity.py tests
 
 PYTHON ?= python3
 
-.PHONY: atlas conform gpu lint quick test versions
+.PHONY: atlas conform gpu lint quick soak test versions
 
 conform: .venv/ready
 	.venv/bin/multibn conform
@@ -27,6 +27,9 @@ versions: .venv/ready  # the tests that need no framework on other Pythons, and 
 
 gpu:  # on a machine with a GPU, PyTorch and NumPy; nothing is installed or fetched
 	timeout 240 $(PYTHON) tests/gpu_check.py build/gpu.json
+
+soak: .venv/ready  # ten minutes of random programs in threads, forks and processes; not in CI
+	$(PY) tests/soak.py 600
 
 docs/report.png: .venv/ready  # the picture in the README; needs chromium
 	mkdir -p build
