@@ -4,7 +4,7 @@ QUICK := tests/test_array.py tests/test_dialects.py tests/test_identity.py tests
 
 PYTHON ?= python3
 
-.PHONY: atlas conform gpu lint quick soak test versions
+.PHONY: atlas conform fuzz gpu lint quick soak test versions
 
 conform: .venv/ready
 	.venv/bin/multibn conform
@@ -30,6 +30,9 @@ gpu:  # on a machine with a GPU, PyTorch and NumPy; nothing is installed or fetc
 
 soak: .venv/ready  # ten minutes of random programs in threads, forks and processes; not in CI
 	$(PY) tests/soak.py 600
+
+fuzz: .venv/ready  # damaged checkpoints, about a minute
+	$(PY) tests/fuzz_port.py 100000
 
 docs/report.png: .venv/ready  # the picture in the README; needs chromium
 	mkdir -p build

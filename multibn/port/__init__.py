@@ -1,0 +1,7 @@
+"""Checkpoints of MXNet, read, checked and described with NumPy alone. ``multibn port`` brings them to PyTorch."""
+
+from .errors import PortError as PortError
+from .params import Params as Params
+from .params import ParamsError as ParamsError
+from .params import load_params as load_params
+from .params import save_params as save_params
