@@ -10,6 +10,7 @@ from .layers import BatchNorm as BatchNorm
 from .layers import BatchNorm1d as BatchNorm1d
 from .layers import BatchNorm2d as BatchNorm2d
 from .layers import BatchNorm3d as BatchNorm3d
+from .port import from_mxnet as from_mxnet
 from .recalibrate import recalibrate as recalibrate
 from .swap import swap as swap
 from .switches import freeze_affine as freeze_affine

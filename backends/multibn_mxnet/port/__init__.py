@@ -1,0 +1,3 @@
+"""What a port needs MXNet for: running a checkpoint (``run``), and filling a Gluon network from a PyTorch model."""
+
+from .from_torch import from_torch as from_torch
