@@ -16,6 +16,7 @@ PLAIN = ["tests/test_array.py", "tests/test_dialects.py", "tests/test_layer_mess
 PLAIN += ["tests/test_reference.py", "tests/test_spec.py", "tests/test_threads.py", "tests/test_kernel_exact.py"]
 PLAIN += ["tests/test_port_params.py"]
 TORCH = ["tests/test_torch_layers.py", "tests/test_torch_switches.py", "tests/test_torch_relu.py", "tests/test_kernel_bits.py"]
+TORCH += ["tests/test_port_refusals.py", "tests/test_port_match.py"]
 TOOLS = ["pytest", "hypothesis", "mpmath", "pytest-xdist"]
 
 
