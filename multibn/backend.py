@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from .spec.batchnorm import BatchNormSpec
 
 if TYPE_CHECKING:
+    from .sync.group import Group
     from .whitening.spec import WhiteningSpec
 from .layer.types import Array
 
@@ -46,6 +47,8 @@ class Backend:
         whitening: the same for its whitening layer, whose Subject has a moving covariance in place of the variance; or None.
         no_whitening: names of implementations that its whitening layer does not have.
         exact_on: kinds of devices on which the exact implementations run, with the bits of the CPU (BN-15).
+        synchronised: ``synchronised(num_features, spec, group)`` returns a Subject that shares its batch with the other ranks of
+            a ``multibn.sync.Group``, on CPU; or None.
         title: the framework's name in prose, such as "PyTorch".
     """
 
@@ -57,4 +60,5 @@ class Backend:
     whitening: Callable[[int, WhiteningSpec, str, str], Subject] | None = None
     no_whitening: Collection[str] = ()
     exact_on: Collection[str] = ("cpu",)
+    synchronised: Callable[[int, BatchNormSpec, Group], Subject] | None = None
     title: str = ""

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .dialects import DIALECTS, Dialect
 from .spec.clauses import CLAUSES
+from .sync.clauses import CLAUSES as SYNCHRONISED_CLAUSES
 from .usage import UsageError
 from .whitening.spec import CLAUSES as WHITENING_CLAUSES
 
@@ -22,7 +23,7 @@ def clauses(
 
     Exits with 0, or with 2 for an unknown clause.
     """
-    known = {**CLAUSES, **WHITENING_CLAUSES}
+    known = {**CLAUSES, **WHITENING_CLAUSES, **SYNCHRONISED_CLAUSES}
     for each in number or ():
         if each.upper() not in known:
             raise UsageError(f"unknown clause {each!r}; choose from {', '.join(known)}.")

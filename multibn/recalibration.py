@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from multibn.sync.group import Alone, Group, SyncError
+
 from .layer.types import Array
 
 _LIMB: Final = 18
@@ -22,6 +24,10 @@ _CHUNK: Final = 1 << 16
 
 _UNIT: Final = -1200
 """Sums are in units of 2 to this power: the smallest float64 is 2^-1074, and a mantissa has 53 bits."""
+
+_SUM_LIMBS: Final = 75
+_SQUARE_LIMBS: Final = 145
+"""Limbs of 32 bits that hold these sums, of values up to 2^1024, of up to 2^63 of them."""
 
 
 class WholeData:
@@ -35,7 +41,7 @@ class WholeData:
     """
 
     def __init__(self, num_features: int) -> None:
-        self.count = 0
+        self.count, self.channels = 0, num_features
         self._finite = np.ones(num_features, bool)
         self._sums, self._squares = [0] * num_features, [0] * num_features  # of squares: twice _UNIT
 
@@ -87,6 +93,19 @@ class WholeData:
         var = [_rounded(Fraction(m * squares - total * total, by), 2 * _UNIT) for total, squares in pairs]
         return np.where(self._finite, mean, np.nan), np.where(self._finite, var, np.nan)
 
+    def add_others(self, group: Group) -> None:
+        """Count in what the other ranks of a group have; all of them call this."""
+        channels = self.channels
+        message = np.concatenate(
+            [[self.count], ~self._finite, _to_limbs(self._sums, _SUM_LIMBS), _to_limbs(self._squares, _SQUARE_LIMBS)]
+        ).astype(np.int64)
+        group.sum(message)
+        self.count = int(message[0])
+        self._finite = message[1 : 1 + channels] == 0
+        rest = message[1 + channels :].reshape(-1)
+        cut = channels * _SUM_LIMBS
+        self._sums, self._squares = _from_limbs(rest[:cut], channels), _from_limbs(rest[cut:], channels)
+
     def settle(self, moving_mean: Array, moving_var: Array, unbiased: bool) -> tuple[Array, Array]:
         """Return a layer's new moving statistics in the old ones' type; the old ones where a new one is not finite (BN-11)."""
         with np.errstate(over="ignore"):
@@ -99,6 +118,7 @@ def layer_by_layer(
     layers: Sequence[Any],
     send: Callable[[Sequence[Any], Callable[[Any, Callable[[], Array]], None]], None],
     settle: Callable[[Any, WholeData], None],
+    group: Group | None = None,
 ) -> list[Any]:
     """Give each layer the exact statistics of its input, after the layers before it. Return the layers in that order.
 
@@ -107,7 +127,12 @@ def layer_by_layer(
         send: ``send(waiting, collect)`` runs all data through the model in inference, and calls ``collect(layer, array)`` for
             each input of a waiting layer; array() is (N, C, ...).
         settle: sets the statistics of a layer.
+        group: the ranks over which the data is spread; None for this process alone.
+
+    Raises:
+        SyncError: another rank raised, or another layer comes first there.
     """
+    ranks = Alone() if group is None else group
     waiting, settled = list(layers), []
     while waiting:
         found: list[Any] = []
@@ -118,13 +143,46 @@ def layer_by_layer(
             if layer is found[0]:
                 found[1].add(array())
 
-        send(waiting, collect)
-        if not found:
+        try:
+            send(waiting, collect)
+        except BaseException:
+            _agree(ranks, len(waiting), None, 0, failed=True)
+            raise
+        place = next((i for i, layer in enumerate(waiting) if found and layer is found[0]), None)
+        place, channels = _agree(ranks, len(waiting), place, found[1].channels if found else 0)
+        if place is None:
             break
-        settle(*found)
-        settled.append(found[0])
-        waiting = [layer for layer in waiting if layer is not found[0]]
+        layer, data = found or (waiting[place], WholeData(channels))
+        if ranks.size > 1:
+            data.add_others(ranks)
+        settle(layer, data)
+        settled.append(layer)
+        waiting = [each for each in waiting if each is not layer]
     return settled
+
+
+def _agree(group: Group, waiting: int, place: int | None, channels: int, failed: bool = False) -> tuple[int | None, int]:
+    """Which of the layers that wait comes next on all ranks, and its channels; ranks without data follow the others.
+
+    Raises:
+        SyncError: the ranks disagree, or one failed.
+    """
+    if group.size == 1:
+        return place, channels
+    found, at = place is not None, place or 0
+    message = np.array([failed, waiting, waiting**2, found, at, at**2, channels, channels**2], np.int64)
+    group.sum(message)
+    failures, waits, waits2, some, places, places2, widths, widths2 = message.tolist()
+    if failed:
+        return None, 0
+    if failures:
+        raise SyncError(f"{failures} of {group.size} ranks failed, so none was recalibrated; their own errors say why (SY-08).")
+    if waits**2 != group.size * waits2 or places**2 != some * places2 or widths**2 != some * widths2:
+        raise SyncError(
+            f"the {group.size} ranks have models with different layers, or different layers come first, so none was recalibrated "
+            "(SY-07). Give the same model to all of them."
+        )
+    return (places // some, widths // some) if some else (None, 0)
 
 
 def inputs(batches: Iterable[Any], one_by_one: bool) -> Iterator[Any]:
@@ -151,3 +209,15 @@ def _rounded(exact: Fraction, exponent: int) -> float:
         return float(exact * Fraction(2) ** exponent)
     except OverflowError:
         return float("inf")
+
+
+def _to_limbs(totals: Sequence[int], count: int) -> Array:
+    """Each as limbs in [0, 2^32), least significant first, the uppermost signed; all in one axis."""
+    rows = [np.frombuffer(total.to_bytes(4 * count, "little", signed=True), np.uint32).astype(np.int64) for total in totals]
+    limbs = np.array(rows).reshape(-1, count)
+    limbs[:, -1] = limbs[:, -1].astype(np.int32)
+    return limbs.reshape(-1)
+
+
+def _from_limbs(limbs: Array, totals: int) -> list[int]:
+    return [sum(limb << (32 * i) for i, limb in enumerate(row)) for row in limbs.reshape(totals, -1).tolist()]

@@ -16,6 +16,8 @@ from .compat import global_compiler_lock
 from .schedule import Bodies, Team, bodies
 from .schedule import backward_at as backward_at
 from .schedule import forward_at as forward_at
+from .schedule import normalise_at as normalise_at
+from .schedule import propagate_at as propagate_at
 
 SERIAL, CREATING = 1 << 15, 1 << 18
 """Inputs with fewer values than this run on the calling thread alone: SERIAL if sleeping threads exist, else CREATING."""

@@ -143,7 +143,7 @@ non-temporal stores are used. A plain tuple reaches compiled code twice as fast 
 
 
 @inner
-def _run(team: Team, address: int, stage: int, count: int, threads: int) -> None:
+def run_stage(team: Team, address: int, stage: int, count: int, threads: int) -> None:
     """Run a stage of ``count`` tasks on ``threads`` threads; all have finished when this returns."""
     body, place, _, _ = team
     its = described(address)
@@ -174,7 +174,7 @@ def _stages(team: Team, address: int, plan: Plan, sums_needed: bool) -> None:
         first, last = 0, 1
     for stage in range(first, last):  # a loop, since each call written out is compiled separately
         count = plan.groups if stage == 0 else plan.channels if stage == 2 else plan.groups * plan.blocks
-        _run(team, address, stage, count, 1 if stage == 2 else threads)
+        run_stage(team, address, stage, count, 1 if stage == 2 else threads)
 
 
 @compiled
@@ -217,4 +217,45 @@ def backward_at(
     its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, dx, gamma, beta, saved, dgamma, dbeta
     its.sums, its.means, its.blocks, its.through, its.rectify = sums.ctypes.data, means.ctypes.data, plan.blocks, through, rectify
     _stages(team, memory.ctypes.data, plan, True)
+    keep((memory, sums, means, lanes))
+
+
+@compiled
+def normalise_at(team: Team, shape: tuple[int, int, int], x: int, y: int, beta: int, saved: int, scale: Any) -> None:
+    """The last pass of a forward alone: y for statistics that are known.
+
+    saved is where (2, C) float64 stands, the mean and 1/sqrt(var+eps); scale, (C,) float64, is gamma/sqrt(var+eps).
+    """
+    plan = plan_of(shape)
+    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    sums = np.empty((4, plan.blocks, plan.channels))
+    sums[0, 0] = scale
+    its = described(memory.ctypes.data)
+    its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _SIZE
+    its.n, its.channels, its.s = shape
+    its.x, its.y, its.beta, its.saved, its.sums, its.blocks = x, y, beta, saved, sums.ctypes.data, plan.blocks
+    its.gamma, its.moving_mean, its.moving_var = beta, beta, beta  # which this pass does not read
+    _, _, threads, its.large = team
+    run_stage(team, memory.ctypes.data, 3, plan.groups * plan.blocks, threads)
+    keep((memory, sums, lanes))
+
+
+@compiled
+def propagate_at(
+    team: Team, shape: tuple[int, int, int], x: int, dy: int, dx: int, beta: int, saved: int, means: Any, through: bool
+) -> None:  # fmt: skip
+    """The last pass of a backward alone: dx for sums that are known.
+
+    means, (3, C) float64: the mean of dy, what goes with x-mean, and gamma/sqrt(var+eps).
+    """
+    plan = plan_of(shape)
+    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    sums = np.empty((2, plan.blocks, plan.channels))
+    its = described(memory.ctypes.data)
+    its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _SIZE
+    its.n, its.channels, its.s = shape
+    its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, dx, beta, beta, saved, beta, beta
+    its.sums, its.means, its.blocks, its.through, its.rectify = sums.ctypes.data, means.ctypes.data, plan.blocks, through, False
+    _, _, threads, its.large = team
+    run_stage(team, memory.ctypes.data, 3, plan.groups * plan.blocks, threads)
     keep((memory, sums, means, lanes))
