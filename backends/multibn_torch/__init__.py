@@ -16,4 +16,6 @@ from .swap import swap as swap
 from .switches import freeze_affine as freeze_affine
 from .switches import freeze_statistics as freeze_statistics
 from .switches import use_moving_statistics as use_moving_statistics
+from .sync import SyncBatchNorm as SyncBatchNorm
+from .sync import TorchGroup as TorchGroup
 from .whitening.module import Whitening as Whitening

@@ -11,8 +11,10 @@ from multibn.backend import Backend
 from multibn.layer.nonfinite import PoisonedBatch
 from multibn.layer.types import Array
 from multibn.spec.batchnorm import BatchNormSpec
+from multibn.sync.group import Group
 
 from .layers import BatchNorm, Layer
+from .sync import SyncBatchNorm
 from .whitening.subject import TorchWhitening
 
 
@@ -69,6 +71,12 @@ class TorchSubject:
         return array
 
 
+def _synchronised(num_features: int, spec: BatchNormSpec, group: Group) -> TorchSubject:
+    subject = TorchSubject(num_features, spec, "cpu", "kernel")
+    SyncBatchNorm.convert_sync_batchnorm(subject._layer, group)
+    return subject
+
+
 def _devices() -> list[str]:
     return ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
@@ -81,5 +89,6 @@ BACKEND = Backend(
     make=TorchSubject,
     whitening=TorchWhitening,
     exact_on=("cpu", "cuda"),
+    synchronised=_synchronised,
     title="PyTorch",
 )

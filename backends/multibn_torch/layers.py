@@ -95,7 +95,7 @@ class Layer(Switches, _BatchNorm):
             TypeError: a mask that is not boolean.
         """
         if isinstance(input, Proxy):
-            return _as_leaf(self, input, mask)
+            return as_leaf(self, input, mask)
         parameters, buffers = self._parameters, self._buffers  # much faster than attributes
         # pruning and parametrization take them out of the dict
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
@@ -197,7 +197,7 @@ def keep_single(layer: torch.nn.Module) -> None:
         layer._apply(lambda t: t)  # type: ignore[no-untyped-call]
 
 
-def _as_leaf(layer: Layer, x: Proxy, mask: Proxy | None) -> Proxy:
+def as_leaf(layer: Layer, x: Proxy, mask: Proxy | None) -> Proxy:
     """The layer as one call in a graph of ``torch.fx``, as PyTorch's own are."""
     keywords = {} if mask is None else {"mask": mask}
     tracer: Any = x.tracer

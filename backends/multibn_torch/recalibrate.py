@@ -11,9 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from multibn.layer.types import Array
 from multibn.recalibration import WholeData, check_batches, inputs, layer_by_layer
+from multibn.sync.group import Group
 
 
-def recalibrate(model: torch.nn.Module, batches: Iterable[Any], *, one_by_one: bool = False) -> list[str]:
+def recalibrate(
+    model: torch.nn.Module, batches: Iterable[Any], *, one_by_one: bool = False, group: Group | None = None
+) -> list[str]:
     """Make the moving statistics of every BatchNorm those of the whole data, in place; return the layers' names, in order of use.
 
     Each layer gets exact mean and variance (biased or not, as the layer has it) of all values that reach it in inference, the
@@ -32,10 +35,13 @@ def recalibrate(model: torch.nn.Module, batches: Iterable[Any], *, one_by_one: b
         model: called with each batch.
         batches: a list or data loader; each batch a tensor, or a tuple or list that begins with it.
         one_by_one: send the samples, along axis 0, through the model one at a time.
+        group: the ranks over which the data is spread, such as ``TorchGroup()``; each calls this with its own batches, perhaps
+            none, and all get the same statistics.
 
     Raises:
         TypeError: batches can be gone through only once.
         ValueError: a layer gets fewer than 2 values per channel in all (BN-12).
+        multibn.sync.SyncError: another rank raised, or has another model.
     """
     check_batches(batches)
     modules = dict(model.named_modules())
@@ -57,7 +63,7 @@ def recalibrate(model: torch.nn.Module, batches: Iterable[Any], *, one_by_one: b
     model.eval()
     try:
         with torch.no_grad():
-            settled = layer_by_layer(layers, send, _settle)
+            settled = layer_by_layer(layers, send, _settle, group)
     except BaseException:
         for statistic, old in before:
             statistic.copy_(old)

@@ -26,7 +26,7 @@ def normalise(
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return (by_operator if on_kernel and not _exported() else by_operators)(x, gamma, beta, moving, how)
     if how.update and recomputed():
-        how = _again(how)
+        how = again(how)
     if transformed():
         work = torch.float64 if on_kernel else PARAMETER[x.dtype]
         return formulas.forward(x, gamma, beta, moving, how, work)
@@ -49,7 +49,7 @@ def rectify(
     observed = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed() or _looked_at(x)
     if observed or mask is not None or not on_kernel:
         return torch.relu(normalise(x, gamma, beta, moving, how, on_kernel, mask, layer))
-    how = _again(how) if how.update and recomputed() else how
+    how = again(how) if how.update and recomputed() else how
     y = by_kernel(x, gamma, beta, moving, how, layer, rectify=True)
     if not y.is_inference():  # which has no version
         setattr(y, _RECTIFIED, y._version)
@@ -90,7 +90,7 @@ def _exported() -> bool:
     return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
 
 
-def _again(how: How) -> How:
+def again(how: How) -> How:
     """What a forward does that activation checkpointing runs again."""
     if not how.use_batch:
         raise RuntimeError(

@@ -94,7 +94,7 @@ _apply: Any = super(torch.autograd.Function, _kernel).apply
 _kernel._backward_cls.apply = _kernel.backward
 
 
-def _run_as_written(function: Any) -> None:
+def run_as_written(function: Any) -> None:
     """Tell a compiler that meets the function, as compiled autograd does, to run it and all it calls; else it warns of each step.
 
     ``torch.compiler.disable`` says the same by a function around it, at each call.
@@ -106,7 +106,7 @@ def _run_as_written(function: Any) -> None:
         frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
 
 
-_run_as_written(_kernel.backward)
+run_as_written(_kernel.backward)
 
 
 def kernel_forward(
