@@ -12,8 +12,10 @@ from multibn.backend import Backend
 from multibn.layer.nonfinite import PoisonedBatch
 from multibn.layer.types import Array
 from multibn.spec.batchnorm import BatchNormSpec
+from multibn.sync.group import Group
 
 from .block import BatchNorm
+from .sync import SyncBatchNorm
 from .whitening.subject import GluonWhitening
 
 
@@ -65,6 +67,15 @@ class GluonSubject:
         return None if parameter is None or parameter.grad_req == "null" else parameter.grad().asnumpy()
 
 
+class _Synchronised(GluonSubject):
+    """``SyncBatchNorm`` behind NumPy arrays."""
+
+    def __init__(self, num_features: int, spec: BatchNormSpec, group: Group) -> None:
+        super().__init__(num_features, spec, "cpu", "kernel")
+        self._block: BatchNorm = SyncBatchNorm(num_features, 4, spec, group=group)
+        self._block.initialize(ctx=self._context)
+
+
 def _devices() -> list[str]:
     return ["cpu"] + [f"gpu:{i}" for i in range(mx.context.num_gpus())]
 
@@ -77,5 +88,6 @@ BACKEND = Backend(
     make=GluonSubject,
     whitening=GluonWhitening,
     no_whitening=("composed",),
+    synchronised=_Synchronised,
     title="Gluon",
 )

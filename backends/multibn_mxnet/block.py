@@ -87,8 +87,7 @@ class Normalization(gluon.HybridBlock):  # type: ignore[misc]
         if not isinstance(x, mx.nd.NDArray):
             return super().forward(x)
         parameters = [self._reg_params[name] for name in self._names]
-        kinds = tuple([parameter.dtype for parameter in parameters])
-        problem = _objection(layer, x.shape, x.dtype, autograd.is_training(), self.running_mean.shape[0], kinds)
+        problem = self._problem(x)
         if problem is not None:
             raise MXNetError(problem)
         direct = _direct()
@@ -116,6 +115,11 @@ class Normalization(gluon.HybridBlock):  # type: ignore[misc]
         if left:
             nonfinite.tell(self, x)
         return _relu(y) if self.fuse_relu else y
+
+    def _problem(self, x: Any) -> str | None:
+        """What is wrong with an array, or None."""
+        kinds = tuple([self._reg_params[name].dtype for name in self._names])
+        return _objection(self.layer, x.shape, x.dtype, autograd.is_training(), self.running_mean.shape[0], kinds)
 
     def _begun(self, y: Any) -> Any:
         """y, there already where gamma and beta may have been set beside it, which MXNet does not wait for when they are read."""

@@ -29,6 +29,7 @@ class Layer:
         parameters: which of gamma and beta the layer has; the spec says whether they count (BN-04).
         init: how gamma and beta begin: ``multibn.identity``.
         within: whether the input, and so axis and rank, has an axis more, in front, of length 1 (``in_graph``).
+        peers: which processes share the layer's batch, by ``operator.by_group.register``; 0 for none.
     """
 
     spec: BatchNormSpec
@@ -38,6 +39,7 @@ class Layer:
     parameters: tuple[str, ...]
     init: Init = "standard"
     within: bool = False
+    peers: int = 0
 
     def in_graph(self) -> Layer:
         """The same layer for an operator whose input has an axis more, in front."""
@@ -76,7 +78,7 @@ class Layer:
         problem = objection(
             shape[more:], dtype, num_features=channels, ranks=None if self.rank is None else (self.rank - more,),
             channel_axis=self.axis - (more and self.axis >= 0),
-            needs_batch=self.spec.uses_batch(training), parameters=parameters,
+            needs_batch=self.spec.uses_batch(training) and not self.peers, parameters=parameters,
         )  # fmt: skip
         return None if problem is None else problem.message
 

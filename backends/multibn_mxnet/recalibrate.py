@@ -12,12 +12,13 @@ from mxnet import autograd, gluon
 
 from multibn.layer.types import Array
 from multibn.recalibration import WholeData, check_batches, inputs, layer_by_layer
+from multibn.sync.group import Group
 
 from .block import BatchNorm, Normalization
 from .description import as_numpy
 
 
-def recalibrate(net: Any, batches: Iterable[Any], *, one_by_one: bool = False) -> list[str]:
+def recalibrate(net: Any, batches: Iterable[Any], *, one_by_one: bool = False, group: Group | None = None) -> list[str]:
     """Make the moving statistics of every BatchNorm those of the whole data, in place; return the blocks' names, in order of use.
 
     Each block gets exact mean and variance (biased or not, as its spec says; biased for Gluon's own) of all values that reach
@@ -36,10 +37,13 @@ def recalibrate(net: Any, batches: Iterable[Any], *, one_by_one: bool = False) -
         net: initialized; called with each batch.
         batches: a list or data loader; each batch an array, or a tuple or list that begins with it.
         one_by_one: send the samples, along axis 0, through the net one at a time.
+        group: the ranks over which the data is spread; each calls this with its own batches, perhaps none, and all get the same
+            statistics.
 
     Raises:
         TypeError: batches can be gone through only once.
         ValueError: a block gets fewer than 2 values per channel in all (BN-12).
+        multibn.sync.SyncError: another rank raised, or has another net.
     """
     check_batches(batches)
     found: list[Any] = []
@@ -70,7 +74,7 @@ def recalibrate(net: Any, batches: Iterable[Any], *, one_by_one: bool = False) -
         block._active = False
     try:
         with autograd.pause(train_mode=False):
-            settled = layer_by_layer(layers, send, settle)
+            settled = layer_by_layer(layers, send, settle, group)
     except BaseException:
         for statistics, old in before.values():
             _set(statistics, old)

@@ -42,6 +42,7 @@ def takes(layer: Layer, x: Any) -> bool:
     return (
         layer.implementation in ("auto", "kernel")
         and layer.init == "standard"
+        and not layer.peers
         and type(x) is (mx.np.ndarray if mx.util.is_np_array() else mx.nd.NDArray)  # neither sparse nor of the other interface
         and x.context.device_type == "cpu"
         and x.size > 0

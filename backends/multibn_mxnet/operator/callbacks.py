@@ -85,6 +85,10 @@ def _forward(count: int, handles: int, tags: int, requests: int, train: int, sta
     x, y, saved, states = arrays[0], arrays[inputs], arrays[inputs + 1], arrays[inputs + 2 :]
     problem = layer.objection(x.shape, type_name(x), bool(train), states[0].shape[0])
     if problem:
+        if layer.peers and layer.spec.uses_batch(bool(train)):
+            from . import by_group
+
+            by_group.refuse(layer, states[0].shape[0], x, problem)
         raise MXNetError(problem)
     _ways(layer, x).forward(layer, x, parameters, states, y, saved, list((_int * 2).from_address(requests)), bool(train))
 
@@ -112,11 +116,15 @@ def _arrays(count: int, handles: int) -> list[Any]:
 def _ways(layer: Layer, x: Any) -> Any:
     from multibn_mxnet.framework import operators as by_framework
 
-    from . import by_kernel
+    from . import by_group, by_kernel
 
     on_cpu = x.context.device_type.startswith("cpu")
     if layer.implementation == "kernel" and not on_cpu:
         raise MXNetError(f"implementation='kernel' needs x on a CPU, got {x.context}. Use implementation='auto'.")
+    if layer.peers:
+        if not on_cpu:
+            raise MXNetError(f"SyncBatchNorm computes on a CPU, got {x.context}. Move the network, or use BatchNorm.")
+        return by_group
     return by_kernel if on_cpu and layer.implementation != "framework" else by_framework
 
 

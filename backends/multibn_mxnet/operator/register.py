@@ -50,7 +50,7 @@ class _Operator:
         place = {name: 1 + i for i, name in enumerate(layer.parameters)}
         dependencies = [0, 2, inputs + 3] + [2 + place[name] for name in layer.parameters if name == "gamma" and spec.scale]
         description, operator, python_operator = _callbacks()
-        by_python = layer.implementation == "framework" or layer.init == "identity"
+        by_python = layer.implementation == "framework" or layer.init == "identity" or layer.peers > 0
         values = {
             "arguments": self._strings("data", *layer.parameters),
             "outputs": self._strings("output", "saved"),

@@ -1,0 +1,116 @@
+"""The operator on CPU for a layer that shares its batch with other processes: see ``multibn.sync.passes``.
+
+MXNet runs layers that do not need each other at once, backwards in any order. So each has a channel of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from mxnet.base import MXNetError
+
+from multibn.sync import passes
+from multibn.sync.group import SyncError
+from multibn.sync.passes import How, Peers, Statistics
+from multibn_mxnet.description import Layer, type_name
+
+from . import by_kernel
+from .by_kernel import ADD, NULL, view
+
+_peers: dict[int, Peers] = {}
+_registering = threading.Lock()
+
+errors: dict[int, str] = {}
+"""The last error of a layer's pass, by its number: MXNet raises with words of its own."""
+
+
+def register(peers: Peers) -> int:
+    """A number by which graphs name the peers of a layer in this process, from 1 on."""
+    with _registering:
+        _peers[len(_peers) + 1] = peers
+        return len(_peers)
+
+
+def forward(
+    layer: Layer, x: Any, parameters: dict[str, Any], states: list[Any], y: Any, saved: Any, wanted: list[int], training: bool
+) -> None:
+    """``by_kernel.forward`` with the statistics of all ranks; saved holds how many values they have, plus 1, in its last row."""
+    if not layer.spec.uses_batch(training):
+        by_kernel.forward(layer, x, parameters, states, y, saved, wanted, training)
+        return
+    shape = layer.by_channel(x.shape)
+    channels, values = shape[1], view(x, shape)
+    mean, var = (view(state, (channels,)) for state in states[:2])
+    batches = view(states[2], (1,)) if len(states) == 3 else np.zeros(1, np.int64)
+    how = _how(layer, int(batches[0]))
+    batch = _said(layer, lambda: passes.describe(values, _of(layer), how, True, moving=(mean, var)))
+    if batch.m and how.update:
+        passes.move(batch, mean, var)
+        batches += 1
+    its_saved = np.zeros((3, channels)) if wanted[1] == NULL else view(saved, (3, channels))
+    its_saved[:2], its_saved[2] = batch.saved, batch.m + 1 if how.use_batch else 0
+    out = np.empty(shape, values.dtype) if wanted[0] in (NULL, ADD) else view(y, shape)
+    gamma, beta = (by_kernel.vector(layer, parameters, name, x) for name in ("gamma", "beta"))
+    passes.normalise(values, out, gamma, beta, batch.saved)
+    if wanted[0] == ADD:
+        by_kernel.add(view(y, shape), out, x)
+
+
+def backward(
+    layer: Layer, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
+) -> None:
+    """``by_kernel.backward`` with the sums of all ranks for dx; those for gamma and beta are this rank's own (SY-06)."""
+    shape = layer.by_channel(x.shape)
+    its_saved = view(saved, (3, shape[1]))
+    if not its_saved[2].any():
+        by_kernel.backward(layer, dy, x, parameters, saved, gradients, wanted)
+        return
+    values, dys = view(x, shape), view(dy, shape)
+    m, nothing = int(its_saved[2, 0]) - 1, np.zeros(shape[1])
+    batch = Statistics(m, its_saved[0], nothing, its_saved[:2], _how(layer, 0))
+    gamma = by_kernel.vector(layer, parameters, "gamma", x)
+    found = _said(layer, lambda: passes.gradients(values, dys, gamma, batch, _of(layer), True))
+    assert found.means is not None
+    if wanted["x"] != NULL:
+        direct = wanted["x"] != ADD
+        dx = view(gradients["x"], shape) if direct else np.empty(shape, values.dtype)
+        passes.propagate(values, dys, dx, found.means, batch)
+        if not direct:
+            by_kernel.add(view(gradients["x"], shape), dx, x)
+    for name, sums in (("gamma", found.dgamma), ("beta", found.dbeta)):
+        if wanted.get(name, NULL) != NULL:
+            counts = layer.spec.scale if name == "gamma" else layer.spec.center
+            out = view(gradients[name], (shape[1],))
+            out[:] = (out if wanted[name] == ADD else 0) + (sums if counts else 0)
+
+
+def refuse(layer: Layer, channels: int, x: Any, problem: str) -> None:
+    """Tell the other ranks that this one refuses its input (SY-08)."""
+    passes.refuse(_of(layer), channels, type_name(x), MXNetError(problem), _how(layer, 0))
+
+
+def _of(layer: Layer) -> Peers:
+    if layer.peers not in _peers:
+        raise MXNetError(
+            "this graph was made in another process: a SyncBatchNorm in it can be used in inference, not in training. Build the "
+            "network anew, with a group, and load its parameters."
+        )
+    return _peers[layer.peers]
+
+
+def _how(layer: Layer, batches: int) -> How:
+    spec = layer.spec
+    update = spec.update_statistics
+    old = spec.weight_of_old(batches) if update else 0.0
+    return How(spec.eps, old, spec.moving_variance == "unbiased", spec.normalize_with == "batch", update)
+
+
+def _said(layer: Layer, function: Any) -> Any:
+    """What a pass returns; its error is kept for who waits for the result, with its own words."""
+    try:
+        return function()
+    except (SyncError, ValueError) as error:
+        errors[layer.peers] = str(error)
+        raise MXNetError(str(error)) from None

@@ -1,0 +1,70 @@
+"""BatchNorm over many processes, in Gluon."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import mxnet as mx
+from mxnet import autograd
+from mxnet.base import MXNetError
+
+from multibn.spec.batchnorm import BatchNormSpec
+from multibn.sync.exchange import open_channel
+from multibn.sync.group import Group
+from multibn.sync.passes import Peers
+
+from .block import BatchNorm
+from .description import Layer
+from .operator import by_group
+
+
+class SyncBatchNorm(BatchNorm):
+    """``BatchNorm`` whose statistics in training are those of all ranks' samples, on CPU, imperative and hybridized.
+
+    They have the same bits for every split of the batch (SY-01 to SY-11); ranks of one group may run PyTorch. Inference, and a
+    group of one, exchange nothing. x counts as needing a gradient in every training forward.
+
+    Args:
+        num_features, num_dims, spec: see ``BatchNorm``.
+        group: ``multibn.sync.MpiGroup`` or ``multibn_torch.TorchGroup``. The layer takes a channel of its own, so all ranks must
+            make their layers in the same order.
+        prefix, params: Gluon's.
+
+    Raises:
+        ValueError, TypeError: as ``BatchNorm``.
+        multibn.sync.PeersMissing: some ranks did not make the layer in time.
+    """
+
+    def __init__(
+        self, num_features: int, num_dims: int, spec: BatchNormSpec | None = None, *, group: Group, prefix: str | None = None,
+        params: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(num_features, num_dims, spec, prefix=prefix, params=params)
+        self._peers = by_group.register(Peers(*open_channel(group)))
+
+    def forward(self, x: Any) -> Any:
+        """See ``BatchNorm``.
+
+        Raises:
+            MXNetError: as ``BatchNorm``; then the other ranks raise too (SY-08). The ranks disagree, or do not answer (SY-07 to
+                SY-09). Inside a hybridized parent MXNet raises with its own words, and ours go to stderr.
+        """
+        by_group.errors.pop(self._peers, None)
+        try:
+            y = super().forward(x)
+            if isinstance(x, mx.nd.NDArray) and autograd.is_training():
+                y.wait_to_read()  # where it failed, with whose words
+        except MXNetError as error:
+            if self._peers in by_group.errors:
+                raise MXNetError(by_group.errors.pop(self._peers)) from None
+            if isinstance(x, mx.nd.NDArray) and self.spec.uses_batch(autograd.is_training()) and self._problem(x) is not None:
+                by_group.refuse(self.layer, self.num_features, x, str(error))
+            raise
+        return y
+
+    def _describe(self) -> Layer:
+        return replace(super()._describe(), peers=self._peers)
+
+    def __repr__(self) -> str:
+        return f"Sync{super().__repr__()}"
