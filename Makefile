@@ -8,6 +8,7 @@ PYTHON ?= python3
 
 conform: .venv/ready
 	.venv/bin/multibn conform
+	.venv/bin/multibn conform --ranks 3
 
 atlas: .venv/ready
 	$(PY) -m multibn_conformance.atlas.make

@@ -32,6 +32,9 @@ def conform(
     quick: Annotated[bool, typer.Option("--quick", help="Run the few cases that catch every known defect.")] = False,
     random: Annotated[int | None, typer.Option(metavar="N", help="Run the cases of N seeds, not the fixed ones.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The first of these seeds.")] = 0,
+    ranks: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Judge synchronised statistics (SY) over N processes.")
+    ] = None,
     self_test: Annotated[bool, typer.Option("--self-test", help="Judge the suite itself, by wrong BatchNorms.")] = False,
 ) -> None:
     """Judge every BatchNorm that is installed, on every device present, by every clause.
@@ -43,7 +46,7 @@ def conform(
         from .cases.select import check_tier, chosen_cases
         from .reports import files as publish
         from .reports import terminal
-        from .runs import backends, external, whitening
+        from .runs import backends, external, synchronised, whitening
         from .subjects.backends import candidates
         from .whitening.select import split
 
@@ -51,6 +54,17 @@ def conform(
             from .runs import seeds
             from .runs import self_test as own_test
     files = {"--html": html, "--json": json, "--junit": junit}
+    if ranks is not None:
+        no_use: list[tuple[str, object]] = [("--subject", subject), ("--spec", spec), ("--own", own), ("--quick", quick)]
+        no_use += [("--device", device), ("--random", random), *files.items()]
+        others = [name for name, given in no_use if given]
+        if others:
+            raise UsageError(f"--ranks judges backends by the SY clauses, and has no use for {', '.join(others)}.")
+        console = Console()
+        if self_test:
+            raise typer.Exit(not synchronised.self_test(ranks, console))
+        judged_over_ranks = synchronised.run(backend or (), ranks, case or (), clause or (), console)
+        raise typer.Exit(any(each.status == "fail" for each in judged_over_ranks))
     publish.check(files)
     others = [name for name, given in (("--case", case), ("--clause", clause), ("--quick", quick)) if given]
     check_tier(random, others, self_test, subject is not None)

@@ -1,0 +1,108 @@
+"""The ranks that perform a case: threads of this process, or processes that are started for it and always end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from .case import SyncCase
+from .hub import Hub, HubGroup, listen
+from .perform import Answer, MakeSynchronised, perform
+
+START, ANSWER = 120.0, 300.0
+"""Seconds that processes may take to start, and to answer a case: the first one may have to compile."""
+
+
+def by_threads(make: MakeSynchronised, case: SyncCase, size: int, timeout: float = 2.0) -> list[list[Answer]]:
+    """The answers of the group's ranks, by a thread each."""
+    hub, answers = Hub(), {}
+    world = f"world of {case.id}"
+
+    def rank_of(rank: int) -> None:
+        members = next(group for group in case.groups(size) if rank in group)
+        group: Any = HubGroup(hub, f"{case.id} of {members}", members.index(rank), len(members), timeout)
+        group.world = HubGroup(hub, world, rank, size, timeout) if len(members) < size else None
+        answers[rank] = perform(make, case, members.index(rank), group)
+
+    threads = [threading.Thread(target=rank_of, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(ANSWER)
+    return [answers.get(rank) or [Answer(error="no answer", kind="Hang")] * len(case.steps) for rank in case.members]
+
+
+class Silent(Exception):
+    """The processes do not answer."""
+
+
+class Processes:
+    """So many processes, each of which can be a rank of any backend. Use as a context manager: they end with it.
+
+    Raises:
+        Silent: they do not start, or do not answer in time.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.hub = size, Hub()
+        self._controls: dict[int, Any] = {}
+        self._runs = 0
+
+    def __enter__(self) -> Processes:
+        secret = secrets.token_hex(16)
+        self._listener = listen(self.hub, secret.encode(), self._controls.__setitem__)
+        environment = {
+            **os.environ,
+            "MULTIBN_HUB": str(self._listener.address),
+            "MULTIBN_HUB_SECRET": secret,
+            "OMP_NUM_THREADS": "1",
+        }
+        module = f"{__package__}.worker"
+        self._started = [
+            subprocess.Popen(
+                [sys.executable, "-m", module, str(rank), str(self.size)], env=environment, stdout=subprocess.DEVNULL
+            )
+            for rank in range(self.size)
+        ]
+        end = time.monotonic() + START
+        while len(self._controls) < self.size:
+            if time.monotonic() > end or any(process.poll() is not None for process in self._started):
+                self.__exit__(None, None, None)
+                raise Silent(f"{self.size} processes did not start within {START:g} s, or ended.")
+            time.sleep(0.02)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for connection in self._controls.values():
+            connection.close()  # which ends them
+        end = time.monotonic() + 5
+        for process in self._started:
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._listener.close()
+
+    def run(self, backends: Sequence[str], case: SyncCase) -> list[list[Answer]]:
+        """The answers of the group's ranks; rank r is of the backend r modulo their number."""
+        self._runs += 1
+        for rank in range(self.size):
+            members = next(group for group in case.groups(self.size) if rank in group)
+            key = f"{self._runs} {case.id} of {members}"
+            self._controls[rank].send((backends[rank % len(backends)], case, key, members.index(rank), len(members)))
+        end = time.monotonic() + ANSWER
+        answers = []
+        for rank in range(self.size):
+            if not self._controls[rank].poll(max(0.1, end - time.monotonic())):
+                raise Silent(f"rank {rank} did not answer {case.id} within {ANSWER:g} s.")
+            came = self._controls[rank].recv()
+            answers.append([Answer(error=came, kind="Error")] * len(case.steps) if isinstance(came, str) else came)
+        return [answers[rank] for rank in case.members]
