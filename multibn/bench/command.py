@@ -19,6 +19,9 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write the times to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw ResNet-50's stages to this .svg or .png file.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads for each; 2 if there are so many processors.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Measure synchronised statistics over N processes instead, in torch.")
+    ] = None,
     whitening: Annotated[bool, typer.Option("--whitening", help="Measure whitening beside BatchNorm instead, in torch.")] = False,
 ) -> None:
     """Measure the CPU layers beside the framework's own and beside copying the same bytes.
@@ -27,10 +30,15 @@ def bench(
 
     Exits with 0, 1 if a framework could not be measured, 2 if the call is wrong.
     """
+    from . import ranks as of_ranks
     from . import run
     from . import whitening as of_whitening
 
     command = shlex.join(["multibn", *sys.argv[1:]])
+    if ranks is not None:
+        if whitening or picture or framework or model or threads:
+            raise UsageError("--ranks is measured in torch, by processes of one thread, and goes with --quick and --json only.")
+        raise typer.Exit(not of_ranks.run(ranks, quick, json, command))
     if whitening and (picture or framework or model):
         raise UsageError("--whitening is measured in torch and draws no picture. Leave --framework, --model and --picture out.")
     plan = run.check(["torch"] if whitening else framework or (), threads, json, picture, model or ())
