@@ -111,6 +111,17 @@ def main() -> None:
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(answer))
 
 
+def failures(answers: list[Any]) -> str:
+    """What the ranks' checks raised, "" for nothing: for the one test that runs all checks of a program."""
+    told = []
+    for rank, answer in enumerate(answers):
+        if isinstance(answer, dict):
+            told += [f"{check}, rank {rank}:\n{text}" for check, text in answer.items() if text]
+        else:
+            told.append(f"rank {rank}: {answer}")
+    return "\n".join(told)
+
+
 def outcomes(checks: dict[str, Any], *arguments: Any) -> dict[str, str]:
     """Runs each check; "" for one that passed, else what it raised."""
     found = {}

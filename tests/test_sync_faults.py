@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,17 +12,11 @@ import ranks
 import sync_faults_program
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def test_every_check_on_every_rank(tmp_path: Path) -> None:
     ranks.warm()
-    return ranks.run("sync_faults_program:program", 3, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("check", list(sync_faults_program.CHECKS))
-def test_on_every_rank(answers: list[Any], check: str) -> None:
-    for rank, answer in enumerate(answers):
-        assert isinstance(answer, dict), f"rank {rank}: {answer}"
-        assert answer[check] == "", f"rank {rank}:\n{answer[check]}"
+    answers = ranks.run("sync_faults_program:program", 3, tmp_path)
+    assert ranks.failures(answers) == ""
+    assert all(set(answer) == set(sync_faults_program.CHECKS) for answer in answers)
 
 
 def test_a_rank_that_dies(tmp_path: Path) -> None:

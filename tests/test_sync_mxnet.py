@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
 
@@ -14,19 +14,10 @@ import ranks
 import sync_mxnet_program
 
 
-@pytest.fixture(scope="module", params=["gloo", "mpi"])
-def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+@pytest.mark.parametrize("engine", ["gloo", "mpi"])
+def test_every_check_on_every_rank(engine: str, tmp_path: Path) -> None:
     ranks.warm()
-    mpi = request.param == "mpi"
-    return ranks.run(f"sync_mxnet_program:over_{request.param}", 3, tmp_path_factory.mktemp("ranks"), mpi=mpi)
-
-
-@pytest.mark.parametrize("check", [*sync_mxnet_program.CHECKS, *sync_mxnet_program.WITH_TORCH, "late"])
-def test_on_every_rank(answers: list[Any], check: str) -> None:
-    for rank, answer in enumerate(answers):
-        assert isinstance(answer, dict), f"rank {rank}: {answer}"
-    if check not in answers[0]:
-        assert check in ({*sync_mxnet_program.WITH_TORCH, "late"})
-        return  # of the other engine
-    for rank, answer in enumerate(answers):
-        assert answer[check] == "", f"rank {rank}:\n{answer[check]}"
+    answers = ranks.run(f"sync_mxnet_program:over_{engine}", 3, tmp_path, mpi=engine == "mpi")
+    assert ranks.failures(answers) == ""
+    more = {"late"} if engine == "mpi" else set(sync_mxnet_program.WITH_TORCH)
+    assert all(set(answer) == {*sync_mxnet_program.CHECKS, *more} for answer in answers)
