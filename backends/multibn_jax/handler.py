@@ -8,7 +8,6 @@ addresses in ``TABLE``: compiled programs hold none.
 from __future__ import annotations
 
 import ctypes
-import platform
 import sys
 import threading
 from typing import Any
@@ -18,11 +17,11 @@ import jaxlib.version
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from multibn.kernel import threads
 from multibn.kernel.addresses import call, keep, pointer
+from multibn.kernel.compat import unpack_tuple
 from multibn.kernel.entry import CREATING, LARGE, SERIAL, backward_at, forward_at
 from multibn.kernel.entry import prepare as kernel_for
 from multibn.kernel.jit import SOURCES, c_function, inner
@@ -92,70 +91,11 @@ def _called(_: Any, address: Any, arguments: Any) -> Any:  # pragma: no cover - 
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         word = ir.IntType(64)
-        given = cgutils.unpack_tuple(builder, values[1])
+        given = unpack_tuple(builder, values[1])
         function = ir.FunctionType(word, [word] * len(given)).as_pointer()
         return builder.call(builder.inttoptr(values[0], function), given)
 
     return types.int64(types.int64, arguments), generate
-
-
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
-_ARM = platform.machine().lower() in ("arm64", "aarch64")
-_DENORMALS = 0x8000 | 0x0040 | 0x6000 if _X86 else 1 << 24 | 3 << 22
-"""MXCSR's flush to zero, denormals are zero and rounding mode; FPCR's flush to zero and rounding mode."""
-
-
-@intrinsic
-def _ieee_arithmetic(_: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """Let this thread keep denormals and round to nearest, and return the control word that it had: XLA's threads flush them."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(64)
-        if _X86:
-            short, place = ir.IntType(32), cgutils.alloca_once(builder, ir.IntType(32))
-            _control(builder, "stmxcsr", place)
-            before = builder.load(place)
-            builder.store(builder.and_(before, ir.Constant(short, 0xFFFFFFFF & ~_DENORMALS)), place)
-            _control(builder, "ldmxcsr", place)
-            return builder.zext(before, word)
-        if _ARM:
-            before = builder.call(
-                cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, []), "llvm.aarch64.get.fpcr"), []
-            )
-            _set_fpcr(builder, builder.and_(before, ir.Constant(word, ~_DENORMALS)))
-            return before
-        return ir.Constant(word, 0)
-
-    return types.int64(), generate
-
-
-@intrinsic
-def _restore_arithmetic(_: Any, before: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """Give the thread its control word back."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if _X86:
-            place = cgutils.alloca_once(builder, ir.IntType(32))
-            builder.store(builder.trunc(arguments[0], ir.IntType(32)), place)
-            _control(builder, "ldmxcsr", place)
-        elif _ARM:
-            _set_fpcr(builder, arguments[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-def _control(builder: Any, instruction: str, place: Any) -> None:
-    byte = ir.IntType(8).as_pointer()
-    function = ir.FunctionType(ir.VoidType(), [byte])
-    builder.call(
-        cgutils.get_or_insert_function(builder.module, function, f"llvm.x86.sse.{instruction}"), [builder.bitcast(place, byte)]
-    )
-
-
-def _set_fpcr(builder: Any, value: Any) -> None:
-    function = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
-    builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.aarch64.set.fpcr"), [value])
 
 
 @inner
@@ -290,7 +230,6 @@ def _forward(frame_at: int, table_at: int) -> int:
     _copy(_at(args, 3), _at(rets, 2), count * channels * size_p)
     _copy(_at(args, 4), _at(rets, 3), count * channels * size_p)
     _advise(table_at, _at(rets, 0), count * size * size_x)
-    before: Any = _ieee_arithmetic()
     for i in range(count):
         old = batches[i] / (batches[i] + 1) if how[1] < 0 else how[1]
         p, q = i * channels * size_p, i * size * size_x
@@ -299,7 +238,6 @@ def _forward(frame_at: int, table_at: int) -> int:
             _at(rets, 2) + p, _at(rets, 3) + p, _at(rets, 1) + i * channels * 16, 0,
             how[0], old, how[2] != 0, how[3] != 0, how[4] != 0, False,
         )  # fmt: skip
-    _restore_arithmetic(before)
     return _OK
 
 
@@ -316,14 +254,12 @@ def _backward(frame_at: int, table_at: int) -> int:
     if body == 0:
         return _UNCOMPILED
     _advise(table_at, _at(rets, 0), count * size * size_x)
-    before: Any = _ieee_arithmetic()
     for i in range(count):
         p, q = i * channels * size_p, i * size * size_x
         backward_at(
             _team(table_at, body, size), (n, channels, s), _at(args, 0) + q, _at(args, 1) + q, _at(rets, 0) + q, _at(args, 2) + p,
             _at(args, 2) + p, _at(args, 3) + i * channels * 16, _at(rets, 1) + p, _at(rets, 2) + p, how[0] != 0, False,
         )  # fmt: skip
-    _restore_arithmetic(before)
     return _OK
 
 
