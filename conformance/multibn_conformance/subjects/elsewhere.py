@@ -6,9 +6,10 @@ import subprocess
 from typing import Any
 
 from multibn.backend import Backend, Subject
+from multibn.interpreters import ask
 from multibn.usage import UsageError
 
-from .outside import START, LongLived, OutsideSubject
+from .outside import LongLived, OutsideSubject
 from .worker import BACKEND
 
 GROUP = "multibn.backends"
@@ -21,14 +22,12 @@ def names(python: str) -> list[str]:
     """The backends that are registered in an interpreter, whether they can be loaded or not.
 
     Raises:
-        UsageError: it cannot be started, or its multibn cannot be found.
+        UsageError: it cannot be started.
     """
     try:
-        done = subprocess.run([python, "-c", _LIST], capture_output=True, text=True, timeout=START, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"--python {python} cannot be started: {reason}. Give the path of a Python interpreter.") from error
-    return done.stdout.split()
+        return ask(python, _LIST).split()
+    except subprocess.CalledProcessError as error:
+        raise UsageError(f"--python {python} is no Python interpreter: it ended with code {error.returncode}.") from error
 
 
 def backend(name: str, python: str) -> Backend:
