@@ -20,7 +20,7 @@ test: .venv/ready lint test-jax
 	$(PY) -m pytest -n auto --cov --cov-report=term-missing:skip-covered
 
 test-jax: .venv-jax/ready  # JAX needs NumPy 2, MXNet NumPy 1
-	$(PY_JAX) -m pytest -n auto tests/with_jax
+	$(PY_JAX) -m pytest -n auto tests/with_jax 'tests/test_docs.py::test_the_blocks_of_a_page[docs/jax.md]'
 
 quick: .venv/ready  # in under a minute: lint of what changed, the quick cases, the tests that need no framework and no process
 	files=$$(git diff --name-only --diff-filter=d HEAD -- '*.py'; git ls-files -o --exclude-standard '*.py'); \
