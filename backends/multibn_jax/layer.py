@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.nnx.nn.dtypes import canonicalize_dtype
 
 from multibn.layer.inputs import objection
 from multibn.layer.nonfinite import PoisonedBatch, poisoned, poisoned_channels
 from multibn.layer.types import PARAMETER_TYPE
 from multibn.spec.batchnorm import BatchNormSpec, spec_text
 
+from .compat import canonicalize_dtype
 from .formulas import How
 from .function import IMPLEMENTATIONS, batch_norm
 

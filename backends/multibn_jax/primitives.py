@@ -18,7 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import formulas, handler
-from .compat import Primitive, ad, batching, mlir, typed_like
+from .compat import (
+    Primitive,
+    Zero,
+    instantiate_zeros,
+    is_undefined_primal,
+    lower_fun,
+    primitive_batchers,
+    primitive_jvps,
+    primitive_transposes,
+    register_lowering,
+    typed_like,
+)
 from .formulas import How, parameter_type
 
 
@@ -34,9 +45,9 @@ def _primitive(name: str, types: Callable[..., Any], kernel: Callable[..., Any] 
     made.multiple_results = True
     made.def_impl(jax.jit(made.bind, static_argnames="how"))
     made.def_abstract_eval(lambda *avals, how: [typed_like(avals[0], *each) for each in types(*avals)])
-    mlir.register_lowering(made, mlir.lower_fun(formula, multiple_results=True))
+    register_lowering(made, lower_fun(formula, multiple_results=True))
     if kernel is not None:
-        mlir.register_lowering(made, mlir.lower_fun(kernel, multiple_results=True), platform="cpu")
+        register_lowering(made, lower_fun(kernel, multiple_results=True), platform="cpu")
 
     def batched(arguments: Sequence[Any], axes: Sequence[int | None], *, how: How) -> tuple[Any, list[int]]:
         size = next(a.shape[i] for a, i in zip(arguments, axes, strict=True) if i is not None)
@@ -47,7 +58,7 @@ def _primitive(name: str, types: Callable[..., Any], kernel: Callable[..., Any] 
         out = made.bind(*each, how=how)
         return out, [0] * len(out)
 
-    batching.primitive_batchers[made] = batched
+    primitive_batchers[made] = batched
     return made
 
 
@@ -78,7 +89,7 @@ def _forward_jvp(primals: Any, tangents: Any, *, how: How) -> Any:
     constant = [_zero(a) for a in out]
     if _all_zero(tangents[:5]):
         return out, constant
-    linear = [ad.instantiate_zeros(t) for t in tangents[:5]]
+    linear = [instantiate_zeros(t) for t in tangents[:5]]
     (dy,) = _tangent.bind(*linear, *primals[:5], out[1], how=how)
     return out, (dy, *constant[1:])
 
@@ -104,9 +115,9 @@ def _tangent_jvp(primals: Any, tangents: Any, *, how: How) -> Any:
     out = _tangent.bind(*primals, how=how)
     moved = []
     if not _all_zero(tangents[:5]):
-        moved += _tangent.bind(*(ad.instantiate_zeros(t) for t in tangents[:5]), *kept, how=how)
+        moved += _tangent.bind(*(instantiate_zeros(t) for t in tangents[:5]), *kept, how=how)
     if not _all_zero(tangents[5:10]):
-        along = tuple(ad.instantiate_zeros(t) for t in tangents[5:10])
+        along = tuple(instantiate_zeros(t) for t in tangents[5:10])
         moved += jax.jvp(lambda *a: _tangent_by_formula(*linear, *a, how=how), tuple(kept[:5]), along)[1]
     return out, [moved[0] + moved[1] if len(moved) == 2 else moved[0] if moved else _zero(out[0])]
 
@@ -114,14 +125,14 @@ def _tangent_jvp(primals: Any, tangents: Any, *, how: How) -> Any:
 def _tangent_transpose(cotangents: Any, *arguments: Any, how: How) -> Any:
     (dy,) = cotangents
     nothing = [None] * len(arguments)
-    if isinstance(dy, ad.Zero):
+    if isinstance(dy, Zero):
         return nothing
     gamma, var = arguments[6], arguments[9]
     dx, dgamma, dbeta = _backward.bind(dy, *arguments[5:], how=how)
     invstd = jax.lax.rsqrt(var + how.eps)
     moving = [jnp.zeros_like(var)] * 2 if how.use_batch else [-gamma * invstd * dbeta, -0.5 * gamma * invstd**2 * dgamma]
     found = [dx, dgamma, dbeta, *moving]
-    return [each if ad.is_undefined_primal(a) else None for each, a in zip(found, arguments[:5], strict=True)] + nothing[5:]
+    return [each if is_undefined_primal(a) else None for each, a in zip(found, arguments[:5], strict=True)] + nothing[5:]
 
 
 # backward: dy, x, gamma, beta, mean, var, statistics -> dx, dgamma, dbeta
@@ -149,20 +160,20 @@ def _backward_jvp(primals: Any, tangents: Any, *, how: How) -> Any:
     out = _backward.bind(*primals, how=how)
     if _all_zero(tangents[:6]):
         return out, [_zero(each) for each in out]
-    along = tuple(ad.instantiate_zeros(t) for t in tangents[:6])
+    along = tuple(instantiate_zeros(t) for t in tangents[:6])
     return out, list(jax.jvp(partial(formulas.gradients, how=how), tuple(primals[:6]), along)[1])
 
 
-ad.primitive_jvps.update({_forward: _forward_jvp, _tangent: _tangent_jvp, _backward: _backward_jvp})
-ad.primitive_transposes[_tangent] = _tangent_transpose
+primitive_jvps.update({_forward: _forward_jvp, _tangent: _tangent_jvp, _backward: _backward_jvp})
+primitive_transposes[_tangent] = _tangent_transpose
 
 
 def _zero(like: Any) -> Any:
-    return ad.Zero(jax.typeof(like).to_tangent_aval())
+    return Zero(jax.typeof(like).to_tangent_aval())
 
 
 def _all_zero(tangents: Sequence[Any]) -> bool:
-    return all(isinstance(t, ad.Zero) for t in tangents)
+    return all(isinstance(t, Zero) for t in tangents)
 
 
 def _shaped(types: Any) -> Any:
