@@ -40,23 +40,24 @@ def torch() -> State:
 
     from multibn_torch import BatchNorm2d
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     norms = [BatchNorm2d(n) for n in (1, 8, 16)]
     convolutions = [torch.nn.Conv2d(given, features, 3, padding=1, bias=False) for given, features in WIDTHS]
     linear = torch.nn.Linear(WIDTHS[-1][1], 10)
+    layers: list[torch.nn.Module] = [*norms, *convolutions, linear]
     with torch.no_grad():
-        for layer, weight in zip((*convolutions, linear), weights(), strict=True):
-            layer.weight.copy_(torch.from_numpy(weight))
+        for layer, weight in zip(layers[len(norms) :], weights(), strict=True):
+            layer.weight.copy_(torch.from_numpy(weight))  # type: ignore[operator, union-attr]
         linear.bias.zero_()
-    parameters = [p for layer in (*norms, *convolutions, linear) for p in layer.parameters()]
-    optimizer = torch.optim.SGD(parameters, RATE)
+    parameters = [p for layer in layers for p in layer.parameters()]
     for x, labels in batches():
         y = norms[0](torch.from_numpy(x))
         for convolution, norm in zip(convolutions, norms[1:], strict=True):
             y = torch.relu(norm(convolution(y)))
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(linear(y.mean((2, 3))), torch.from_numpy(labels).long()).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        loss = torch.nn.functional.cross_entropy(linear(y.mean((2, 3))), torch.from_numpy(labels).long())
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter -= RATE * gradient
     names = ("weight", "bias", "running_mean", "running_var")
     return {f"{i}.{name}": getattr(norm, name).detach().numpy() for i, norm in enumerate(norms) for name in names}
 

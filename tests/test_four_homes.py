@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from itertools import combinations
@@ -28,7 +29,9 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     folder, found = tmp_path_factory.mktemp("homes"), {}
     for name in HOMES:
         python, out = JAX if name == "jax" else sys.executable, folder / f"{name}.npz"
-        subprocess.run([python, TESTS / "four_homes.py", name, out], check=True, timeout=300)
+        subprocess.run(
+            [python, TESTS / "four_homes.py", name, out], check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         with np.load(out) as file:
             found[name] = dict(file)
     return found
