@@ -20,8 +20,8 @@ PARTS: Final = {
     "jax.interpreters.mlir:register_lowering": "compile under jit",
     "flax.nnx.nn.dtypes:canonicalize_dtype": "give y the type that Flax gives it",
 }
-"""``module:name`` -> what multibn_jax cannot do without it. XLA's call frame is described in ``handler``, which checks its sizes in
-each call. How an abstract value tells the axes of a ``shard_map`` is below."""
+"""``module:name`` -> what multibn_jax cannot do without it. XLA's call frame is described in ``handler``, which checks its sizes
+in each call. How an abstract value tells the axes of a ``shard_map`` is below."""
 
 
 def part(place: str) -> Any:
