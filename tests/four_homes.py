@@ -44,10 +44,10 @@ def torch() -> State:
     norms = [BatchNorm2d(n) for n in (1, 8, 16)]
     convolutions = [torch.nn.Conv2d(given, features, 3, padding=1, bias=False) for given, features in WIDTHS]
     linear = torch.nn.Linear(WIDTHS[-1][1], 10)
-    layers: list[torch.nn.Module] = [*norms, *convolutions, linear]
+    layers: list[Any] = [*norms, *convolutions, linear]
     with torch.no_grad():
         for layer, weight in zip(layers[len(norms) :], weights(), strict=True):
-            layer.weight.copy_(torch.from_numpy(weight))  # type: ignore[operator, union-attr]
+            layer.weight.copy_(torch.from_numpy(weight))
         linear.bias.zero_()
     parameters = [p for layer in layers for p in layer.parameters()]
     for x, labels in batches():
