@@ -140,6 +140,7 @@ def described(its: Any) -> dict[str, Any]:
         "whitens": its.whitening is not None,
         "no_whitening": list(its.no_whitening),
         "title": its.title,
+        "exact_on": list(its.exact_on),
     }
 
 
