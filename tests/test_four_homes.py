@@ -48,7 +48,8 @@ def test_all_states_agree_after_20_steps(states: dict[str, dict[str, Any]]) -> N
 def test_training_changed_every_state(states: dict[str, dict[str, Any]]) -> None:
     for name, value in states["jax"].items():
         first = 1.0 if name.endswith(("weight", "running_var")) else 0.0
-        assert np.abs(value - first).max() > 1e-3, name
+        if name != "0.weight":  # the next BatchNorm undoes a scale of the whole input, so this has no gradient
+            assert np.abs(value - first).max() > 10 * BOUND * np.abs(value).max(), name
 
 
 def test_the_first_layers_statistics_have_the_same_bits(states: dict[str, dict[str, Any]]) -> None:
