@@ -1,20 +1,27 @@
 PY := .venv/bin/python
+PY_JAX := .venv-jax/bin/python
 QUICK := tests/test_array.py tests/test_dialects.py tests/test_identity.py tests/test_layer_messages.py tests/test_memory.py \
 	tests/test_reference.py tests/test_spec.py tests/test_threads.py
 
 PYTHON ?= python3
 
-.PHONY: atlas conform fuzz gpu lint quick soak test versions
+.PHONY: atlas conform environments fuzz gpu lint quick soak test test-jax versions
 
-conform: .venv/ready
-	.venv/bin/multibn conform
+conform: environments
+	.venv/bin/multibn conform --python $(PY_JAX)
 	.venv/bin/multibn conform --ranks 3
+
+environments:  # both at the same time
+	$(MAKE) -j2 .venv/ready .venv-jax/ready
 
 atlas: .venv/ready
 	$(PY) -m multibn_conformance.atlas.make
 
-test: .venv/ready lint
+test: .venv/ready lint test-jax
 	$(PY) -m pytest -n auto --cov --cov-report=term-missing:skip-covered
+
+test-jax: .venv-jax/ready  # JAX needs NumPy 2, MXNet NumPy 1
+	$(PY_JAX) -m pytest -n auto tests/with_jax 'tests/test_docs.py::test_the_blocks_of_a_page[docs/jax.md]'
 
 quick: .venv/ready  # in under a minute: lint of what changed, the quick cases, the tests that need no framework and no process
 	files=$$(git diff --name-only --diff-filter=d HEAD -- '*.py'; git ls-files -o --exclude-standard '*.py'); \
@@ -23,7 +30,7 @@ quick: .venv/ready  # in under a minute: lint of what changed, the quick cases, 
 	.venv/bin/multibn conform --quick
 	$(PY) -m pytest -q -n auto -p no:cacheprovider $(QUICK)
 
-versions: .venv/ready  # the tests that need no framework on other Pythons, and PyTorch's with the newest NumPy
+versions: .venv/ready  # the tests that need no framework on other Pythons, PyTorch's with the newest NumPy, JAX's with another JAX
 	PATH="$$PATH:$$(echo $$HOME/.pyenv/versions/3.1*/bin | tr ' ' ':')" .venv/bin/nox  # pyenv's Pythons too
 
 gpu:  # on a machine with a GPU, PyTorch and NumPy; nothing is installed or fetched
@@ -55,4 +62,9 @@ lint: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-jax/ready: pyproject.toml constraints-jax.txt
+	test -x $(PY_JAX) || python3 -m venv .venv-jax
+	$(PY_JAX) -m pip install --disable-pip-version-check -q -c constraints-jax.txt -e '.[dev-jax]'
 	touch $@

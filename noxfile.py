@@ -1,7 +1,8 @@
 """Run the tests with other versions than those of constraints.txt: ``make versions``.
 
 ``tests-3.N`` runs what needs no framework on each Python that the machine has, with the newest NumPy and Numba there;
-``torch`` runs PyTorch's tests too, on this Python. A Python that is absent is skipped by name.
+``torch`` runs PyTorch's tests too, and ``jax`` JAX's with another version of it, on this Python. A Python that is absent is
+skipped by name.
 """
 
 from __future__ import annotations
@@ -38,3 +39,11 @@ def torch(session: nox.Session) -> None:
     session.install(".", "torch==2.13.0", "expecttest", "jinja2", *TOOLS)
     _report(session)
     session.run("python", "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *PLAIN, *TORCH, *session.posargs)
+
+
+@nox.session(python="3.11")
+def jax(session: nox.Session) -> None:
+    """JAX's tests with the minor version of JAX before that of constraints-jax.txt."""
+    session.install("-e", ".[dev-jax]", "jax==0.9.*")
+    session.run("python", "-c", "import jax, flax, numpy; print(jax.__version__, flax.__version__, numpy.__version__)")
+    session.run("python", "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "tests/with_jax", *session.posargs)

@@ -30,6 +30,7 @@ SMALLER = {
 
 NOT_RUN = {
     "pip install": "the wheel is installed into an empty environment by test_wheel.py",
+    "multibn conform --backend jax": "make conform judges JAX in its environment",
     "make": "make is asked whether it knows the target",
     "multibn bench --model": "test_bench.py trains the networks, on tiny images",
 }

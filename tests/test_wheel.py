@@ -71,7 +71,7 @@ def run(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_wheel_has_all_packages_and_their_data(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for package in ("multibn", "multibn_torch", "multibn_mxnet", "multibn_conformance"):
+    for package in ("multibn", "multibn_torch", "multibn_mxnet", "multibn_jax", "multibn_conformance"):
         assert {f"{package}/__init__.py", f"{package}/py.typed"} <= names
     assert "multibn/article/page/article.html.j2" in names
     assert "multibn_conformance/reports/page/report.html.j2" in names

@@ -20,7 +20,10 @@ def conform(
     clause: Annotated[list[str] | None, typer.Option(help="Run the cases of this clause, such as BN-05.")] = None,
     subject: Annotated[str | None, typer.Option(metavar="MODULE:MAKE", help="Judge this one: docs/judge-your-own.md.")] = None,
     spec: Annotated[str | None, typer.Option(help="The --subject's fixed parameters: a dialect's name or JSON.")] = None,
-    python: Annotated[str | None, typer.Option(help="The interpreter that runs the --subject.")] = None,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(help="An interpreter that runs the --subject, or the backends that this one cannot load. May be repeated."),
+    ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that a call of the --subject may take; 20.")] = None,
     precision: Annotated[str | None, typer.Option(help="What the --subject promises: working (its type's) or exact.")] = None,
     own: Annotated[
@@ -79,12 +82,12 @@ def conform(
         no_meaning = {"--subject": subject, "--spec": spec, "--precision": precision, "--timeout": timeout}
         frameworks.alone({**no_meaning, **files, "--self-test": self_test or None})
         chosen = cases if random is None else range(seed, seed + random)
-        raise typer.Exit(frameworks.run(chosen, backend or (), python, device or (), Console()))
-    theirs = external.judged(subject, cases, spec, python, timeout, precision, backend or (), device or ())
+        raise typer.Exit(frameworks.run(chosen, backend or (), external.single(python), device or (), Console()))
+    theirs = external.judged(subject, cases, spec, python or (), timeout, precision, backend or (), device or ())
     if theirs is not None:
         judged, absent, cases = [theirs.candidate], theirs.absent, theirs.cases
     else:
-        judged, absent = candidates(backend or (), device or ())
+        judged, absent = candidates(backend or (), device or (), python or ())
     if not judged:
         raise UsageError(f"nobody to judge: {'; '.join(f'{each.name}: {each.reason}' for each in absent) or 'no backend'}.")
     console = Console()

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from .subjects.backends import Absent, Candidate
     from .whitening.case import WhiteningCase
 
-OPTIONS = ("--backend", "--device", "--case", "--clause")
+OPTIONS = ("--backend", "--device", "--case", "--clause", "--python")
 
 SEEDS = 10
 """Random cases for each subject, unless ``--random`` says otherwise; none where fixed cases are chosen."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--backend``, ``--device``, ``--case``, ``--clause``, ``--quick``, ``--random`` and ``--seed``, as ``multibn conform`` has
-    them; random cases run besides the fixed ones.
+    """``--backend``, ``--device``, ``--case``, ``--clause``, ``--python``, ``--quick``, ``--random`` and ``--seed``, as
+    ``multibn conform`` has them; random cases run besides the fixed ones.
     """
     group = parser.getgroup("multibn conformance")
     for name, what in (
@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("device", "judge on this device; it must be there"),
         ("case", "run this case, or the cases that match this pattern"),
         ("clause", "run the cases of this clause"),
+        ("python", "an interpreter for the backends that this one cannot load"),
     ):
         group.addoption(f"--{name}", action="append", default=[], metavar="NAME", help=f"{what} (may be repeated)")
     group.addoption("--quick", action="store_true", help="run the few fixed cases that catch every known defect")
@@ -56,10 +57,10 @@ def chosen_by(config: pytest.Config) -> tuple[list[Candidate], list[Absent], lis
     from .subjects.backends import candidates
     from .whitening.select import split
 
-    backends, devices, ids, clauses = (config.getoption(name) for name in OPTIONS)
+    backends, devices, ids, clauses, pythons = (config.getoption(name) for name in OPTIONS)
     cases, of, whitening = split(ids, clauses, other_tier(config))
     none = (ids or clauses) and whitening and not (cases or of)
-    return *candidates(backends, devices), [] if none else chosen_cases(CASES, cases, of, config.getoption("--quick"))
+    return *candidates(backends, devices, pythons), [] if none else chosen_cases(CASES, cases, of, config.getoption("--quick"))
 
 
 def whitening_by(config: pytest.Config) -> tuple[list[Candidate], list[WhiteningCase]]:
@@ -67,8 +68,8 @@ def whitening_by(config: pytest.Config) -> tuple[list[Candidate], list[Whitening
     from .subjects.backends import candidates
     from .whitening.select import split
 
-    backends, devices, ids, clauses = (config.getoption(name) for name in OPTIONS)
-    able = [each for each in candidates(backends, devices)[0] if each.whitens]
+    backends, devices, ids, clauses, pythons = (config.getoption(name) for name in OPTIONS)
+    able = [each for each in candidates(backends, devices, pythons)[0] if each.whitens]
     return able, split(ids, clauses, other_tier(config))[2]
 
 

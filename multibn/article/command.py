@@ -10,12 +10,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from multibn.interpreters import elsewhere
 from multibn.usage import needed
 
 
 def article(
     out: Annotated[Path, typer.Option(help="The page.")] = Path("article.html"),
-    framework: Annotated[list[str] | None, typer.Option(help="Train in torch or mxnet. May be repeated.")] = None,
+    framework: Annotated[list[str] | None, typer.Option(help="Train in torch, mxnet or jax. May be repeated.")] = None,
+    python: Annotated[list[str] | None, typer.Option(help="An interpreter for frameworks that this one lacks.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few seeds and steps, to see that it works; nothing to judge by.")
     ] = False,
@@ -26,9 +28,11 @@ def article(
     """
     with needed("article", "article"):
         from . import page, plan, run
-    frameworks = run.check(framework or (), out)
+    others = elsewhere(framework or run.modules(), python or ())
+    frameworks = run.check(framework or (), out, others)
     try:
-        page.write(out, frameworks, plan.QUICK if quick else plan.FULL, shlex.join(["multibn", *sys.argv[1:]]), Console())
+        command = shlex.join(["multibn", *sys.argv[1:]])
+        page.write(out, frameworks, plan.QUICK if quick else plan.FULL, command, Console(), others)
     except ChildProcessError as error:
         typer.echo(f"multibn: {error}", err=True)
         raise typer.Exit(1) from None

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,6 +20,7 @@ from rich.console import Console
 
 import multibn
 from multibn import identity
+from multibn.interpreters import Elsewhere
 from multibn.numpy_backend import BACKEND
 
 from . import facts, pictures, statements, train, verdicts
@@ -42,14 +44,21 @@ SECTIONS: Final = {
 """The statements, in the article's order."""
 
 
-def write(out: Path, frameworks: Sequence[str], plan: Plan, command: str, console: Console) -> None:
-    """Run everything, write the page, and print what the claims came to.
+def write(
+    out: Path,
+    frameworks: Sequence[str],
+    plan: Plan,
+    command: str,
+    console: Console,
+    others: Mapping[str, Elsewhere] = MappingProxyType({}),
+) -> None:
+    """Run everything, write the page, and print what the claims came to; ``others`` are the frameworks of other interpreters.
 
     Raises:
         ChildProcessError: a framework's process failed; nothing is written then.
     """
     start = time.perf_counter()
-    studies = run(frameworks, plan, console)
+    studies = run(frameworks, plan, console, others)
     text, claims = page(studies, plan, time.perf_counter() - start, command)
     out.write_text(text, encoding="utf-8")
     for claim, verdict in claims.items():

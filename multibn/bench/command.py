@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
+from multibn.interpreters import elsewhere
 from multibn.usage import UsageError
 
 
 def bench(
-    framework: Annotated[list[str] | None, typer.Option(help="Measure in torch or mxnet. May be repeated.")] = None,
+    framework: Annotated[list[str] | None, typer.Option(help="Measure in torch, mxnet or jax. May be repeated.")] = None,
+    python: Annotated[list[str] | None, typer.Option(help="An interpreter for frameworks that this one lacks.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Train densenet121 or resnet18 instead. May be repeated.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few turns, to see that it works; no numbers to quote.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the times to this file.")] = None,
@@ -41,7 +43,8 @@ def bench(
         raise typer.Exit(not of_ranks.run(ranks, quick, json, command))
     if whitening and (picture or framework or model):
         raise UsageError("--whitening is measured in torch and draws no picture. Leave --framework, --model and --picture out.")
-    plan = run.check(["torch"] if whitening else framework or (), threads, json, picture, model or ())
+    others = elsewhere(framework or run.modules(), python or ())
+    plan = run.check(["torch"] if whitening else framework or (), threads, json, picture, model or (), others)
     if whitening:
         raise typer.Exit(not of_whitening.run(plan[2], quick, json, command))
-    raise typer.Exit(not run.run(*plan, quick, json, picture, command, model or ()))
+    raise typer.Exit(not run.run(*plan, quick, json, picture, command, model or (), others=others))

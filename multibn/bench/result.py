@@ -74,13 +74,14 @@ class Result:
     rounds: int
     rows: dict[str, list[Row]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     processor: str = field(default_factory=lambda: processor())
 
     @property
     def versions(self) -> dict[str, str]:
         """What took part."""
-        libraries = {name: version(name) for name in ("numpy", "numba", *self.rows)}
+        libraries = {name: self.elsewhere.get(name) or version(name) for name in ("numpy", "numba", *self.rows)}
         return {"multibn": __version__, "python": platform.python_version(), **libraries}
 
     @property

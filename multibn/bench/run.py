@@ -17,10 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from rich.console import Console
 
+from multibn.interpreters import Elsewhere
 from multibn.usage import UsageError
 
 from .inputs import MODELS
@@ -40,7 +42,12 @@ def modules() -> dict[str, str]:
 
 
 def check(
-    frameworks: Sequence[str], threads: int | None, json_file: Path | None, picture: Path | None, models: Sequence[str] = ()
+    frameworks: Sequence[str],
+    threads: int | None,
+    json_file: Path | None,
+    picture: Path | None,
+    models: Sequence[str] = (),
+    others: Mapping[str, Elsewhere] = MappingProxyType({}),
 ) -> tuple[list[str], dict[str, str], int]:
     """The frameworks to measure, those that are absent with the reason, and the threads.
 
@@ -49,6 +56,7 @@ def check(
         threads: as asked for; None for 2, or 1 where there is one processor.
         json_file, picture: what will be written.
         models: networks to train, in place of measuring the layers.
+        others: frameworks of other interpreters.
 
     Raises:
         UsageError: an unknown framework or network, a framework asked for that is not installed, none installed at all, an
@@ -71,7 +79,11 @@ def check(
             raise UsageError(f"{file} cannot be written, there is no folder {file.absolute().parent}: make it first.")
     if picture is not None and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--picture needs matplotlib, which is not installed: pip install 'multibn[conformance]'.")
-    absent = {name: f"not installed: pip install 'multibn[{name}]'" for name in known_frameworks if not _installed(name)}
+    absent = {
+        name: f"not installed: pip install 'multibn[{name}]'"
+        for name in known_frameworks
+        if not _installed(name) and name not in others
+    }
     for name in frameworks:
         if name in absent:
             raise UsageError(f"{name} is {absent[name]}.")
@@ -91,6 +103,7 @@ def run(
     command: str,
     models: Sequence[str] = (),
     inputs: Mapping[str, Sequence[Input]] | None = None,
+    others: Mapping[str, Elsewhere] = MappingProxyType({}),
 ) -> bool:
     """Measure, print the tables, write the files; False if a framework could not be measured.
 
@@ -101,14 +114,18 @@ def run(
         command: the line that asked for this, for the record.
         models: networks to train, in place of the layers' inputs.
         inputs: framework -> what is measured; None for what its studies say.
+        others: frameworks of other interpreters.
     """
     result = Result(command, threads, QUICK_ROUNDS if quick else MODEL_ROUNDS if models else ROUNDS, absent=dict(absent))
+    result.elsewhere = {name: its.version for name, its in others.items() if name in frameworks}
     console = Console()
     for framework in frameworks:
         rows = []
         try:
             with console.status(f"{framework} begins") as status:
-                for row in measure(framework, threads, result.rounds, models, None if inputs is None else inputs[framework]):
+                asked = None if inputs is None else inputs[framework]
+                python = others[framework].python if framework in others else sys.executable
+                for row in measure(framework, threads, result.rounds, models, asked, python):
                     rows.append(row)
                     status.update(f"{framework}: {len(rows)} done, last {row.input}")
         except ChildProcessError as error:
@@ -127,13 +144,19 @@ def run(
 
 
 def measure(
-    framework: str, threads: int, rounds: int, models: Sequence[str] = (), inputs: Sequence[Input] | None = None
+    framework: str,
+    threads: int,
+    rounds: int,
+    models: Sequence[str] = (),
+    inputs: Sequence[Input] | None = None,
+    python: str = sys.executable,
 ) -> Iterator[Row]:
     """Measure a framework's layers in a process of its own, one row after the other.
 
     Args:
         models: networks to train, in place of the layers.
         inputs: what is measured; None for what the framework's studies say.
+        python: the interpreter that has the framework.
 
     Raises:
         ChildProcessError: the process failed; its output went to stderr.
@@ -141,7 +164,7 @@ def measure(
     settings = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
     given = None if inputs is None else [asdict(each) for each in inputs]
     order = json.dumps({"inputs": given, "models": list(models), "threads": threads, "rounds": rounds})
-    command = [sys.executable, "-m", modules()[framework], order]
+    command = [python, "-m", modules()[framework], order]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **settings}) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -60,8 +60,8 @@ CLAUSES: Final[Mapping[str, str]] = {
         "same result within BN-16. Equal bits across memory layouts are not promised."
     ),
     "BN-15": (
-        "Reproducible: on CPU the same input gives the same bits in NumPy, PyTorch and MXNet, for every number of threads, in "
-        "every run, and on every IEEE-754 machine. The order of summation is therefore part of the specification: samples of "
+        "Reproducible: on CPU the same input gives the same bits in NumPy, PyTorch, MXNet and JAX, for every number of threads, "
+        "in every run, and on every IEEE-754 machine. The order of summation is therefore part of the specification: samples of "
         f"C*S <= {LANES // 2} values are joined, {LANES}//(C*S) or N//{JOINED} at a time, whichever is less; each row of S "
         f"values lies in ceil(S/{LANES}) chunks of equal length (the last may be shorter); {BLOCK} chunks at a time are added "
         "position by position, the joined samples folded in halves, then the positions, then the sums of these blocks. "

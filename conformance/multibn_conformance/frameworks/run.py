@@ -18,22 +18,12 @@ from multibn.usage import UsageError
 from multibn_conformance.cases.case import Case
 from multibn_conformance.judging.perform import Make
 from multibn_conformance.subjects.backends import Absent
-from multibn_conformance.subjects.outside import Broken, Outside
+from multibn_conformance.subjects.outside import Broken, LongLived
 from multibn_conformance.usage import chosen
 
 from .dialect import Compared, compared
 from .own import Own, on_the_path
 from .registry import ALL
-
-PATIENCE = 120.0
-"""Seconds for a call: the first of a kind compiles, in JAX."""
-
-
-class Framework(Outside):
-    """A framework's process. It may grow: JAX keeps what it compiled for each shape, which is no leak of BatchNorm's."""
-
-    def _check_growth(self, method: str) -> None:
-        """Not checked."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +42,14 @@ class Judged:
 
 
 @contextmanager
-def running(own: Own, python: str = sys.executable, device: str = "cpu") -> Iterator[Framework]:
+def running(own: Own, python: str = sys.executable, device: str = "cpu") -> Iterator[LongLived]:
     """Its process.
 
     Raises:
         UsageError: this interpreter, or this device, does not have it.
     """
     with on_the_path(), ExitStack() as stack:
-        process = Framework(own.subject, python, device, PATIENCE)
+        process = LongLived(own.subject, python, device)
         stack.enter_context(process)
         try:
             process.make(3, None)

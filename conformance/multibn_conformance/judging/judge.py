@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from multibn.spec.clauses import CLAUSES
@@ -44,7 +44,13 @@ class Judgement:
 
 def judge(candidate: Candidate, case: Case) -> Judgement:
     """Run a case on a new subject. Whatever it does wrong, an exception of its own included, becomes the judgement."""
-    return judge_maker(candidate.make, case, candidate.name, candidate.precision)
+    judgement = judge_maker(candidate.make, case, candidate.name, candidate.precision)
+    return again(judgement, candidate.again("--case", case.id))
+
+
+def again(judgement: Judgement, command: str | None) -> Judgement:
+    """The judgement, with the command that runs its case again, if there is one, in place of Python."""
+    return replace(judgement, snippet=command) if command and judgement.snippet else judgement
 
 
 def judge_maker(make: Make, case: Case, name: str, precision: Arithmetic, hints: bool = True) -> Judgement:

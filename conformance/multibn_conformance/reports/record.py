@@ -17,7 +17,8 @@ from multibn.whitening import spec as whitening
 from multibn_conformance.cases.case import Case, Step
 from multibn_conformance.judging.judge import Judgement
 from multibn_conformance.judging.measure import evidence, number
-from multibn_conformance.subjects.backends import GROUP, Absent, Candidate
+from multibn_conformance.subjects.backends import Absent, Candidate
+from multibn_conformance.subjects.elsewhere import GROUP
 from multibn_conformance.whitening.case import WhiteningCase
 
 from . import curves
@@ -184,7 +185,10 @@ def _judgement(judgement: Judgement, candidate: Candidate, case: Case | Whitenin
 
 
 def _snippet(judgement: Judgement, candidate: Candidate) -> str:
-    """Python that runs a case again that did not fail, if it finds the subject."""
+    """What runs a case again that did not fail: Python, if it finds the subject, or the command for another interpreter's."""
+    command = candidate.again("--case", judgement.case)
+    if command is not None:
+        return command
     if candidate.backend.name not in {point.name for point in entry_points(group=GROUP)}:
         return ""
     return f"from multibn_conformance import reproduce\nprint(reproduce({judgement.subject!r}, {judgement.case!r}))"

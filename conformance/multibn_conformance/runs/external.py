@@ -35,7 +35,7 @@ def judged(
     name: str | None,
     cases: Sequence[Case],
     spec: str | None = None,
-    python: str | None = None,
+    pythons: Sequence[str] = (),
     timeout: float | None = None,
     precision: str | None = None,
     backends: Sequence[str] = (),
@@ -46,17 +46,19 @@ def judged(
     Args:
         cases: those that were chosen.
         spec: its fixed parameters, a dialect's name or JSON; None: it takes any spec, and every case has its own.
+        pythons: the one interpreter that runs it, or none for this one; without a name they are the backends'.
         precision: what it promises: "working" (arithmetic of the input's type, in any order) if None, or "exact" (BN-15, BN-16).
 
     Raises:
         UsageError: one of these is wrong, or the subject cannot be imported.
     """
-    options = {"--subject": name, "--spec": spec, "--python": python, "--precision": precision}
+    options = {"--subject": name, "--spec": spec, "--precision": precision}
     if name is None:
         for option, value in {**options, "--timeout": timeout}.items():
             if value is not None:
                 raise UsageError(f"{option} is about a --subject, and there is none. Name it: --subject package.module:make")
         return None
+    python = options["--python"] = single(pythons)
     if precision not in (None, "working", "exact"):
         raise UsageError(f"--precision must be working or exact, got {precision!r}.")
     if backends or len(devices) > 1:
@@ -77,6 +79,17 @@ def judged(
     absent = [Absent(candidate.name, f"{_some(ids)}: {reason}") for reason, ids in others.items()]
     told = [part for option, value in options.items() if value is not None for part in (option, value)]
     return Judged(candidate, fit, absent, shlex.join(["multibn", "conform", *told]))
+
+
+def single(pythons: Sequence[str] | None) -> str | None:
+    """The one interpreter of ``--python``, where only one has a meaning, or None.
+
+    Raises:
+        UsageError: there are several.
+    """
+    if pythons and len(pythons) > 1:
+        raise UsageError(f"one --python runs a subject, and the frameworks' own: got {', '.join(pythons)}. Leave the others out.")
+    return pythons[0] if pythons else None
 
 
 def _some(ids: list[str]) -> str:

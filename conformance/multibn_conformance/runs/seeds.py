@@ -48,6 +48,7 @@ def judge_seed(
     case = wrong[-1] if wrong else seen[-1]
     judgement = judge(candidate, case)
     name = f"{case.clause}-random-{number}"
+    command = command or candidate.again()
     snippet = judgement.snippet and (f"{command} --random 1 --seed {number}" if command else code_of(candidate.name, case))
     message = judgement.message.replace(f"{case.id}: ", f"{name}: ", 1)
     return replace(case, id=name), replace(judgement, case=name, message=message, snippet=snippet)

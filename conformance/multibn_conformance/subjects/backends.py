@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from multibn.backend import Backend, Precision, Subject
 from multibn.spec.batchnorm import BatchNormSpec
 from multibn.usage import UsageError
 from multibn_conformance.usage import chosen
 
-GROUP = "multibn.backends"
+from . import elsewhere
+from .elsewhere import GROUP
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation of a backend on one device."""
+    """One implementation of a backend on one device; ``python``: the interpreter that has it, None for this one."""
 
     backend: Backend = field(repr=False)
     implementation: str
     device: str
+    python: str | None = None
 
     @property
     def name(self) -> str:
@@ -44,6 +47,13 @@ class Candidate:
         """A subject of its own."""
         return self.backend.make(num_features, spec, self.device, self.implementation)
 
+    def again(self, *options: str) -> str | None:
+        """The command that judges it once more, where it is another interpreter's."""
+        if self.python is None:
+            return None
+        name = ["--backend", self.backend.name, "--device", self.device, "--python", self.python]
+        return shlex.join(["multibn", "conform", *name, *options])
+
 
 @dataclass(frozen=True)
 class Absent:
@@ -53,47 +63,65 @@ class Absent:
     reason: str
 
 
-def backends(names: Sequence[str] = ()) -> tuple[list[Backend], list[Absent]]:
-    """The backends of these names (all if none is given) that load, and those that do not.
+def backends(names: Sequence[str] = (), pythons: Sequence[str] = ()) -> tuple[list[tuple[Backend, str | None]], list[Absent]]:
+    """The backends of these names (all if none is given), each with the interpreter that has it, None for this one; and those
+    that none can load.
+
+    Args:
+        names: backends or patterns of them.
+        pythons: other interpreters, for the backends that cannot be loaded here; the first that can loads it.
 
     Raises:
-        UsageError: an unknown name, or a backend that was asked for by its name cannot be loaded.
+        UsageError: an unknown name, a backend that was asked for by its name cannot be loaded, or no such interpreter.
     """
     points = {point.name: point for point in entry_points(group=GROUP)}
-    loaded: list[Backend] = []
+    there = {python: elsewhere.names(python) for python in pythons}
+    loaded: list[tuple[Backend, str | None]] = []
     absent: list[Absent] = []
-    for name in chosen("backend", names, list(points)):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what a framework says while it is imported is not the user's to mend
-                backend = points[name].load()
-        except Exception as error:
-            reason = f"{points[name].value} cannot be loaded: {type(error).__name__}: {error}"
-            if name in names:
-                raise UsageError(f"backend {name!r} was asked for, but {reason}. Install what it needs.") from error
-            absent.append(Absent(name, reason))
+    for name in chosen("backend", names, list(dict.fromkeys([*points, *(each for its in there.values() for each in its)]))):
+        reasons = []
+        for python in [None] * (name in points) + [each for each in pythons if name in there[each]]:
+            try:
+                loaded.append((_load(points[name]) if python is None else elsewhere.backend(name, python), python))
+                break
+            except Exception as error:
+                reasons.append(
+                    f"{points[name].value} cannot be loaded: {type(error).__name__}: {error}" if python is None else str(error)
+                )
         else:
-            loaded.append(backend)
+            reason = "; ".join(reasons)
+            if name in names:
+                raise UsageError(f"backend {name!r} was asked for, but {reason}. Install what it needs.")
+            absent.append(Absent(name, reason))
     return loaded, absent
 
 
-def candidates(names: Sequence[str] = (), devices: Sequence[str] = ()) -> tuple[list[Candidate], list[Absent]]:
-    """Who is judged, and who is not.
+def _load(point: EntryPoint) -> Backend:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a framework says while it is imported is not the user's to mend
+        backend: Backend = point.load()
+    return backend
+
+
+def candidates(
+    names: Sequence[str] = (), devices: Sequence[str] = (), pythons: Sequence[str] = ()
+) -> tuple[list[Candidate], list[Absent]]:
+    """Who is judged, and who is not; the arguments are those of ``backends``, and the devices to judge on.
 
     Raises:
         UsageError: as for ``backends``; or a device that was asked for is not present.
     """
-    loaded, absent = backends(names)
-    present = {backend.name: tuple(backend.devices()) for backend in loaded}
+    loaded, absent = backends(names, pythons)
+    present = {backend.name: tuple(backend.devices()) for backend, _ in loaded}
     everywhere = list(dict.fromkeys(device for its in present.values() for device in its))
     wanted = chosen("device", devices, everywhere)
     found = []
-    for backend in loaded:
+    for backend, python in loaded:
         for device in present[backend.name]:
             for implementation, precision in backend.implementations.items():
                 if device not in wanted:
                     continue
-                candidate = Candidate(backend, implementation, device)
+                candidate = Candidate(backend, implementation, device, python)
                 if precision == "exact" and device.partition(":")[0] not in backend.exact_on:
                     where = " and ".join(backend.exact_on)
                     absent.append(Absent(candidate.name, f"exact implementations run on {where}"))

@@ -78,8 +78,11 @@ class Outside:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def make(self, num_features: int, spec: BatchNormSpec | None) -> OutsideSubject:
+    def make(self, num_features: int, spec: BatchNormSpec | None, *how: str) -> OutsideSubject:
         """A new subject. It lives there as long as here.
+
+        Args:
+            how: of a backend, ``kind, device, implementation`` of ``worker.made_by``.
 
         Raises:
             Broken: it does not come back.
@@ -88,7 +91,7 @@ class Outside:
             self._start()
         self.made += 1
         gone, self.gone = self.gone, []
-        self.call("make", num_features, None if spec is None else spec.to_dict(), gone, of=self.made)
+        self.call("make", num_features, None if spec is None else spec.to_dict(), gone, *how, of=self.made)
         if self._base is None:
             self._base = self._resident()
             self.versions.update(self.call("versions"))
@@ -231,6 +234,20 @@ class Outside:
         if "No module named 'numpy'" in str(error) or "No module named numpy" in str(error):
             return f"{self.python} has no NumPy, which is all that it needs: {shlex.quote(self.python)} -m pip install numpy"
         return f"the subject {self.name} cannot be had: {error}"
+
+
+class LongLived(Outside):
+    """The process of a framework. It may grow: JAX keeps what it compiled for each shape, which is no leak of BatchNorm's.
+
+    Args:
+        timeout: enough for the first call of a kind, which compiles in JAX.
+    """
+
+    def __init__(self, name: str, python: str = sys.executable, device: str = "cpu", timeout: float = 120.0) -> None:
+        super().__init__(name, python, device, timeout)
+
+    def _check_growth(self, method: str) -> None:
+        """Not checked."""
 
 
 class OutsideSubject:

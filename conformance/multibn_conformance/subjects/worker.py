@@ -117,6 +117,42 @@ def found(name: str) -> Any:
     return value
 
 
+BACKEND = "@"
+"""What a name begins with that is a backend's: an entry point of the group ``multibn.backends``, which needs multibn."""
+
+
+def backend(name: str) -> Any:
+    """The backend that is registered by this name. ImportError, or what its import raises, if it cannot be loaded."""
+    from importlib.metadata import entry_points
+
+    points = entry_points(group="multibn.backends", name=name)  # type: Any
+    for point in points:
+        return point.load()
+    raise ImportError(f"no backend {name!r} is registered")
+
+
+def described(its: Any) -> dict[str, Any]:
+    """A backend's fields, apart from its functions."""
+    return {
+        "versions": dict(its.versions),
+        "implementations": dict(its.implementations),
+        "devices": list(its.devices()),
+        "whitens": its.whitening is not None,
+        "no_whitening": list(its.no_whitening),
+        "title": its.title,
+        "exact_on": list(its.exact_on),
+    }
+
+
+def made_by(its: Any, num_features: int, spec: dict[str, Any], kind: str, device: str, implementation: str) -> Any:
+    """A backend's subject."""
+    if kind == "make":
+        return its.make(num_features, spec_of(spec), device, implementation)
+    from multibn.whitening.spec import WhiteningSpec
+
+    return its.whitening(num_features, WhiteningSpec(**spec), device, implementation)
+
+
 def _versions() -> dict[str, str]:
     versions = {"Python": platform.python_version(), "NumPy": np.__version__}
     for name in FRAMEWORKS:
@@ -130,8 +166,12 @@ def serve(name: str, device: str, requests: BinaryIO, answers: BinaryIO) -> None
     """Answer until the requests end. An answer is {"returned", "changed": the arrays of the call if the subject wrote into them}
     or {"raised": name of the class, message, whether it is an Exception: SystemExit is none}.
     """
+    its = None
     try:
-        make = found(name)
+        if name.startswith(BACKEND):
+            its = backend(name[len(BACKEND) :])
+        else:
+            make = found(name)
     except BaseException as error:
         send(answers, {"raised": _told(error)})
         return
@@ -148,10 +188,15 @@ def serve(name: str, device: str, requests: BinaryIO, answers: BinaryIO) -> None
                 if method == "make":
                     for gone in arguments[2]:
                         subjects.pop(gone, None)
-                    subjects[number] = make(arguments[0], spec_of(arguments[1]), device)
+                    if its is None:
+                        subjects[number] = make(arguments[0], spec_of(arguments[1]), device)
+                    else:
+                        subjects[number] = made_by(its, *arguments[:2], *arguments[3:])
                     returned = None
                 elif method == "versions":
                     returned = _versions()
+                elif method == "describe":
+                    returned = described(its)
                 else:
                     returned = getattr(subjects[number], method)(*arguments)
             answer = {"returned": returned}  # type: dict[str, Any]

@@ -11,7 +11,7 @@ from multibn.backend import Precision, Subject
 from multibn.layer.types import PARAMETER_TYPE, Array
 from multibn.whitening.spec import CLAUSES, WhiteningSpec
 from multibn_conformance.judging.compare import Error, both_none, type_and_shape
-from multibn_conformance.judging.judge import Judgement
+from multibn_conformance.judging.judge import Judgement, again
 from multibn_conformance.judging.perform import Wrong, array_from, call_subject, copies, same_bits
 from multibn_conformance.oracle.bounds import ulp
 from multibn_conformance.oracle.exact import Exact
@@ -33,7 +33,7 @@ def judge(candidate: Candidate, case: WhiteningCase) -> Judgement:
     def make(num_features: int, spec: WhiteningSpec) -> Subject:
         return whitening(num_features, spec, candidate.device, candidate.implementation)
 
-    return judge_maker(make, case, candidate.name, candidate.precision)
+    return again(judge_maker(make, case, candidate.name, candidate.precision), candidate.again("--case", case.id))
 
 
 def judge_maker(make: Make, case: WhiteningCase, name: str, precision: Precision) -> Judgement:

@@ -1,0 +1,1 @@
+"""What ``multibn bench`` and ``multibn article`` run in JAX."""
