@@ -73,7 +73,7 @@ def forked(backend: Backend, seed: int) -> str:
 def process(name: str, seeds: list[int]) -> list[str]:
     """``step`` of several seeds in a new process."""
     warnings.simplefilter("ignore")
-    (backend,) = backends([name])[0]
+    ((backend, _),) = backends([name])[0]
     return [step(backend, seed) for seed in seeds]
 
 
@@ -86,7 +86,7 @@ def resident() -> float:
 def main(seconds: float, first: int = 0) -> int:
     """Run until the time is over; 1 if a digest differs or memory grows."""
     warnings.simplefilter("ignore")
-    present = {each.name: each for each in backends()[0] if "kernel" in each.implementations}
+    present = {each.name: each for each, _ in backends()[0] if "kernel" in each.implementations}
     reference = present["numpy"]
     start, counts, differ = time.monotonic(), Counter[str](), []
     lock, seeds, base = threading.Lock(), iter(range(first, 1 << 60)), 0.0
