@@ -175,18 +175,37 @@ def test_only_where_a_relu_alone_takes_the_output() -> None:
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
-def test_a_model_that_cannot_be_traced_is_refused_and_left_alone() -> None:
-    class Untraceable(nn.Module):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm2d(3)
+class Untraceable(nn.Module):  # type: ignore[misc,name-defined]
+    """A part that can be traced, and a layer that it calls itself."""
 
-        def forward(self, x: Any) -> Any:
-            return self.bn(x) if x.sum() > 0 else x
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
 
-    model = Untraceable()
-    text = "fuse_relu=True needs a model that torch.fx can trace, got Untraceable: "
-    end = "Leave fuse_relu out, or swap the parts of the model that can be traced one by one."
-    with pytest.raises(ValueError, match=re.escape(text) + r".*\. " + re.escape(end) + "$"):
-        swap(model, fuse_relu=True)
-    assert type(model.bn) is nn.BatchNorm2d
+    def forward(self, x: Any) -> Any:
+        y = self.part(x)
+        return self.relu(self.bn(y)) if y.sum() > 0 else y
+
+
+def test_parts_that_can_be_traced_are_fused() -> None:
+    model, x = Untraceable(), torch.randn(4, 3, 5, 5)
+    plain = copy.deepcopy(model)
+    swap(plain)
+    result = swap(model, fuse_relu=True)
+    assert result == result.swapped == ["part.0", "bn"]
+    assert result.fused == ["part.0"]
+    assert list(result.skipped) == [""]
+    start = "torch.fx cannot trace Untraceable, so its own layers are not fused: "
+    assert re.match(re.escape(start) + "symbolically traced variables", result.skipped[""])
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_graph_that_was_traced_before_is_taken_as_it_is() -> None:
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), concrete_args=None)
+    model.graph.lint()
+    x = torch.randn(4, 3, 5, 5)
+    wanted = copy.deepcopy(model)
+    swap(wanted)
+    assert swap(model, fuse_relu=True).fused == ["0"]
+    assert torch.equal(model(x), wanted(x))

@@ -12,7 +12,9 @@ from .layers import BatchNorm2d as BatchNorm2d
 from .layers import BatchNorm3d as BatchNorm3d
 from .port import from_mxnet as from_mxnet
 from .recalibrate import recalibrate as recalibrate
+from .swap import Swapped as Swapped
 from .swap import swap as swap
+from .swap import unswap as unswap
 from .switches import freeze_affine as freeze_affine
 from .switches import freeze_statistics as freeze_statistics
 from .switches import use_moving_statistics as use_moving_statistics

@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from multibn import identity
 from multibn.layer.inputs import objection
 from multibn.spec.batchnorm import BatchNormSpec, spec_text
 
+from .compat import BatchNormBase, tracing_state
 from .forward.dispatch import normalise, rectify
 from .forward.eager import PARAMETER
 from .forward.formulas import How, Moving
@@ -35,7 +35,7 @@ ERRORS: dict[str, type[Exception]] = {
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class Layer(Switches, _BatchNorm):
+class Layer(Switches, BatchNormBase):
     """What the layers share: forward, the state's types, the text.
 
     ``implementation``: "kernel" (our kernel: the same bits on a CPU and, by Triton, on a CUDA device), "framework" (PyTorch's own
@@ -49,6 +49,7 @@ class Layer(Switches, _BatchNorm):
     implementation: Implementation = "auto"
     init: identity.Init = "standard"
     _began = False
+    _examined: Any = None  # where the kernel's gate found its tensors plain
     name: str = ""
     fuse_relu = False
     moving_variance: Literal["biased", "unbiased"] = "unbiased"
@@ -106,14 +107,16 @@ class Layer(Switches, _BatchNorm):
         use_batch = mean is None or (training and self.normalize_with == "batch")
         needs_batch = (update or use_batch) and mask is None
         size, kind, on_cpu = self.num_features, PARAMETER.get(input.dtype), input.is_cpu
-        if torch._C._get_tracing_state() is None and not (  # a tracer warns of every comparison
+        if tracing_state() is None and not (  # a tracer warns of every comparison
             input.dim() in self.ranks
             and input.shape[1] == size
             and (input.numel() > size or not needs_batch)
-            and (weight is None or (weight.dtype == kind and weight.numel() == size and weight.is_cpu is on_cpu))
-            and (bias is None or (bias.dtype == kind and bias.numel() == size and bias.is_cpu is on_cpu))
-            and (mean is None or (mean.dtype == kind and mean.numel() == size and mean.is_cpu is on_cpu))
+            and (weight is None or (weight.dtype == kind and weight.numel() == size))
+            and (bias is None or (bias.dtype == kind and bias.numel() == size))
+            and (mean is None or (mean.dtype == kind and mean.numel() == size))
             and (var is None or (var.dtype == kind and var.numel() == size))
+            and (on_cpu or all(t is None or t.is_cpu is on_cpu for t in (weight, bias, mean, var)))  # the kernel's gate looks too
+            and (mean is None) is (var is None)
         ):
             self._refuse(input, needs_batch)
             update = False  # nothing was wrong: the input is empty (BN-12)
@@ -169,6 +172,11 @@ class Layer(Switches, _BatchNorm):
         )
         if problem is not None:
             raise ERRORS[problem.kind](problem.message)
+        if (self.running_mean is None) is not (self.running_var is None):
+            raise RuntimeError(
+                "expected running_mean and running_var, or neither, got only "
+                f"{'running_var' if self.running_mean is None else 'running_mean'} (BN-05). Give both, or set both to None."
+            )
         for name, t in state.items():
             if t.is_cpu != x.is_cpu:
                 raise RuntimeError(

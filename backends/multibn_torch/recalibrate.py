@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from multibn.layer.types import Array
 from multibn.recalibration import WholeData, check_batches, inputs, layer_by_layer
 from multibn.sync.group import Group
+
+from .compat import BatchNormBase
 
 
 def recalibrate(
@@ -45,7 +46,7 @@ def recalibrate(
     """
     check_batches(batches)
     modules = dict(model.named_modules())
-    layers = [m for m in modules.values() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    layers = [m for m in modules.values() if isinstance(m, BatchNormBase) and m.running_mean is not None]
     modes = {name: module.training for name, module in modules.items()}
     before: list[Any] = [(t, t.clone()) for m in layers for t in (m.running_mean, m.running_var) if t is not None]
 

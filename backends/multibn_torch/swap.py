@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
+from torch.nn.modules.lazy import LazyModuleMixin
 
+from .compat import BatchNormBase
 from .forward.dispatch import rectified
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, check, keep_single
 
@@ -15,35 +17,55 @@ _OURS: dict[type[torch.nn.Module], type[Layer]] = {
 }
 
 
-def swap(model: torch.nn.Module, fuse_relu: bool = False) -> list[str]:
+class Swapped(list[str]):
+    """Names of the layers that ``swap`` made ours, in order, with what else it did.
+
+    Attributes:
+        swapped: the same names.
+        fused: names of the layers that return max(y, 0) now.
+        skipped: name -> why a BatchNorm of the model was left alone, or why nothing in a part of it was fused.
+    """
+
+    def __init__(self, swapped: list[str], fused: list[str], skipped: dict[str, str]) -> None:
+        super().__init__(swapped)
+        self.swapped, self.fused, self.skipped = list(swapped), fused, skipped
+
+
+def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
     """Make every BatchNorm1d/2d/3d of the model ours, in place, and return the names of those that were not.
 
     Each layer stays the same object with the very same parameters, statistics, hooks and mode; only its class changes, so
-    whatever refers to it (a shared layer, an optimizer, a name in the checkpoint) goes on working. Subclasses of PyTorch's
-    layers, such as SyncBatchNorm, may compute something else and are left alone.
+    whatever refers to it (a shared layer, an optimizer, a name in the checkpoint) goes on working. ``unswap`` undoes it. Other
+    BatchNorms (subclasses such as SyncBatchNorm, lazy and scripted ones) may compute something else and are left alone; the
+    result names them in ``skipped``, with the reason.
 
     Args:
         fuse_relu: where nothing but a ``torch.nn.ReLU`` takes a layer's output, the layer returns max(y, 0) and the ReLU hands it
-            on: the same numbers, faster. What follows what is found by ``torch.fx.symbolic_trace``. A hook on such a layer sees
-            max(y, 0).
+            on: the same numbers, faster. What follows what is found by ``torch.fx``, in the whole model or, where it cannot be
+            traced, in each part that can; such a part must be called as a whole, not its layers from outside. A hook on such a
+            layer sees max(y, 0).
 
     Raises:
-        ValueError: a layer has parameters that the specification forbids, such as eps 0, or fuse_relu and the model cannot be
-            traced; nothing is swapped then.
+        TypeError: model is not a module.
+        ValueError: a layer has parameters that the specification forbids, such as eps 0; nothing is swapped then.
 
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
-    >>> swap(model, fuse_relu=True)
+    >>> result = swap(model, fuse_relu=True)
+    >>> result, result.fused
+    (['1'], ['1'])
+    >>> unswap(model)
     ['1']
-    >>> model[1].fuse_relu
-    True
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"swap needs a torch.nn.Module, got {type(model).__name__}. Call it for each model.")
     found = {name: module for name, module in model.named_modules() if type(module) in _OURS}
     for name, module in found.items():
         try:
             check(module)
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from None
-    followed = _followed_by_relu(model) if fuse_relu else {}
+    skipped = {name: why for name, module in model.named_modules() if (why := _why_not(module))}
+    followed = _followed_by_relu(model, skipped) if fuse_relu else {}
     for name, module in found.items():
         module.__class__ = _OURS[type(module)]
         module.name = name
@@ -52,7 +74,57 @@ def swap(model: torch.nn.Module, fuse_relu: bool = False) -> list[str]:
         vars(module)["fuse_relu"] = True
         for relu in relus:
             relu.__class__ = ReLU
+    fused = [name for name, module in model.named_modules() if module in followed]
+    return Swapped(list(found), fused, skipped)
+
+
+def unswap(model: torch.nn.Module) -> list[str]:
+    """Undo ``swap``, in place: the very same objects are PyTorch's own layers again; return the names of those that were ours.
+
+    Call it before code that looks for PyTorch's classes themselves: fusing convolution and BatchNorm, quantization,
+    ``torch.jit.script``.
+
+    Raises:
+        ValueError: a layer does what PyTorch's cannot, such as frozen statistics; none is changed then.
+    """
+    theirs = {cls: own for own, cls in _OURS.items()}
+    found = {name: module for name, module in model.named_modules() if type(module) in theirs}
+    for name, layer in found.items():
+        beyond = [key for key in _BEYOND if getattr(layer, key) != getattr(theirs[type(layer)], key, _BEYOND[key])]
+        if beyond:
+            raise ValueError(
+                f"{name or 'the model'}: expected a layer that PyTorch's own can stand in for, got one with "
+                f"{', '.join(f'{key}={getattr(layer, key)!r}' for key in beyond)}. Set it back to {_BEYOND[beyond[0]]!r} first."
+            )
+    for layer in found.values():
+        layer.__class__ = theirs[type(layer)]
+        for key in ("name", "fuse_relu", "implementation", "_examined", "_began", *_BEYOND):
+            vars(layer).pop(key, None)
+    for module in model.modules():
+        if type(module) is ReLU:
+            module.__class__ = torch.nn.ReLU  # type: ignore[assignment]
     return list(found)
+
+
+_BEYOND = {"normalize_with": "batch", "update_statistics": True, "moving_variance": "unbiased"}
+"""What a layer of ours can do and PyTorch's cannot -> the value with which it does what PyTorch's does."""
+
+
+def _why_not(module: torch.nn.Module) -> str:
+    """Why a BatchNorm is not swapped; empty for one that is, and for all else."""
+    cls = type(module)
+    if cls in _OURS or isinstance(module, Layer):
+        return ""
+    if isinstance(module, torch.jit.ScriptModule):
+        scripted = getattr(module, "original_name", "")
+        return f"{scripted} is compiled by torch.jit.script; swap before it" if scripted.startswith("BatchNorm") else ""
+    if isinstance(module, LazyModuleMixin) and isinstance(module, BatchNormBase):
+        return f"{cls.__name__} has no parameters yet; swap after the first batch"
+    if isinstance(module, torch.nn.SyncBatchNorm):
+        return "SyncBatchNorm takes the statistics of all processes; it is left alone"
+    if isinstance(module, BatchNormBase):
+        return f"{cls.__name__} is a subclass of PyTorch's layer and may compute something else"
+    return ""
 
 
 class ReLU(torch.nn.ReLU):
@@ -65,25 +137,45 @@ class ReLU(torch.nn.ReLU):
         return super().forward(input)
 
 
-def _followed_by_relu(model: torch.nn.Module) -> dict[torch.nn.Module, list[torch.nn.Module]]:
-    """The layers whose output goes to a ReLU and nowhere else, whenever they are called, with those ReLUs."""
-    try:
-        graph = fx.symbolic_trace(model).graph
-    except Exception as error:
-        raise ValueError(
-            f"fuse_relu=True needs a model that torch.fx can trace, got {type(model).__name__}: {error}. "
-            "Leave fuse_relu out, or swap the parts of the model that can be traced one by one."
-        ) from error
-    modules = dict(model.named_modules())
+def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[torch.nn.Module, list[torch.nn.Module]]:
+    """The layers whose output goes to a ReLU and nowhere else, whenever they are called, with those ReLUs that are modules.
+
+    A part of the model that cannot be traced is looked at in its own parts; it is named in ``skipped`` where it calls a layer
+    itself, which is then not fused.
+    """
     relus: dict[torch.nn.Module, list[torch.nn.Module]] = {}
     alone: set[torch.nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, part = waiting.pop()
+        if not any(type(module) in (*_OURS, *_OURS.values()) for module in part.modules()):
+            continue
+        if type(part) in (*_OURS, *_OURS.values()):
+            alone.add(part)  # called by what cannot be traced
+            continue
+        try:
+            graph = part.graph if isinstance(part, fx.GraphModule) else fx.symbolic_trace(part).graph
+        except Exception as error:
+            waiting += [(f"{name}.{child}".lstrip("."), module) for child, module in part.named_children()]
+            if any(type(child) in (*_OURS, *_OURS.values()) for child in part.children()):
+                skipped[name] = f"torch.fx cannot trace {type(part).__name__}, so its own layers are not fused: {error}"
+            continue
+        _look(graph, dict(part.named_modules()), relus, alone)
+    return {module: its for module, its in relus.items() if module not in alone}
+
+
+def _look(
+    graph: fx.Graph, modules: dict[str, torch.nn.Module], relus: dict[torch.nn.Module, list[torch.nn.Module]],
+    alone: set[torch.nn.Module],
+) -> None:  # fmt: skip
+    """Sort the layers of a graph into those that a ReLU alone follows, and others."""
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
         if module is None or type(module) not in (*_OURS, *_OURS.values()):
             continue
-        after = [modules.get(user.target) if user.op == "call_module" else None for user in node.users]
-        if len(after) == 1 and type(after[0]) in (torch.nn.ReLU, ReLU):
-            relus.setdefault(module, []).append(after[0])  # type: ignore[arg-type]
+        users = list(node.users)
+        after = modules.get(users[0].target) if len(users) == 1 and users[0].op == "call_module" else None
+        if type(after) in (torch.nn.ReLU, ReLU):
+            relus.setdefault(module, []).append(after)  # type: ignore[arg-type]
         else:
             alone.add(module)
-    return {module: its for module, its in relus.items() if module not in alone}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from multibn_torch.compat import dispatch_modes, tracing_state
 
 from . import formulas, masked, nonfinite
 from .eager import PARAMETER, by_kernel, recomputed, transformed
 from .formulas import How, Moving
 from .framework import by_framework, by_operators
+from .gate import NotPlainError, check_can_be_updated, resolved
 from .operators import by_operator
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -23,7 +28,7 @@ def normalise(
     """y; the moving statistics are updated in place, once for each forward that is not a checkpoint's second one (BN-05)."""
     if mask is not None:
         return _masked(x, gamma, beta, moving, how, on_kernel, mask, layer)
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or tracing_state() is not None:
         return (by_operator if on_kernel and not _exported() else by_operators)(x, gamma, beta, moving, how)
     if how.update and recomputed():
         how = again(how)
@@ -32,7 +37,9 @@ def normalise(
         return formulas.forward(x, gamma, beta, moving, how, work)
     looked_at = _looked_at(x)
     if on_kernel:
-        return by_operator(x, gamma, beta, moving, how) if looked_at else by_kernel(x, gamma, beta, moving, how, layer)
+        if looked_at:
+            return by_operator(x, gamma, beta, moving, how)
+        return _by_kernel_or_operators(x, gamma, beta, moving, how, layer, False)
     if looked_at:
         return by_operators(x, gamma, beta, moving, how)
     y = by_framework(x, gamma, beta, moving, how)
@@ -46,14 +53,32 @@ def rectify(
     mask: Tensor | None = None, layer: nonfinite.Named | None = None,
 ) -> Tensor:  # fmt: skip
     """``normalise``, then a ReLU: in one pass over the data where the program runs as it is written."""
-    observed = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed() or _looked_at(x)
+    observed = torch.compiler.is_compiling() or tracing_state() is not None or transformed() or _looked_at(x)
     if observed or mask is not None or not on_kernel:
         return torch.relu(normalise(x, gamma, beta, moving, how, on_kernel, mask, layer))
     how = again(how) if how.update and recomputed() else how
-    y = by_kernel(x, gamma, beta, moving, how, layer, rectify=True)
+    y = _by_kernel_or_operators(x, gamma, beta, moving, how, layer, True)
     if not y.is_inference():  # which has no version
         setattr(y, _RECTIFIED, y._version)
     return y
+
+
+def _by_kernel_or_operators(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, layer: nonfinite.Named | None, rectify: bool
+) -> Tensor:
+    """``by_kernel``; by PyTorch's own operators where the kernel cannot use one of the tensors, which work on it or raise."""
+    try:
+        return by_kernel(x, gamma, beta, moving, how, layer, rectify)
+    except NotPlainError:
+        plain: Any = [resolved(t) for t in (x, gamma, beta)]
+    if any(new is not old for new, old in zip(plain, (x, gamma, beta), strict=True)):
+        x, gamma, beta = plain
+        with suppress(NotPlainError):
+            return by_kernel(x, gamma, beta, moving, how, layer, rectify)
+    if how.update:
+        check_can_be_updated(*moving)
+    y = by_operators(x, gamma, beta, moving, how)
+    return torch.relu(y) if rectify else y
 
 
 _RECTIFIED = "_multibn_rectified"
@@ -66,7 +91,7 @@ def rectified(y: Tensor) -> bool:
 
 
 def _looked_at(x: Tensor) -> bool:
-    return type(x) not in _PLAIN or bool(torch._C._len_torch_dispatch_stack()) or x.is_meta
+    return type(x) not in _PLAIN or bool(dispatch_modes()) or x.is_meta
 
 
 def _masked(
@@ -87,7 +112,7 @@ def _masked(
 
 def _exported() -> bool:
     """Whether the program leaves this process, where our operators are not known."""
-    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
+    return tracing_state() is not None or torch.compiler.is_exporting()
 
 
 def again(how: How) -> How:

@@ -97,9 +97,9 @@ def move(moving: Moving, mean: Tensor, var: Tensor, weight_of_old: float | None)
     moving_mean, moving_var, batches = moving
     assert moving_mean is not None
     assert moving_var is not None
-    assert batches is not None
     old: Any = weight_of_old
     if old is None:
+        assert batches is not None
         count = batches.to(mean.dtype).unsqueeze(-1)
         old = count / (count + 1)
     news = []
@@ -111,7 +111,8 @@ def move(moving: Moving, mean: Tensor, var: Tensor, weight_of_old: float | None)
     finite = news[0].isfinite() & news[1].isfinite()
     for kept, new in zip((moving_mean, moving_var), news, strict=True):
         kept.copy_(torch.where(finite, new, kept))
-    batches.add_(1)
+    if batches is not None:
+        batches.add_(1)
 
 
 class _Update(torch.autograd.Function):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multibn_torch.compat import impl_index, impl_index_backward
+
 from . import formulas
 from .eager import PARAMETER, looked_through
 from .formulas import How, Moving
@@ -46,7 +48,7 @@ class _Framework(torch.autograd.Function):
         batch, training, cudnn = _of_batch(x), how.use_batch, torch.backends.cudnn.enabled
         given = batch if training else _copied(moving)
         y: Tensor
-        y, mean, invstd, reserved, ctx.index = torch.ops.aten._batch_norm_impl_index(
+        y, mean, invstd, reserved, ctx.index = impl_index(
             x, gamma, beta, *given, training, 1.0 if training else 0.0, how.eps, cudnn
         )
         ctx.save_for_backward(x, gamma, *given, mean, invstd, reserved)
@@ -62,7 +64,7 @@ class _Framework(torch.autograd.Function):
             gradients = formulas.gradients(dy, x, gamma, (moving_mean, (moving_var + eps).rsqrt()), eps, training)
         else:
             wanted = [True, gamma is not None, ctx.has_beta]
-            gradients = torch.ops.aten._batch_norm_impl_index_backward(
+            gradients = impl_index_backward(
                 ctx.index, x, dy, gamma, moving_mean, moving_var, mean, invstd, training, eps, wanted, reserved
             )
         dx, dgamma, dbeta = gradients

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from multibn_torch import compat
+
 
 def check(mask: Tensor, x: Tensor) -> None:
     """Raise if a mask does not fit x.
@@ -38,7 +40,7 @@ def check(mask: Tensor, x: Tensor) -> None:
 
 def check_one_for_all(mask: Tensor) -> None:
     """Raise RuntimeError if ``torch.func.vmap`` maps over the mask."""
-    if torch._C._functorch.is_batchedtensor(mask):
+    if compat.is_batched(mask):
         raise RuntimeError(
             "expected one mask for all that vmap maps over, got one for each: how many values count would differ among them. "
             "Call the layer for each in turn, or use inference."

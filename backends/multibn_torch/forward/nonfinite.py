@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -21,10 +21,11 @@ _told: WeakSet[Named] = WeakSet()
 
 
 class Named(Protocol):
-    """A layer, as far as it is named here."""
+    """A layer, as far as the functions know it."""
 
     name: str
     num_features: int
+    _examined: Any
 
     def __hash__(self) -> int: ...
 

@@ -1,0 +1,106 @@
+"""The private parts of PyTorch that this package uses, and nothing else does: a release that lacks one says so here.
+
+``PARTS`` names each with what stops working without it. Required parts are looked up at import; an optional part is ``None``
+where PyTorch lacks it, and its user does without.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+
+class Part(NamedTuple):
+    """A private name of PyTorch."""
+
+    path: str
+    """Below ``torch``."""
+    use: str
+    """What stops working without it."""
+    required: bool = True
+
+
+PARTS = {
+    "dispatch_keys": Part("_C._dispatch_keys", "telling plain CPU tensors from those without memory of their own"),
+    "graph_task": Part("_C._current_graph_task_id", "updating the moving statistics once under activation checkpointing"),
+    "tracing_state": Part("_C._get_tracing_state", "torch.jit.trace and the TorchScript ONNX exporter"),
+    "transforms_active": Part("_C._are_functorch_transforms_active", "the transforms of torch.func"),
+    "dispatch_modes": Part("_C._len_torch_dispatch_stack", "programs that run under a TorchDispatchMode"),
+    "is_batched": Part("_C._functorch.is_batchedtensor", "masks under torch.func.vmap"),
+    "is_legacy_batched": Part("_C._functorch.is_legacy_batchedtensor", "torch.autograd.grad with is_grads_batched=True"),
+    "unwrap_if_dead": Part("_C._functorch.unwrap_if_dead", "tensors that outlive a transform of torch.func"),
+    "is_zero": Part("Tensor._is_zerotensor", "telling zero tensors, which have no memory"),
+    "BatchNormBase": Part("nn.modules.batchnorm._BatchNorm", "the layers, which are subclasses of it"),
+    "impl_index": Part("ops.aten._batch_norm_impl_index", "implementation='framework' with gradients"),
+    "impl_index_backward": Part("ops.aten._batch_norm_impl_index_backward", "implementation='framework' with gradients"),
+    "eval_frame": Part("_C._dynamo.eval_frame", "silence of compiled autograd in a backward", required=False),
+}
+
+
+def lookup(name: str) -> Any:
+    """The private part of that name in ``PARTS``.
+
+    Raises:
+        ImportError: this release of PyTorch lacks it, and it is required.
+    """
+    part = PARTS[name]
+    try:
+        return attrgetter(part.path)(torch)
+    except AttributeError:
+        if not part.required:
+            return None
+        raise ImportError(
+            f"multibn_torch needs torch.{part.path}, which PyTorch {torch.__version__} lacks; without it, this stops working: "
+            f"{part.use}. Install a release of PyTorch that has it (2.4 to 2.13 do), or a newer multibn."
+        ) from None
+
+
+dispatch_keys = lookup("dispatch_keys")
+graph_task = lookup("graph_task")
+tracing_state = lookup("tracing_state")
+transforms_active = lookup("transforms_active")
+dispatch_modes = lookup("dispatch_modes")
+is_batched = lookup("is_batched")
+is_legacy_batched = lookup("is_legacy_batched")
+unwrap_if_dead = lookup("unwrap_if_dead")
+impl_index = lookup("impl_index")
+impl_index_backward = lookup("impl_index_backward")
+is_zero = lookup("is_zero")
+lookup("BatchNormBase")
+from torch.nn.modules import batchnorm  # noqa: E402
+
+BatchNormBase = batchnorm._BatchNorm
+
+
+def transformed() -> bool:
+    """Whether forward-mode differentiation or another transform of ``torch.func`` is active."""
+    return forward_ad._current_level >= 0 or bool(transforms_active())
+
+
+def recomputed() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing runs it a second time (BN-05)."""
+    return bool(graph_task() != -1)
+
+
+def run_as_written(function: Any) -> None:
+    """Tell a compiler that meets the function, as compiled autograd does, to run it and all it calls; else it warns of each step.
+
+    ``torch.compiler.disable`` does the same by a function around it, at each call. Older releases lack this, and warn.
+    """
+    function._torchdynamo_disable = True
+    frames = lookup("eval_frame")
+    if frames is not None and hasattr(frames, "_FrameAction"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+
+
+def direct_apply(function: Any) -> Any:
+    """``apply`` of a ``torch.autograd.Function`` that never sees a transform of ``torch.func``.
+
+    PyTorch asks in each call, forward and backward, which kind of a function this is, for longer than a small batch takes.
+    """
+    function._backward_cls.apply = function.backward
+    return super(torch.autograd.Function, function).apply

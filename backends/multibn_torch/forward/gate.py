@@ -1,0 +1,141 @@
+"""The gate in front of compiled code: every tensor whose address the kernel gets is checked here, and nowhere else.
+
+A tensor is plain if its dispatch keys are those of a dense, strided CPU tensor and nothing else. Whatever only looks like one is
+not plain: a tensor of another device or layout (sparse, mkldnn, nested, quantized), a subclass with ``__torch_dispatch__`` (such
+as DTensor and FakeTensor), a ``torch.func`` wrapper, a functional or zero tensor, a view with the negative or conjugate bit. The
+type and size must be as required, and the storage must be allocated as far as the values reach.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from multibn_torch.compat import dispatch_keys, is_zero, unwrap_if_dead
+
+_CPU = torch.device("cpu")
+with torch.inference_mode():
+    _INFERENCE = torch.empty(0, device=_CPU)
+PLAIN = frozenset(dispatch_keys(t).raw_repr() for t in (torch.empty(0, device=_CPU), _INFERENCE))
+"""Dispatch keys of plain tensors: those of programs that train, and those made in inference mode."""
+
+
+TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+class NotPlainError(RuntimeError):
+    """The kernel cannot use a tensor; nothing has changed."""
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether a tensor is strided, dense memory of the CPU and nothing else."""
+    return dispatch_keys(t).raw_repr() in PLAIN
+
+
+def address(t: Tensor, dtype: torch.dtype, nbytes: int, name: str) -> int:
+    """Address of the values of a plain tensor whose memory has no gaps.
+
+    Args:
+        dtype: the type that is required.
+        nbytes: of all values.
+        name: for the message.
+
+    Raises:
+        NotPlainError: it is not plain, or of another type or size.
+        RuntimeError: its storage is not allocated.
+    """
+    if t.dtype is dtype and ((type(t) in TYPES and not t.is_neg()) or is_plain(t)):
+        try:
+            storage, at = t.untyped_storage(), t.data_ptr()
+            start = storage.data_ptr()
+        except RuntimeError:  # sparse, zero and functional tensors and wrappers of torch.func have none
+            raise refusal(t, dtype, name) from None
+        if start and t.nbytes == nbytes and at + nbytes <= start + storage.nbytes() and t.is_cpu:
+            return at
+    raise refusal(t, dtype, name)
+
+
+def address_again(t: Tensor, dtype: torch.dtype, nbytes: int, name: str, seen: int) -> int:
+    """``address``, in less time where a tensor that has been examined and kept alive still lies where it was seen."""
+    if t.dtype is dtype and t.nbytes == nbytes and type(t) in TYPES and not t.is_neg() and t.data_ptr() == seen:
+        return seen
+    return address(t, dtype, nbytes, name)
+
+
+def refusal(t: Tensor, dtype: torch.dtype, name: str) -> RuntimeError:
+    """The error that says what was required of a tensor, what came, and what to do."""
+    if not is_plain(t):
+        return NotPlainError(
+            f"the CPU kernel needs {name} in plain CPU memory, got a {type(t).__name__} with {dispatch_keys(t)}. Convert it to a "
+            "plain CPU tensor, or use implementation='framework'."
+        )
+    if t.untyped_storage().nbytes() < t.nbytes + t.storage_offset() * t.itemsize:  # PyTorch's operators crash on some of these
+        return RuntimeError(
+            f"{name} needs a storage of at least {t.nbytes + t.storage_offset() * t.itemsize} bytes, got one of "
+            f"{t.untyped_storage().nbytes()}. Allocate the storage before the layer is called."
+        )
+    return NotPlainError(
+        f"the CPU kernel needs {name} of type {dtype}, one value for each channel, got shape {tuple(t.shape)} of type {t.dtype}. "
+        "Give one of the right type and size."
+    )
+
+
+def check_apart(mean: Tensor | None, var: Tensor | None, addresses: tuple[int, int, int, int], nbytes: int) -> None:
+    """Raise unless the kernel may write to the moving statistics.
+
+    Args:
+        mean, var: as the layer has them.
+        addresses: of gamma, beta, the moving mean and variance; the kernel reads the former while it writes to the latter.
+        nbytes: of each.
+
+    Raises:
+        NotPlainError: a moving statistic is gamma or beta too; PyTorch's operators read these first.
+        RuntimeError: one of the two is missing, is expanded from fewer values, or they share memory.
+    """
+    if mean is None or var is None:
+        raise RuntimeError(
+            "an update of the moving statistics needs running_mean and running_var, got "
+            f"{'neither' if mean is None and var is None else 'only one of them'} (BN-05). Give both, or set both to None."
+        )
+    for t, name in ((mean, "running_mean"), (var, "running_var")):
+        if not t.is_contiguous() and 0 in t.stride():
+            raise RuntimeError(
+                f"{name} must have memory for each channel, since it is written to, got fewer values expanded to shape "
+                f"{tuple(t.shape)}. Call .clone() on it."
+            )
+    gamma_at, beta_at, mean_at, var_at = addresses
+    if abs(mean_at - var_at) < nbytes:
+        raise RuntimeError("running_mean and running_var must not share memory, since both are written to. Call .clone() on one.")
+    if any(abs(a - b) < nbytes for a in (gamma_at, beta_at) for b in (mean_at, var_at)):
+        raise NotPlainError(
+            "the CPU kernel needs moving statistics that share no memory with weight and bias. Call .clone() on them."
+        )
+
+
+def check_can_be_saved(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> None:
+    """Raise RuntimeError if backward would need a tensor that was made in inference mode: PyTorch says so after forward only."""
+    if any(t is not None and t.requires_grad for t in (x, gamma, beta)):
+        raise RuntimeError(
+            "inference tensors cannot be saved for backward, got one as the input or as weight while gradients are recorded. "
+            "Call .clone() on it, or run the layer in torch.no_grad()."
+        )
+
+
+def check_can_be_updated(mean: Tensor | None, var: Tensor | None, batches: Tensor | None) -> None:
+    """Let PyTorch raise now, before the first has changed, if it cannot write to one of them."""
+    with torch.no_grad():
+        for t in (mean, var):
+            if t is not None:
+                t.mul_(1)
+        if batches is not None:
+            batches.add_(0)
+
+
+def resolved(t: Tensor | None) -> Tensor | None:
+    """The same values without a negative bit, a dead ``torch.func`` wrapper or a zero tensor's missing memory; differentiable."""
+    if t is None or dispatch_keys(t).raw_repr() in PLAIN:
+        return t
+    t = unwrap_if_dead(t)
+    if t.is_neg():
+        return t.resolve_neg()
+    return t.clone() if is_zero(t) else t

@@ -1,0 +1,143 @@
+"""``unswap`` gives the very objects back, so that what looks for PyTorch's classes works; what is not swapped is named."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from torch import nn
+
+import multibn_torch as ours
+
+
+def convolutional() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+
+def resnet() -> Any:
+    transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
+    config = transformers.ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+    return transformers.ResNetForImageClassification(config)
+
+
+def mobilenet() -> Any:
+    transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
+    config = transformers.MobileNetV2Config(num_channels=3, image_size=32, depth_multiplier=0.25, num_labels=3)
+    return transformers.MobileNetV2ForImageClassification(config)
+
+
+def regnet() -> Any:
+    transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
+    config = transformers.RegNetConfig(
+        num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8, num_labels=3
+    )
+    return transformers.RegNetForImageClassification(config)
+
+
+MODELS: list[Any] = [convolutional, resnet, mobilenet, regnet]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_the_very_objects_come_back(make: Any) -> None:
+    model = make()
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    names = ours.swap(model, fuse_relu=True)
+    assert names
+    model.train()(torch.randn(4, 3, 32, 32))
+    model.train(before[0][2]["training"])
+    assert ours.unswap(model) == list(names)
+    for module, (same, cls, attributes) in zip(model.modules(), before, strict=True):
+        assert module is same
+        assert type(module) is cls
+        assert vars(module).keys() == attributes.keys()
+
+
+@pytest.mark.parametrize("make", MODELS[1:])
+def test_relus_are_fused_in_the_parts_that_can_be_traced(make: Any) -> None:
+    torch.manual_seed(1)
+    plain, x = make().train(), torch.randn(4, 3, 32, 32)
+    model = copy.deepcopy(plain)
+    ours.swap(plain)
+    result = ours.swap(model, fuse_relu=True)
+    if make is not mobilenet:  # whose activations are ReLU6
+        assert result.fused
+    torch.manual_seed(2)
+    wanted = plain(x).logits
+    torch.manual_seed(2)
+    assert torch.equal(model(x).logits, wanted)
+
+
+@pytest.mark.parametrize("way", ["fx", "modules", "script"])
+def test_fusing_and_scripting_work_again(way: str) -> None:
+    model, x = convolutional().eval(), torch.randn(4, 3, 8, 8)
+    ours.swap(model, fuse_relu=True)
+    ours.unswap(model)
+    wanted = model(x)
+    if way == "fx":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch 2.13 itself uses what it deprecates
+            from torch.fx.experimental.optimization import fuse
+
+        changed = fuse(model)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in changed.modules())
+    elif way == "modules":
+        changed = torch.ao.quantization.fuse_modules(model, [["0", "1", "2"]])
+    else:
+        with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+            changed = torch.jit.script(model)
+    torch.testing.assert_close(changed(x), wanted)
+
+
+def test_a_layer_that_does_more_is_not_taken_back() -> None:
+    model = convolutional()
+    ours.swap(model)
+    ours.freeze_statistics(model)
+    with pytest.raises(ValueError) as caught:
+        ours.unswap(model)
+    assert str(caught.value) == (
+        "1: expected a layer that PyTorch's own can stand in for, got one with update_statistics=False. "
+        "Set it back to True first."
+    )
+    assert type(model[1]) is ours.BatchNorm2d
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_quantization_folds_the_layer_again(training: bool) -> None:
+    """FX, in training (QAT) and after it (PTQ)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch 2.13 deprecates its own quantization
+        from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
+
+        model, x = convolutional().train(training), torch.randn(4, 3, 8, 8)
+        ours.swap(model, fuse_relu=True)
+        ours.unswap(model)
+        if training:
+            prepared = prepare_qat_fx(model, get_default_qat_qconfig_mapping("x86"), (x,))
+        else:
+            prepared = prepare_fx(model, get_default_qconfig_mapping("x86"), (x,))
+        prepared(x)
+        quantized = convert_fx(prepared.eval())
+        assert not any("BatchNorm" in type(module).__name__ for module in quantized.modules())
+        assert quantized(x).shape == (4, 4, 6, 6)
+
+
+def test_what_is_not_swapped_is_named() -> None:
+    class Other(nn.BatchNorm1d):  # type: ignore[misc,name-defined]
+        pass
+
+    model = nn.ModuleDict({"lazy": nn.LazyBatchNorm1d(), "sync": nn.SyncBatchNorm(3), "other": Other(3)})
+    assert ours.swap(model).skipped == {
+        "lazy": "LazyBatchNorm1d has no parameters yet; swap after the first batch",
+        "sync": "SyncBatchNorm takes the statistics of all processes; it is left alone",
+        "other": "Other is a subclass of PyTorch's layer and may compute something else",
+    }
+    with pytest.raises(TypeError) as caught:
+        ours.swap([model])  # type: ignore[arg-type]
+    assert str(caught.value) == "swap needs a torch.nn.Module, got list. Call it for each model."
