@@ -75,7 +75,7 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
             its = [array.handle for array in arrays]
             handles = (_pointer * (len(its) + 3))(x.handle, *its[:inputs], y.handle, None, *its[inputs:])
             left = run(ctypes.addressof(handles), training, at)
-        else:
+        if not compiled or left < 0:  # an array did not pass the gate, whose message comes from Python
             saved, gamma = _parts(record, x)
             parameters = dict(zip(layer.parameters, arrays, strict=False))
             gamma[:] = by_kernel.vector(layer, parameters, "gamma", x)
@@ -135,14 +135,18 @@ def _parts(record: Record, x: Any) -> tuple[Any, Any]:
 @cache
 def _functions(compiled: bool) -> tuple[Any, int]:
     """The compiled forward, and where the addresses of the backward and of the end are."""
-    forward, backward, end = calls()
+    forward, backward, end = _calls()
     both = (_pointer * 2)(backward.address if compiled else ctypes.cast(_in_python, _pointer).value, end.address)
     _kept.append(both)
     return forward.ctypes, ctypes.addressof(both)
 
 
+def _calls() -> tuple[Any, Any, Any]:
+    return calls(ctypes.cast(_in_python, _pointer).value or 0)
+
+
 def _end(at: int) -> None:
-    calls()[2].ctypes(at)
+    _calls()[2].ctypes(at)
 
 
 _kept: list[Any] = []

@@ -111,11 +111,12 @@ def _callbacks() -> tuple[list[int], list[int], list[int]]:
 
 
 @cache
-def calls() -> tuple[Any, Any, Any]:
-    """The compiled forward, backward and end of a call of ``direct/call.py``."""
+def calls(python_backward: int) -> tuple[Any, Any, Any]:
+    """The compiled forward, backward and end of a call of ``direct/call.py``; where its backward in Python is."""
     from . import native
 
     _callbacks()
+    native.link({"call_backward": python_backward})
     return native.compile_calls()
 
 

@@ -1,0 +1,145 @@
+"""The gate: every NDArray passes it before compiled code gets its address."""
+
+# mypy: disable-error-code="import-untyped, no-any-return"
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from functools import cache
+from pkgutil import get_data
+from typing import Any
+
+import llvmlite.binding
+import mxnet as mx
+import numpy as np
+from mxnet.base import _LIB, MXNetError
+from numba import carray, types
+
+from multibn.kernel.addresses import pointer
+from multibn.kernel.jit import SOURCES as KERNEL_SOURCES
+from multibn.kernel.jit import c_function, stamp
+from multibn.kernel.jit import compiled as kernel_compiled
+
+from .description import type_name
+
+TYPES = {"float32": 0, "float64": 1, "float16": 2, "int64": 6, "bfloat16": 12}
+"""Name of a type -> MXNet's number for it."""
+FLOAT32, FLOAT64, INT64 = TYPES["float32"], TYPES["float64"], TYPES["int64"]
+
+ADDRESS = types.intp
+FUNCTIONS = (
+    "MXNDArrayFree", "MXNDArrayGetContext", "MXNDArrayGetData", "MXNDArrayGetDType", "MXNDArrayGetShapeEx",
+    "MXNDArrayGetStorageType",
+)  # fmt: skip
+"""What compiled code calls of MXNet's C interface."""
+
+for _name in FUNCTIONS:
+    llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_LIB, _name), ctypes.c_void_p).value)
+_two = types.int32(ADDRESS, ADDRESS)
+_three = types.int32(ADDRESS, ADDRESS, ADDRESS)
+_get_data = types.ExternalFunction("MXNDArrayGetData", _two)
+_get_type = types.ExternalFunction("MXNDArrayGetDType", _two)
+_get_storage = types.ExternalFunction("MXNDArrayGetStorageType", _two)
+_get_context = types.ExternalFunction("MXNDArrayGetContext", _three)
+get_shape = types.ExternalFunction("MXNDArrayGetShapeEx", _three)
+
+_DENSE = 0
+_CPUS = (1, 3, 5)  # cpu, cpu_pinned, cpu_shared
+
+SOURCES = hashlib.sha256(KERNEL_SOURCES.encode() + (get_data(__package__, "gate.py") or b"")).hexdigest()
+
+
+def compiled(function: Any) -> Any:
+    """``multibn.kernel.jit.compiled`` for the functions of this file."""
+    return stamp(kernel_compiled(function), SOURCES)
+
+
+@compiled
+def kind_of(handle: int, slot: Any) -> int:  # pragma: no cover - compiled, so that coverage cannot see the lines run
+    """MXNet's number for an NDArray's type. Here and below, slot is room for two integers."""
+    slot[0] = 0
+    _get_type(handle, slot.ctypes.data)
+    return np.int32(slot[0])
+
+
+@compiled
+def plain(handle: int, kind: int, count: int, slot: Any) -> int:  # pragma: no cover
+    """The address of an NDArray that is dense, in a CPU's memory, of this type and number of values; of any other, 0."""
+    slot[:] = 0
+    _get_storage(handle, slot.ctypes.data)
+    if np.int32(slot[0]) != _DENSE or kind_of(handle, slot) != kind:
+        return 0
+    slot[:] = 0
+    _get_context(handle, slot.ctypes.data, slot[1:].ctypes.data)
+    if np.int32(slot[0]) not in _CPUS:
+        return 0
+    slot[:] = 0
+    get_shape(handle, slot.ctypes.data, slot[1:].ctypes.data)
+    size = 1
+    for axis in range(np.int32(slot[0])):
+        size *= carray(pointer(slot[1]), np.int32(slot[0]), np.int32)[axis]
+    if size != count or count == 0:
+        return 0
+    slot[0] = 0
+    _get_data(handle, slot.ctypes.data)
+    return slot[0]
+
+
+@compiled
+def shape_of(handle: int, slot: Any) -> Any:  # pragma: no cover
+    slot[:] = 0
+    get_shape(handle, slot.ctypes.data, slot[1:].ctypes.data)
+    return carray(pointer(slot[1]), max(np.int32(slot[0]), 0), np.int32).copy()
+
+
+@compiled
+def plain_like(handle: int, other: int, kind: int, count: int, slot: Any) -> int:  # pragma: no cover
+    """``plain``, and 0 too for an array of another shape than the other's."""
+    its, wanted = shape_of(handle, slot), shape_of(other, slot)
+    if its.size != wanted.size or not (its == wanted).all():
+        return 0
+    return plain(handle, kind, count, slot)
+
+
+def _address(handle: int, kind: int, count: int) -> int:  # pragma: no cover
+    return plain(handle, kind, count, np.zeros(2, np.int64))
+
+
+@cache
+def _compiled_address() -> Any:
+    return c_function(ADDRESS(ADDRESS, ADDRESS, ADDRESS), _address, SOURCES)
+
+
+def address(name: str, array: Any, kind: str, count: int, like: Any = None) -> int:
+    """The address of an NDArray's values, for the kernel.
+
+    Args:
+        name: of the array, for the message.
+        kind, count: the type and the number of values that the kernel takes it for.
+        like: an NDArray of the same shape, or None.
+
+    Raises:
+        MXNetError: the array is another.
+    """
+    found: int = 0
+    if isinstance(array, mx.nd.NDArray) and array.handle and (like is None or array.shape == like.shape):
+        found = _compiled_address().ctypes(array.handle.value, TYPES[kind], count)
+    if not found:
+        raise MXNetError(refusal(name, array, kind, (count,) if like is None else like.shape))
+    return found
+
+
+def refusal(name: str, array: Any, kind: str, shape: tuple[int, ...]) -> str:
+    """The message for an array that is not what the kernel takes it for."""
+    if not isinstance(array, mx.nd.NDArray):
+        its = f"an object of type {type(array).__name__}"
+    elif not array.handle or array.stype == "undefined":
+        its = "an array without memory"
+    else:
+        storage = "dense" if array.stype == "default" else array.stype
+        its = f"a {storage} {type_name(array)} array of shape {array.shape} on {array.context}"
+    return (
+        f"{name} must be a dense {kind} array of shape {shape} on a CPU, got {its}. "
+        "Convert it with tostype('default'), astype, reshape or as_in_context."
+    )
