@@ -52,7 +52,8 @@ class Normalization(gluon.HybridBlock):  # type: ignore[misc]
 
     def forget_layer(self) -> None:
         """Find the layer anew at the next need: what ``_describe`` looks at has changed."""
-        self.__dict__.pop("_layer", None)
+        for name in ("_layer", "_attribute", "_attribute_in_graph", "_names"):
+            self.__dict__.pop(name, None)
         self._clear_cached_op()
 
     @property

@@ -1,0 +1,63 @@
+"""Whatever a Gluon layer is handed, it raises with its state unchanged, or gives what MXNet's own layer gives: see mxnet_cells.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mxnet", reason="MXNet is not installed")
+
+from mxnet_cells import CELLS
+
+RIGHT_ALONE: dict[str, str] = {}
+"""Words of a cell's name -> why ours differs there from MXNet's own on purpose."""
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    program = Path(__file__).with_name("mxnet_cells.py")
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+def agree(ours: dict[str, Any], other: dict[str, Any]) -> bool:
+    for name, value in other.items():
+        a, b = np.asarray(ours.get(name), "d"), np.asarray(value, "d")
+        if a.size != b.size or not np.allclose(a.ravel(), b.ravel(), rtol=1e-3, atol=1e-3, equal_nan=True):
+            return False
+    return True
+
+
+def wrong(name: str, outcomes: dict[str, Any]) -> str | None:
+    """What is wrong with ours in a cell, or None."""
+    ours, own = outcomes[f"ours|{name}"], outcomes.get(f"own|{name}", {})
+    if "crash" in ours or ours.get("error") == "AssertionError":
+        return str(ours)
+    if "error" in ours:
+        return None
+    unchanged = outcomes[f"ours|{name.partition(':')[0]}: nothing"]["value"]
+    if agree(ours["value"], own.get("value", unchanged)):
+        return None
+    return f"ours gives other numbers; MXNet's own: {str(own)[:200]}"
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_right_or_an_error(name: str, outcomes: dict[str, Any]) -> None:
+    problem = wrong(name, outcomes)
+    if any(words in name for words in RIGHT_ALONE):
+        return
+    assert problem is None, problem
+
+
+def test_there_are_cells_of_every_kind(outcomes: dict[str, Any]) -> None:
+    assert len(CELLS) >= 400
+    ours = [outcome for name, outcome in outcomes.items() if name.startswith("ours|")]
+    assert sum("value" in outcome for outcome in ours) > 100
+    assert sum("error" in outcome for outcome in ours) > 100
