@@ -39,6 +39,8 @@ def outcome(function: Callable[[], Any], seconds: int = 60) -> dict[str, Any]:
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return {"crash": signal.Signals(os.WTERMSIG(status)).name}
+    if not said:
+        return {"crash": f"exit status {os.WEXITSTATUS(status)}"}
     found: dict[str, Any] = json.loads(said)
     return found
 
