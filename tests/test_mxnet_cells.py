@@ -15,8 +15,13 @@ pytest.importorskip("mxnet", reason="MXNet is not installed")
 
 from mxnet_cells import CELLS
 
-RIGHT_ALONE: dict[str, str] = {}
-"""Words of a cell's name -> why ours differs there from MXNet's own on purpose."""
+_IN_A_GRAPH = "MXNet reads a head gradient of another shape in memory order before any operator of a graph gets it"
+DIFFERENCES = {
+    "in a graph: dy other order of axes": _IN_A_GRAPH,
+    "in a graph: dy csr": _IN_A_GRAPH,
+    "in a graph: x csr": _IN_A_GRAPH,
+}
+"""Cell -> why ours differs there from MXNet's own, which differs from what was asked."""
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +32,10 @@ def outcomes() -> dict[str, Any]:
     return dict(map(json.loads, done.stdout.splitlines()))
 
 
-def agree(ours: dict[str, Any], other: dict[str, Any]) -> bool:
+def agree(ours: dict[str, Any], other: dict[str, Any], but: tuple[str, ...]) -> bool:
     for name, value in other.items():
         a, b = np.asarray(ours.get(name), "d"), np.asarray(value, "d")
-        if a.size != b.size or not np.allclose(a.ravel(), b.ravel(), rtol=1e-3, atol=1e-3, equal_nan=True):
+        if name not in but and (a.size != b.size or not np.allclose(a.ravel(), b.ravel(), rtol=1e-3, atol=1e-3, equal_nan=True)):
             return False
     return True
 
@@ -38,12 +43,17 @@ def agree(ours: dict[str, Any], other: dict[str, Any]) -> bool:
 def wrong(name: str, outcomes: dict[str, Any]) -> str | None:
     """What is wrong with ours in a cell, or None."""
     ours, own = outcomes[f"ours|{name}"], outcomes.get(f"own|{name}", {})
-    if "crash" in ours or ours.get("error") == "AssertionError":
+    if "crash" in ours or ours.get("error") == "StateChanged":
         return str(ours)
     if "error" in ours:
         return None
-    unchanged = outcomes[f"ours|{name.partition(':')[0]}: nothing"]["value"]
-    if agree(ours["value"], own.get("value", unchanged)):
+    way, _, what = name.partition(": ")
+    but: tuple[str, ...] = ()
+    if what.endswith("in between"):
+        but = "running_mean", "running_var"  # MXNet's own updates them in backward
+    elif "value" not in own:
+        but = ("d" + what.split()[0],)  # a parameter that was replaced has no gradient
+    if agree(ours["value"], own.get("value", outcomes[f"ours|{way}: nothing"]["value"]), but):
         return None
     return f"ours gives other numbers; MXNet's own: {str(own)[:200]}"
 
@@ -51,9 +61,8 @@ def wrong(name: str, outcomes: dict[str, Any]) -> str | None:
 @pytest.mark.parametrize("name", CELLS)
 def test_right_or_an_error(name: str, outcomes: dict[str, Any]) -> None:
     problem = wrong(name, outcomes)
-    if any(words in name for words in RIGHT_ALONE):
-        return
-    assert problem is None, problem
+    assert (problem is None) == (name not in DIFFERENCES), problem
+    assert "crash" not in outcomes[f"ours|{name}"]
 
 
 def test_there_are_cells_of_every_kind(outcomes: dict[str, Any]) -> None:

@@ -142,7 +142,7 @@ class Normalization(gluon.HybridBlock):  # type: ignore[misc]
         if composed:
             y = _composed().normalize(self.layer, x, arrays)
         elif F is mx.nd:
-            y = F.Custom(_plain(x), *arrays, op_type=NAME, layer=self._attribute)[0]
+            y = F.Custom(plain(x), *arrays, op_type=NAME, layer=self._attribute)[0]
             y = y.reshape(y.shape) if _on_cpu(y) else y  # in backward a copy, and plain
         else:
             x = F.expand_dims(x, axis=0)
@@ -183,8 +183,8 @@ def _relu(y: Any) -> Any:
     return (mx.nd if type(y) is mx.nd.NDArray else mx.npx).relu(y)
 
 
-def _plain(array: Any) -> Any:
-    """The array, in the plain layout from now on."""
+def plain(array: Any) -> Any:
+    """The array itself, in the plain layout from now on."""
     if _on_cpu(array):
         array.wait_to_read()
         check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(ctypes.c_void_p())))

@@ -30,14 +30,16 @@ FLOAT32, FLOAT64, INT64 = TYPES["float32"], TYPES["float64"], TYPES["int64"]
 ADDRESS = types.intp
 FUNCTIONS = (
     "MXNDArrayFree", "MXNDArrayGetContext", "MXNDArrayGetData", "MXNDArrayGetDType", "MXNDArrayGetShapeEx",
-    "MXNDArrayGetStorageType",
+    "MXNDArrayGetStorageType", "MXNDArrayWaitToRead",
 )  # fmt: skip
 """What compiled code calls of MXNet's C interface."""
 
 for _name in FUNCTIONS:
     llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_LIB, _name), ctypes.c_void_p).value)
+_one = types.int32(ADDRESS)
 _two = types.int32(ADDRESS, ADDRESS)
 _three = types.int32(ADDRESS, ADDRESS, ADDRESS)
+_wait_to_read = types.ExternalFunction("MXNDArrayWaitToRead", _one)
 _get_data = types.ExternalFunction("MXNDArrayGetData", _two)
 _get_type = types.ExternalFunction("MXNDArrayGetDType", _two)
 _get_storage = types.ExternalFunction("MXNDArrayGetStorageType", _two)
@@ -102,6 +104,26 @@ def plain_like(handle: int, other: int, kind: int, count: int, slot: Any) -> int
     return plain(handle, kind, count, slot)
 
 
+def _wait(handle_list: int, count: int) -> int:  # pragma: no cover
+    slot = np.zeros(2, np.int64)
+    for handle in carray(pointer(handle_list), count, np.int64):
+        if handle != 0:
+            slot[0] = 0
+            _get_storage(handle, slot.ctypes.data)
+            if np.int32(slot[0]) < _DENSE or _wait_to_read(handle) != 0:
+                return -1
+    return 0
+
+
+@cache
+def wait() -> Any:
+    """Compiled: wait until NDArrays are written; -1 if one has no memory or its operator failed.
+
+    It takes the address of their handles, 0 for none, and how many there are.
+    """
+    return c_function(types.int64(ADDRESS, types.int64), _wait, SOURCES).ctypes
+
+
 def _address(handle: int, kind: int, count: int) -> int:  # pragma: no cover
     return plain(handle, kind, count, np.zeros(2, np.int64))
 
@@ -128,6 +150,12 @@ def address(name: str, array: Any, kind: str, count: int, like: Any = None) -> i
     if not found:
         raise MXNetError(refusal(name, array, kind, (count,) if like is None else like.shape))
     return found
+
+
+def check_memory(name: str, array: Any) -> None:
+    """Raise MXNetError if an NDArray has no memory."""
+    if array.stype == "undefined":
+        raise MXNetError(f"{name} has no memory yet. Initialize the parameter, or write to the array first.")
 
 
 def refusal(name: str, array: Any, kind: str, shape: tuple[int, ...]) -> str:

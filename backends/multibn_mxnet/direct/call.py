@@ -21,6 +21,7 @@ import numpy as np
 from mxnet import autograd
 from mxnet.base import _LIB, NDArrayHandle, check_call
 
+from multibn_mxnet import gate
 from multibn_mxnet.description import Layer, type_name
 from multibn_mxnet.operator import by_kernel
 from multibn_mxnet.operator.callbacks import layers, refusing
@@ -58,8 +59,12 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     """
     inputs = len(layer.parameters)
     shape, context, states, training = x.shape, x.context, arrays[inputs:], autograd.is_training()
-    for array in (x, *arrays):
-        check_call(_LIB.MXNDArrayWaitToRead(array.handle))
+    its = [array.handle for array in arrays]
+    handles = (_pointer * (len(its) + 3))(x.handle, *its[:inputs], None, None, *its[inputs:])
+    if gate.wait()(ctypes.addressof(handles), len(handles)):
+        for name, array in zip(("x", *layer.parameters, *layer.states), (x, *arrays), strict=True):
+            gate.check_memory(name, array)
+            check_call(_LIB.MXNDArrayWaitToRead(array.handle))
     if training:
         _wait_to_write(context, states)
     n, channels, s = layer.by_channel(shape)
@@ -72,8 +77,7 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     record.configuration, record.n, record.channels, record.s, record.x = configuration(attribute), n, channels, s, 0
     try:
         if compiled:
-            its = [array.handle for array in arrays]
-            handles = (_pointer * (len(its) + 3))(x.handle, *its[:inputs], y.handle, None, *its[inputs:])
+            handles[1 + inputs] = y.handle.value
             left = run(ctypes.addressof(handles), training, at)
         if not compiled or left < 0:  # an array did not pass the gate, whose message comes from Python
             saved, gamma = _parts(record, x)
@@ -99,14 +103,16 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
 
 
 def _wait_to_write(context: Any, arrays: list[Any]) -> None:
-    """Until all that was to read the arrays has done so; ``MXNDArrayWaitToWrite`` would change threads for each."""
-    handles = (_pointer * len(arrays))(*(array.handle for array in arrays))
+    """Wait until all pending readers of the arrays are done; ``MXNDArrayWaitToWrite`` would change threads for each.
+
+    One push for each array: two that are parts of the same memory in one push would wait for each other for ever.
+    """
     place = ctypes.c_uint64(context.device_id << 32 | context.device_typeid)
-    check_call(
-        _LIB.MXEnginePushSyncND(
-            _NOTHING, None, None, ctypes.byref(place), None, 0, handles, len(arrays), ctypes.byref(_ASYNC), 0, None
+    for array in arrays:
+        handle = (_pointer * 1)(array.handle)
+        check_call(
+            _LIB.MXEnginePushSyncND(_NOTHING, None, None, ctypes.byref(place), None, 0, handle, 1, ctypes.byref(_ASYNC), 0, None)
         )
-    )
     for array in arrays:
         check_call(_LIB.MXNDArrayWaitToRead(array.handle))
 

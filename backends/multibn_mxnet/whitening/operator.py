@@ -95,7 +95,9 @@ class _ByKernel(_Operator):
         states = {"gamma": gamma, "beta": beta, "running_mean": mean, "running_covariance": covariance}
         kind = PARAMETER_TYPE[type_name(x)]
         its_gamma, its_beta, its_mean, its_covariance = (view(name, a, kind, a.shape) for name, a in states.items())
-        y, saved = kernel.forward(_rows("x", x, x), its_gamma, its_beta, its_mean, its_covariance, self.spec, training, batches, out)
+        y, saved = kernel.forward(
+            _rows("x", x, x), its_gamma, its_beta, its_mean, its_covariance, self.spec, training, batches, out
+        )
         return (y.reshape(x.shape) if out is None else None), _packed(saved)
 
     def back(self, dy: Any, x: Any, gamma: Any, saved: kernel.Saved, target: Any) -> tuple[Any, ...]:
