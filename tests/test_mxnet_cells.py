@@ -1,4 +1,4 @@
-"""Whatever a Gluon layer is handed, it raises with its state unchanged, or gives what MXNet's own layer gives: see mxnet_cells.py."""
+"""A Gluon layer raises with its state unchanged, or gives what MXNet's own gives, whatever it is handed: mxnet_cells.py."""
 
 from __future__ import annotations
 

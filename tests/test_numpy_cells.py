@@ -1,4 +1,4 @@
-"""Whatever a NumPy layer or the kernel is handed, it raises with its state unchanged, or agrees with the reference: numpy_cells.py."""
+"""NumPy layers and the kernel raise with their state unchanged, or agree with the reference, whatever they are handed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The gate: every NDArray passes it before compiled code gets its address."""
 
-# mypy: disable-error-code="import-untyped, no-any-return"
+# mypy: disable-error-code="attr-defined, import-untyped, no-any-return, call-arg, call-overload, no-untyped-call"
+# Numba's decorators change what their functions take and return.
 
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ from typing import Any
 import llvmlite.binding
 import mxnet as mx
 import numpy as np
-from mxnet.base import _LIB, MXNetError
+from mxnet.base import MXNetError
 from numba import carray, types
 
 from multibn.kernel.addresses import pointer
+from multibn.kernel.cache import keep
 from multibn.kernel.jit import SOURCES as KERNEL_SOURCES
-from multibn.kernel.jit import c_function, stamp
+from multibn.kernel.jit import c_function
 from multibn.kernel.jit import compiled as kernel_compiled
 
+from .compat import LIB
 from .description import type_name
 
 TYPES = {"float32": 0, "float64": 1, "float16": 2, "int64": 6, "bfloat16": 12}
@@ -35,7 +38,7 @@ FUNCTIONS = (
 """What compiled code calls of MXNet's C interface."""
 
 for _name in FUNCTIONS:
-    llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_LIB, _name), ctypes.c_void_p).value)
+    llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(LIB, _name), ctypes.c_void_p).value)
 _one = types.int32(ADDRESS)
 _two = types.int32(ADDRESS, ADDRESS)
 _three = types.int32(ADDRESS, ADDRESS, ADDRESS)
@@ -54,7 +57,7 @@ SOURCES = hashlib.sha256(KERNEL_SOURCES.encode() + (get_data(__package__, "gate.
 
 def compiled(function: Any) -> Any:
     """``multibn.kernel.jit.compiled`` for the functions of this file."""
-    return stamp(kernel_compiled(function), SOURCES)
+    return keep(kernel_compiled(function), SOURCES)
 
 
 @compiled
@@ -62,7 +65,7 @@ def kind_of(handle: int, slot: Any) -> int:  # pragma: no cover - compiled, so t
     """MXNet's number for an NDArray's type. Here and below, slot is room for two integers."""
     slot[0] = 0
     _get_type(handle, slot.ctypes.data)
-    return np.int32(slot[0])
+    return int(np.int32(slot[0]))
 
 
 @compiled
@@ -90,6 +93,7 @@ def plain(handle: int, kind: int, count: int, slot: Any) -> int:  # pragma: no c
 
 @compiled
 def shape_of(handle: int, slot: Any) -> Any:  # pragma: no cover
+    """The shape of an NDArray; MXNet's own copy lasts until the next call."""
     slot[:] = 0
     get_shape(handle, slot.ctypes.data, slot[1:].ctypes.data)
     return carray(pointer(slot[1]), max(np.int32(slot[0]), 0), np.int32).copy()

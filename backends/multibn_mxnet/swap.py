@@ -17,9 +17,9 @@ _GLUONS = {ours: own for own, ours in _OURS.items()}
 def swap(net: Any, implementation: str | None = None) -> list[str]:
     """Replace every BatchNorm and BatchNormReLU of the net by ours, in place, and return the names of those replaced.
 
-    Each block stays the same object with the same Parameters, prefix, hooks and hybridization; only its class changes. So whatever
-    refers to it (an attribute, a shared block, a Trainer, a name in a checkpoint) continues to work. Traced graphs are traced
-    again. ``unswap`` undoes all of it.
+    Each block stays the same object with the same Parameters, prefix, hooks and hybridization; only its class changes. So
+    whatever refers to it (an attribute, a shared block, a Trainer, a name in a checkpoint) continues to work. Traced graphs are
+    traced again. ``unswap`` undoes all of it.
 
     A UserWarning names the blocks that stay as they are, with the reason: subclasses of Gluon's blocks, such as SyncBatchNorm,
     which may compute something else, and SymbolBlocks, whose graphs are fixed.
@@ -61,10 +61,10 @@ def swap(net: Any, implementation: str | None = None) -> list[str]:
 
 
 def unswap(net: Any) -> list[str]:
-    """Replace every GluonBatchNorm and GluonBatchNormReLU of the net by MXNet's own, in place; return the names of those replaced.
+    """Replace every GluonBatchNorm and GluonBatchNormReLU of the net by MXNet's own, in place; return their names.
 
-    Undoes ``swap``: the blocks and Parameters stay the same objects. Blocks that were built as ours become MXNet's own too, without
-    what only ours have (``implementation``, ``init``). ``multibn_mxnet.BatchNorm`` has no counterpart in MXNet and stays.
+    Undoes ``swap``: the blocks and Parameters stay the same objects. Blocks that were built as ours become MXNet's own too,
+    without what only ours have (``implementation``, ``init``). ``multibn_mxnet.BatchNorm`` has no counterpart in MXNet and stays.
 
     >>> net = gluon.nn.HybridSequential(prefix="net_")
     >>> with net.name_scope():

@@ -98,7 +98,8 @@ def plain(name: str, array: Any) -> Array:
                 f"{name} must be a NumPy array without a mask, got {type(array).__name__}. Convert it with numpy.asarray first."
             )
         array = array.view(np.ndarray)
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    its: Array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return its
 
 
 def check_writable(**arrays: Array) -> None:

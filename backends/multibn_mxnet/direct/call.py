@@ -19,9 +19,9 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.base import _LIB, NDArrayHandle, check_call
 
 from multibn_mxnet import gate
+from multibn_mxnet.compat import LIB, NDArrayHandle, check_call
 from multibn_mxnet.description import Layer, type_name
 from multibn_mxnet.operator import by_kernel
 from multibn_mxnet.operator.callbacks import layers, refusing
@@ -64,7 +64,7 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     if gate.wait()(ctypes.addressof(handles), len(handles)):
         for name, array in zip(("x", *layer.parameters, *layer.states), (x, *arrays), strict=True):
             gate.check_memory(name, array)
-            check_call(_LIB.MXNDArrayWaitToRead(array.handle))
+            check_call(LIB.MXNDArrayWaitToRead(array.handle))
     if training:
         _wait_to_write(context, states)
     n, channels, s = layer.by_channel(shape)
@@ -93,12 +93,12 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
         _end(at)
         return y, left
     handle = NDArrayHandle()
-    check_call(_LIB.MXNDArrayDetach(x.handle, ctypes.byref(handle)))
+    check_call(LIB.MXNDArrayDetach(x.handle, ctypes.byref(handle)))
     record.x = handle.value
     anchor = x.detach()
-    check_call(_LIB.MXAutogradMarkVariables(1, ctypes.byref(anchor.handle), ctypes.byref(_ADD), ctypes.byref(handle)))
+    check_call(LIB.MXAutogradMarkVariables(1, ctypes.byref(anchor.handle), ctypes.byref(_ADD), ctypes.byref(handle)))
     given = (_pointer * (inputs + 2))(x.handle, *(array.handle for array in arrays[:inputs]), anchor.handle)
-    check_call(_LIB.MXCustomFunctionRecord(inputs + 2, given, 1, ctypes.byref(y.handle), _pointer(at)))
+    check_call(LIB.MXCustomFunctionRecord(inputs + 2, given, 1, ctypes.byref(y.handle), _pointer(at)))
     return y, left
 
 
@@ -111,10 +111,10 @@ def _wait_to_write(context: Any, arrays: list[Any]) -> None:
     for array in arrays:
         handle = (_pointer * 1)(array.handle)
         check_call(
-            _LIB.MXEnginePushSyncND(_NOTHING, None, None, ctypes.byref(place), None, 0, handle, 1, ctypes.byref(_ASYNC), 0, None)
+            LIB.MXEnginePushSyncND(_NOTHING, None, None, ctypes.byref(place), None, 0, handle, 1, ctypes.byref(_ASYNC), 0, None)
         )
     for array in arrays:
-        check_call(_LIB.MXNDArrayWaitToRead(array.handle))
+        check_call(LIB.MXNDArrayWaitToRead(array.handle))
 
 
 def _backward(outputs: int, inputs: int, handles: Any, requests: Any, training: int, at: int) -> None:
@@ -122,7 +122,7 @@ def _backward(outputs: int, inputs: int, handles: Any, requests: Any, training: 
     arrays = [mx.nd.NDArray(NDArrayHandle(handles[i])) for i in range(outputs + inputs)]  # which free them
     record = Record.from_address(at)
     layer, x = layers[record.configuration], NDArrayHandle()
-    check_call(_LIB.MXShallowCopyNDArray(NDArrayHandle(record.x), ctypes.byref(x)))
+    check_call(LIB.MXShallowCopyNDArray(NDArrayHandle(record.x), ctypes.byref(x)))
     its_x = mx.nd.NDArray(x)
     saved, gamma = _parts(record, its_x)
     gradients = dict(zip(("x", *layer.parameters), arrays[1:], strict=False))
