@@ -23,7 +23,7 @@ C, SHAPE = 6, (5, 6, 3, 2)
 STATE = ("gamma", "beta", "moving_mean", "moving_var")
 
 
-class Subclass(np.ndarray):
+class Subclass(np.ndarray[Any, Any]):
     pass
 
 
@@ -72,7 +72,7 @@ WRONG: dict[str, Callable[[Array], Any]] = {
     "misaligned": _misaligned,
     "read-only": _read_only,
     "a subclass": lambda a: a.view(Subclass),
-    "masked": lambda a: np.ma.masked_array(a, a > 0),
+    "masked": lambda a: np.ma.masked_array(a, a > 0),  # type: ignore[no-untyped-call]
     "a matrix": lambda a: np.matrix(a.reshape(len(a), -1)),
     "a part": lambda a: np.concatenate([a, a])[: len(a)],
 }
@@ -86,7 +86,7 @@ def arguments() -> dict[str, Array]:
 
 
 def ours_by_kernel(its: dict[str, Any], training: bool, between: Callable[[dict[str, Any]], None]) -> tuple[Any, ...]:
-    y, saved = kernel.forward(its["x"], *(its[name] for name in STATE), BatchNormSpec(), training)
+    y, saved = kernel.forward(its["x"], *map(its.__getitem__, STATE), BatchNormSpec(), training)  # type: ignore[call-arg]
     between(its)
     return (y, *kernel.backward(its["dy"], saved), its["moving_mean"], its["moving_var"])
 
@@ -101,7 +101,7 @@ def ours_by_array(its: dict[str, Any], training: bool, between: Callable[[dict[s
 
 
 def by_reference(its: dict[str, Any], training: bool, between: Callable[[dict[str, Any]], None]) -> tuple[Any, ...]:
-    done = reference.forward(its["x"], *(its[name] for name in STATE), BatchNormSpec(), training)
+    done = reference.forward(its["x"], *map(its.__getitem__, STATE), BatchNormSpec(), training)  # type: ignore[call-arg]
     between(its)
     return (done.y, *reference.backward(its["dy"], done.saved), done.moving_mean, done.moving_var)
 

@@ -20,6 +20,7 @@ DIFFERENCES = {
     "in a graph: dy other order of axes": _IN_A_GRAPH,
     "in a graph: dy csr": _IN_A_GRAPH,
     "in a graph: x csr": _IN_A_GRAPH,
+    "whitening called: dy other order of axes": "so does the operator that makes whitening's output plain",
 }
 """Cell -> why ours differs there from MXNet's own, which differs from what was asked."""
 
@@ -66,7 +67,7 @@ def test_right_or_an_error(name: str, outcomes: dict[str, Any]) -> None:
 
 
 def test_there_are_cells_of_every_kind(outcomes: dict[str, Any]) -> None:
-    assert len(CELLS) >= 400
+    assert len(CELLS) >= 600
     ours = [outcome for name, outcome in outcomes.items() if name.startswith("ours|")]
     assert sum("value" in outcome for outcome in ours) > 100
     assert sum("error" in outcome for outcome in ours) > 100

@@ -52,7 +52,7 @@ def test_every_private_part_is_listed() -> None:
 
 
 def test_a_release_without_a_part_says_what_stopped_working(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(compat.PARTS, "mxnet.gluon.nn:BatchNorm()._gone", "export blocks")  # type: ignore[misc]
+    monkeypatch.setitem(compat.PARTS, "mxnet.gluon.nn:BatchNorm()._gone", "export blocks")
     message = (
         f"MXNet {mx.__version__} has no mxnet.gluon.nn.BatchNorm()._gone, without which multibn_mxnet cannot export blocks. "
         "Install the release that multibn is tested with: pip install 'mxnet==1.9.1'."

@@ -108,24 +108,37 @@ def plain_like(handle: int, other: int, kind: int, count: int, slot: Any) -> int
     return plain(handle, kind, count, slot)
 
 
-def _wait(handle_list: int, count: int) -> int:  # pragma: no cover
+@compiled
+def _end(handle: int, start: int, slot: Any) -> int:  # pragma: no cover
+    size = 8 if kind_of(handle, slot) == FLOAT64 else 4
+    for length in shape_of(handle, slot):
+        size *= length
+    return start + size
+
+
+def _wait(handle_list: int, count: int, states: int) -> int:  # pragma: no cover
     slot = np.zeros(2, np.int64)
-    for handle in carray(pointer(handle_list), count, np.int64):
+    handles = carray(pointer(handle_list), count, np.int64)
+    for handle in handles:
         if handle != 0:
             slot[0] = 0
             _get_storage(handle, slot.ctypes.data)
             if np.int32(slot[0]) < _DENSE or _wait_to_read(handle) != 0:
                 return -1
-    return 0
+    places = np.zeros(2, np.int64)
+    for i in range(2):
+        _get_data(handles[states + i], places[i:].ctypes.data)
+    apart = places[1] >= _end(handles[states], places[0], slot) or places[0] >= _end(handles[states + 1], places[1], slot)
+    return 0 if apart else -1
 
 
 @cache
 def wait() -> Any:
-    """Compiled: wait until NDArrays are written; -1 if one has no memory or its operator failed.
+    """Compiled: wait until NDArrays are written. -1 if one has no memory, its operator failed, or the states share memory.
 
-    It takes the address of their handles, 0 for none, and how many there are.
+    It takes the address of their handles, 0 for none, how many there are, and the place of the first of two states.
     """
-    return c_function(types.int64(ADDRESS, types.int64), _wait, SOURCES).ctypes
+    return c_function(types.int64(ADDRESS, types.int64, types.int64), _wait, SOURCES).ctypes
 
 
 def _address(handle: int, kind: int, count: int) -> int:  # pragma: no cover

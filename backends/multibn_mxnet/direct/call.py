@@ -61,10 +61,16 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     shape, context, states, training = x.shape, x.context, arrays[inputs:], autograd.is_training()
     its = [array.handle for array in arrays]
     handles = (_pointer * (len(its) + 3))(x.handle, *its[:inputs], None, None, *its[inputs:])
-    if gate.wait()(ctypes.addressof(handles), len(handles)):
+    if gate.wait()(ctypes.addressof(handles), len(handles), inputs + 3):
         for name, array in zip(("x", *layer.parameters, *layer.states), (x, *arrays), strict=True):
             gate.check_memory(name, array)
             check_call(LIB.MXNDArrayWaitToRead(array.handle))
+        if training:
+            kind, one_each = by_kernel.state_type(x), (x.shape[layer.axis],)
+            views = {
+                name: by_kernel.view(name, array, kind, one_each) for name, array in zip(layer.states[:2], states, strict=False)
+            }
+            by_kernel.check_apart(running_mean=views["running_mean"], running_var=views["running_var"])
     if training:
         _wait_to_write(context, states)
     n, channels, s = layer.by_channel(shape)
@@ -105,14 +111,15 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
 def _wait_to_write(context: Any, arrays: list[Any]) -> None:
     """Wait until all pending readers of the arrays are done; ``MXNDArrayWaitToWrite`` would change threads for each.
 
-    One push for each array: two that are parts of the same memory in one push would wait for each other for ever.
+    The arrays must not be parts of the same memory: MXNet's engine would wait for itself.
     """
+    handles = (_pointer * len(arrays))(*(array.handle for array in arrays))
     place = ctypes.c_uint64(context.device_id << 32 | context.device_typeid)
-    for array in arrays:
-        handle = (_pointer * 1)(array.handle)
-        check_call(
-            LIB.MXEnginePushSyncND(_NOTHING, None, None, ctypes.byref(place), None, 0, handle, 1, ctypes.byref(_ASYNC), 0, None)
+    check_call(
+        LIB.MXEnginePushSyncND(
+            _NOTHING, None, None, ctypes.byref(place), None, 0, handles, len(arrays), ctypes.byref(_ASYNC), 0, None
         )
+    )
     for array in arrays:
         check_call(LIB.MXNDArrayWaitToRead(array.handle))
 
