@@ -49,6 +49,8 @@ _get_storage = types.ExternalFunction("MXNDArrayGetStorageType", _two)
 _get_context = types.ExternalFunction("MXNDArrayGetContext", _three)
 get_shape = types.ExternalFunction("MXNDArrayGetShapeEx", _three)
 
+FAILED, REFUSED = -1, -2
+"""What ``wait`` returns instead of 0. FAILED is also what MXNet returns: its message is the last error of this thread."""
 _DENSE = 0
 _CPUS = (1, 3, 5)  # cpu, cpu_pinned, cpu_shared
 
@@ -123,18 +125,21 @@ def _wait(handle_list: int, count: int, states: int) -> int:  # pragma: no cover
         if handle != 0:
             slot[0] = 0
             _get_storage(handle, slot.ctypes.data)
-            if np.int32(slot[0]) < _DENSE or _wait_to_read(handle) != 0:
-                return -1
+            if np.int32(slot[0]) < _DENSE:
+                return REFUSED
+            if _wait_to_read(handle) != 0:
+                return FAILED
     places = np.zeros(2, np.int64)
     for i in range(2):
         _get_data(handles[states + i], places[i:].ctypes.data)
     apart = places[1] >= _end(handles[states], places[0], slot) or places[0] >= _end(handles[states + 1], places[1], slot)
-    return 0 if apart else -1
+    return 0 if apart else REFUSED
 
 
 @cache
 def wait() -> Any:
-    """Compiled: wait until NDArrays are written. -1 if one has no memory, its operator failed, or the states share memory.
+    """Compiled: wait until NDArrays are written. FAILED if an operator that writes one failed; REFUSED if one has no memory, or
+    the states share memory.
 
     It takes the address of their handles, 0 for none, how many there are, and the place of the first of two states.
     """

@@ -61,16 +61,10 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     shape, context, states, training = x.shape, x.context, arrays[inputs:], autograd.is_training()
     its = [array.handle for array in arrays]
     handles = (_pointer * (len(its) + 3))(x.handle, *its[:inputs], None, None, *its[inputs:])
-    if gate.wait()(ctypes.addressof(handles), len(handles), inputs + 3):
-        for name, array in zip(("x", *layer.parameters, *layer.states), (x, *arrays), strict=True):
-            gate.check_memory(name, array)
-            check_call(LIB.MXNDArrayWaitToRead(array.handle))
-        if training:
-            kind, one_each = by_kernel.state_type(x), (x.shape[layer.axis],)
-            views = {
-                name: by_kernel.view(name, array, kind, one_each) for name, array in zip(layer.states[:2], states, strict=False)
-            }
-            by_kernel.check_apart(running_mean=views["running_mean"], running_var=views["running_var"])
+    found = gate.wait()(ctypes.addressof(handles), len(handles), inputs + 3)
+    check_call(found if found == gate.FAILED else 0)
+    if found == gate.REFUSED:
+        _refuse(layer, x, arrays, training)
     if training:
         _wait_to_write(context, states)
     n, channels, s = layer.by_channel(shape)
@@ -106,6 +100,16 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     given = (_pointer * (inputs + 2))(x.handle, *(array.handle for array in arrays[:inputs]), anchor.handle)
     check_call(LIB.MXCustomFunctionRecord(inputs + 2, given, 1, ctypes.byref(y.handle), _pointer(at)))
     return y, left
+
+
+def _refuse(layer: Layer, x: Any, arrays: list[Any], training: bool) -> None:
+    """Raise MXNetError for an array without memory and, in training, for moving statistics that share memory."""
+    named = dict(zip((*layer.parameters, *layer.states), arrays, strict=True))
+    for name, array in {"x": x, **named}.items():
+        gate.check_memory(name, array)
+    if training:
+        kind, shape = by_kernel.state_type(x), (x.shape[layer.axis],)
+        by_kernel.check_apart(**{name: by_kernel.view(name, named[name], kind, shape) for name in layer.states[:2]})
 
 
 def _wait_to_write(context: Any, arrays: list[Any]) -> None:

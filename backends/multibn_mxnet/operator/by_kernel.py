@@ -60,23 +60,30 @@ def backward(
     shape, its_type, kind = layer.by_channel(x.shape), type_name(x), state_type(x)
     values, slopes = view("x", x, its_type, shape), view("the head gradient", dy, its_type, shape, x)
     gamma, its_saved = vector(layer, parameters, "gamma", x), view("saved", saved, "float64", (3, shape[1]))
-    targets = {
-        name: view(f"the gradient of {name}", array, *((its_type, shape, x) if name == "x" else (kind, (shape[1],))))
-        for name, array in gradients.items()
-        if wanted.get(name, NULL) != NULL
-    }
+    into = targets(layer, x, gradients, wanted)
     direct = wanted["x"] not in (NULL, ADD)
-    dx = targets["x"] if direct else np.empty(shape, values.dtype)
+    dx = into["x"] if direct else np.empty(shape, values.dtype)
     if direct:
         memory.advise(dx.ctypes.data, dx.nbytes)
     sums = {"gamma": np.zeros(shape[1], kind), "beta": np.zeros(shape[1], kind)}
     kernel.run_backward(values, slopes, dx, gamma, its_saved[:2], sums["gamma"], sums["beta"], bool(its_saved[2].any()))
     if wanted["x"] == ADD:
-        add(targets["x"], dx)
+        add(into["x"], dx)
     for name, counts in (("gamma", layer.spec.scale), ("beta", layer.spec.center)):
-        if name in targets:
-            out = targets[name]
+        if name in into:
+            out = into[name]
             out[:] = (out if wanted[name] == ADD else 0) + (sums[name] if counts else 0)
+
+
+def targets(layer: Layer, x: Any, gradients: dict[str, Any], wanted: dict[str, int]) -> dict[str, Array]:
+    """The gradients that are asked for, named as in ``backward``, as NumPy sees them: that of x (N, C, S), the others (C,)."""
+    shape = layer.by_channel(x.shape)
+    found = {}
+    for name, array in gradients.items():
+        if wanted.get(name, NULL) != NULL:
+            kind, its_shape, like = (type_name(x), shape, x) if name == "x" else (state_type(x), (shape[1],), None)
+            found[name] = view(f"the gradient of {name}", array, kind, its_shape, like)
+    return found
 
 
 def _begin(layer: Layer, bits: Array, gamma: Array, beta: Array, mean: Array, var: Array) -> None:
