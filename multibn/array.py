@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import identity
-from .layer.inputs import objection
+from .layer.inputs import objection, plain
 from .layer.nonfinite import PoisonedBatch, poisoned, poisoned_channels
 from .layer.types import Array
 from .spec.batchnorm import BatchNormSpec, spec_text
@@ -58,7 +58,11 @@ class BatchNorm:
             ValueError: wrong rank, shape or number of values (BN-01, BN-12).
             TypeError: wrong type (BN-10).
         """
+        x = plain("x", x)
         state = {"gamma": self.gamma, "beta": self.beta, "moving_mean": self.moving_mean, "moving_var": self.moving_var}
+        for name, array in state.items():
+            if array is not None or name.startswith("moving"):
+                plain(name, array)
         problem = objection(
             x.shape,
             x.dtype.name,
@@ -81,11 +85,12 @@ class BatchNorm:
         """Return (dx, dgamma, dbeta) of the last forward; None for a parameter that is absent or not learned.
 
         Raises:
-            ValueError: there was no forward, or dy has not the shape and type of its output.
+            ValueError: there was no forward, or dy is not of its output's shape and type.
+            TypeError: dy is not a NumPy array, or is masked.
         """
         if self._saved is None:
             raise ValueError("backward needs a forward before it, and there was none. Call forward(x, training) first.")
-        dx, dgamma, dbeta = self._backward(dy)
+        dx, dgamma, dbeta = self._backward(plain("dy", dy))
         learned = self.spec.learn_affine
         return dx, dgamma if learned and self.spec.scale else None, dbeta if learned and self.spec.center else None
 

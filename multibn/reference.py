@@ -79,7 +79,7 @@ def forward(
     >>> done.moving_mean
     array([0.75, 1.15, 1.55], dtype=float32)
     """
-    _check(x, gamma, beta, moving_mean, moving_var, spec, training, channel_axis)
+    check(x, gamma, beta, moving_mean, moving_var, spec, training, channel_axis)
     values = by_channel(x, channel_axis)
     m = values.shape[0] * values.shape[2]
     mean, var = _float64(moving_mean), _float64(moving_var)
@@ -225,7 +225,7 @@ def _float64(a: Array) -> Array:
     return a.astype(np.float64)
 
 
-def _check(
+def check(
     x: Array,
     gamma: Array | None,
     beta: Array | None,
@@ -235,6 +235,7 @@ def _check(
     training: bool,
     channel_axis: int,
 ) -> None:
+    """Raise what ``forward`` raises for these arguments."""
     given = {"gamma": gamma, "beta": beta, "moving_mean": moving_mean, "moving_var": moving_var}
     problem = objection(
         x.shape,

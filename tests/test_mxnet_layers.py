@@ -392,7 +392,7 @@ def test_many_channels(momentum: float | None) -> None:
 
 def test_bfloat16_gives_the_bits_of_the_kernel() -> None:
     x, dy = (mx.nd.amp_cast(array(random(6, 3, seed=seed)), dtype=np.dtype([("bfloat16", np.uint16)])) for seed in (0, 100))
-    bits, dy_bits = (by_kernel.view(a, (6, 3, 1)).copy() for a in (x, dy) if a.wait_to_read() is None)
+    bits, dy_bits = (by_kernel.view("x", a, "bfloat16", (6, 3, 1)).copy() for a in (x, dy) if a.wait_to_read() is None)
     ones, zeros, mean, var = (f(3, np.float32) for f in (np.ones, np.zeros, np.zeros, np.ones))
     y, dx, saved = np.empty_like(bits), np.empty_like(bits), np.empty((2, 3))
     run_forward(bits, y, ones, zeros, mean, var, saved, 1e-5, 0.9, False, True, True)
@@ -405,7 +405,7 @@ def test_bfloat16_gives_the_bits_of_the_kernel() -> None:
             its_y = block(x)
         its_y.backward(dy)
     mx.nd.waitall()
-    same(by_kernel.view(its_y, (6, 3, 1)), y)
+    same(by_kernel.view("y", its_y, "bfloat16", (6, 3, 1)), y)
     twice = mx.nd.amp_cast(x.grad, dtype="float32").asnumpy()
     same(twice, 2 * (dx[:, :, 0].astype(np.uint32) << 16).view(np.float32))
 

@@ -128,7 +128,7 @@ def test_several_threads_at_once() -> None:
 
 def test_a_process_may_end_while_something_is_lent() -> None:
     code = (
-        "import mxnet as mx, numpy as np; from multibn_mxnet import lent; "
+        "import mxnet as mx, numpy as np; from multibn_mxnet.direct import output_memory; "
         f"kept = [output_memory.empty(({SIDE}, {SIDE}), mx.cpu(), np.float32) for _ in range(3)]; kept[0][:] = 1; "
         "kept[1] = mx.nd.dot(kept[0], kept[0]); del kept[0]"
     )

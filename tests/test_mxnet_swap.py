@@ -14,7 +14,7 @@ mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
 
 import multibn_mxnet
 from multibn import BatchNormSpec, reference
-from multibn_mxnet import swap
+from multibn_mxnet import swap, unswap
 
 nn = mx.gluon.nn
 
@@ -88,10 +88,59 @@ def test_plain_blocks_are_searched_too() -> None:
 
 
 def test_subclasses_are_left_alone() -> None:
-    block = mx.gluon.contrib.nn.SyncBatchNorm(num_devices=1)
-    assert swap(block) == []
+    block = mx.gluon.contrib.nn.SyncBatchNorm(num_devices=1, prefix="it_")
+    message = (
+        "swap leaves these blocks as they are: it (SyncBatchNorm, a subclass of gluon.nn.BatchNorm, may compute something else)."
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        assert swap(block) == []
     assert type(block) is mx.gluon.contrib.nn.SyncBatchNorm
 
 
+def test_a_fixed_graph_is_named_with_its_operator() -> None:
+    x = mx.sym.var("data")
+    with pytest.warns(UserWarning, match="Cannot decide type for the following arguments"):  # MXNet's own
+        graph, other = (mx.gluon.SymbolBlock(make(x), x) for make in (mx.sym.BatchNorm, mx.sym.relu))
+    message = f"swap leaves these blocks as they are: {graph.name} (SymbolBlock, a fixed graph with the operator BatchNorm)."
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        assert swap(graph) == []
+    assert swap(other) == []
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_unswap_gives_the_very_objects_back(hybrid: bool) -> None:
+    net = Net(prefix="net_")
+    net.initialize()
+    net.hybridize(hybrid)
+    x = mx.nd.random.normal(shape=(4, 4, 3, 3))
+    own = net(x).asnumpy()
+    blocks = [net.bn, net.body[1], net.body[3]]
+    kinds = [type(block) for block in blocks]
+    attributes = [set(vars(block)) for block in blocks]
+    parameters = list(net.collect_params().items())
+    names = swap(net, implementation="kernel")
+    net(x).wait_to_read()
+    assert unswap(net) == names
+    assert unswap(net) == []
+    assert [net.bn, net.body[1], net.body[3]] == blocks
+    assert [type(block) for block in blocks] == kinds
+    assert [set(vars(block)) for block in blocks] == attributes
+    now = list(net.collect_params().items())
+    assert [name for name, _ in now] == [name for name, _ in parameters]
+    assert all(a is b for (_, a), (_, b) in zip(now, parameters, strict=True))
+    np.testing.assert_array_equal(net(x).asnumpy(), own)
+    with mx.autograd.record():
+        net(x).wait_to_read()
+    assert np.abs(net.body[1].running_mean.data().asnumpy()).max() == 0  # Gluon's own updates in backward
+
+
+def test_unswap_of_what_was_built_as_ours() -> None:
+    block = multibn_mxnet.GluonBatchNorm(in_channels=3, init="identity", implementation="framework", prefix="it_")
+    block.initialize()
+    assert unswap(block) == ["it"]
+    assert set(vars(block)) == set(vars(nn.BatchNorm(in_channels=3)))
+    assert unswap(multibn_mxnet.BatchNorm(3, 4)) == []
+
+
 def test_the_example_of_the_docstring() -> None:
-    assert doctest.testmod(sys.modules["multibn_mxnet.swap"]) == (0, 3)
+    assert doctest.testmod(sys.modules["multibn_mxnet.swap"]) == (0, 6)

@@ -11,5 +11,6 @@ from .block import GluonBatchNorm as GluonBatchNorm
 from .block import GluonBatchNormReLU as GluonBatchNormReLU
 from .recalibrate import recalibrate as recalibrate
 from .swap import swap as swap
+from .swap import unswap as unswap
 from .sync import SyncBatchNorm as SyncBatchNorm
 from .whitening.block import Whitening as Whitening

@@ -11,13 +11,13 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon
-from mxnet.base import _LIB, MXNetError, check_call
-from mxnet.gluon.parameter import DeferredInitializationError
+from mxnet.base import MXNetError
 
 from multibn import identity
 from multibn.spec.batchnorm import BatchNormSpec, spec_text
 
 from . import nonfinite
+from .compat import LIB, DeferredInitializationError, check_call
 from .description import Layer
 from .operator.register import NAME
 
@@ -31,7 +31,7 @@ def check_implementation(implementation: str, known: Sequence[str] = IMPLEMENTAT
 
 
 class Normalization(gluon.HybridBlock):  # type: ignore[misc]
-    """What the blocks share. A subclass says what its layer is, and has the parameters that the operator takes, by its names."""
+    """The part that all blocks share. A subclass describes its layer, and names its parameters as the operator does."""
 
     fuse_relu = False
     implementation = "auto"
@@ -43,7 +43,7 @@ class Normalization(gluon.HybridBlock):  # type: ignore[misc]
 
     @property
     def layer(self) -> Layer:
-        """The layer as the operator knows it; found at the first need."""
+        """The layer's description for the operator, made at the first use."""
         if "_layer" not in self.__dict__:
             self._layer = self._describe()
             self._attribute, self._attribute_in_graph = self._layer.attribute(), self._layer.in_graph().attribute()
@@ -51,8 +51,9 @@ class Normalization(gluon.HybridBlock):  # type: ignore[misc]
         return self._layer
 
     def forget_layer(self) -> None:
-        """Find the layer anew at the next need: what ``_describe`` looks at has changed."""
-        self.__dict__.pop("_layer", None)
+        """Describe the layer again at the next use, because something that ``_describe`` reads has changed."""
+        for name in ("_layer", "_attribute", "_attribute_in_graph", "_names"):
+            self.__dict__.pop(name, None)
         self._clear_cached_op()
 
     @property
@@ -83,52 +84,59 @@ class Normalization(gluon.HybridBlock):  # type: ignore[misc]
             MXNetError: wrong rank, number of channels, types, or number of values (BN-01, BN-10, BN-12). Inside a hybridized
                 parent only the operator is called: MXNet raises with its own words, and ours go to stderr.
         """
-        layer = self.layer
-        if not isinstance(x, mx.nd.NDArray):
+        if not isinstance(x, mx.nd.NDArray):  # a Symbol, in a graph
             return super().forward(x)
-        parameters = [self._reg_params[name] for name in self._names]
+        layer = self.layer
         problem = self._problem(x)
         if problem is not None:
             raise MXNetError(problem)
-        direct = _direct()
-        directly = direct.takes(layer, x)
-        composed = layer.implementation == "composed" and x.stype == "default" and x.size > 0
-        if self._active and composed:
-            if self._cached_op is None:  # which ``export`` needs
+        if layer.implementation == "composed" and x.stype == "default" and x.size > 0:
+            if self._active and self._cached_op is None:  # ``export`` needs it
                 self._build_cache(x)
-        elif self._active and not (directly and self._cached_graph):  # that of ``export`` is made at the first call
+            return self._by_operators(x, composed=True)
+        directly = _direct().takes(layer, x)
+        if self._active and not (directly and self._cached_graph):  # the first call makes the graph, for ``export``
             return self._begun(super().forward(x))
-        context = x.context
-        try:
-            arrays = [parameter.data(context) for parameter in parameters]
-        except DeferredInitializationError:
-            self.infer_shape(x)
-            for parameter in parameters:
-                parameter._finish_deferred_init()
-            arrays = [parameter.data(context) for parameter in parameters]
-        if not directly:
-            y = self._begun(self._normalize(mx.nd, x, arrays, composed))
-            if layer.spec.update_statistics and autograd.is_training():
-                nonfinite.watch(self, x, y)
-            return y
-        y, left = direct.normalize(layer, self._attribute, x, arrays)
-        if left:
-            nonfinite.tell(self, x)
-        return _relu(y) if self.fuse_relu else y
+        return self._directly(x) if directly else self._by_operators(x)
 
     def _problem(self, x: Any) -> str | None:
         """What is wrong with an array, or None."""
         kinds = tuple([self._reg_params[name].dtype for name in self._names])
         return _objection(self.layer, x.shape, x.dtype, autograd.is_training(), self.running_mean.shape[0], kinds)
 
+    def _directly(self, x: Any) -> Any:
+        """By the kernel, without an operator."""
+        y, left = _direct().normalize(self.layer, self._attribute, x, self._arrays(x))
+        if left:
+            nonfinite.tell(self, x)
+        return _relu(y) if self.fuse_relu else y
+
+    def _by_operators(self, x: Any, composed: bool = False) -> Any:
+        """By our operator, or by MXNet's that can be differentiated twice."""
+        y = self._begun(self._normalize(mx.nd, x, self._arrays(x), composed))
+        if self.layer.spec.update_statistics and autograd.is_training():
+            nonfinite.watch(self, x, y)
+        return y
+
+    def _arrays(self, x: Any) -> list[Any]:
+        """The parameters' and states' arrays where x is; made now if their shape was unknown before."""
+        parameters, context = [self._reg_params[name] for name in self._names], x.context
+        try:
+            return [parameter.data(context) for parameter in parameters]
+        except DeferredInitializationError:
+            self.infer_shape(x)
+            for parameter in parameters:
+                parameter._finish_deferred_init()
+            return [parameter.data(context) for parameter in parameters]
+
     def _begun(self, y: Any) -> Any:
-        """y, there already where gamma and beta may have been set beside it, which MXNet does not wait for when they are read."""
+        """Wait for y where the operator may have set gamma and beta, since MXNet does not wait for that when they are read."""
         if self.init == "identity" and autograd.is_training():
             y.wait_to_read()
         return y
 
     def hybrid_forward(self, F: Any, x: Any, **parameters: Any) -> Any:
-        """The same as a part of a graph."""
+        """Normalise as part of a graph."""
         _ = self.layer
         return self._normalize(F, x, [parameters[name] for name in self._names])
 
@@ -136,12 +144,12 @@ class Normalization(gluon.HybridBlock):  # type: ignore[misc]
         is_np = mx.util.is_np_array()
         if is_np:  # there is no npx.Custom
             x, arrays = x.as_nd_ndarray(), [array.as_nd_ndarray() for array in arrays]
-        # What oneDNN makes has a layout of its own. MXNet hands a Custom operator a plain copy of it, but frees that before it
-        # has run. What these operators give, in backward too, is plain. A graph runs expand_dims in place where it can.
+        # oneDNN's arrays have a layout of their own. MXNet gives a Custom operator a plain copy of them, but frees it before the
+        # operator has run. The operators used here return plain arrays, in backward too; expand_dims runs in place if possible.
         if composed:
             y = _composed().normalize(self.layer, x, arrays)
         elif F is mx.nd:
-            y = F.Custom(_plain(x), *arrays, op_type=NAME, layer=self._attribute)[0]
+            y = F.Custom(plain(x), *arrays, op_type=NAME, layer=self._attribute)[0]
             y = y.reshape(y.shape) if _on_cpu(y) else y  # in backward a copy, and plain
         else:
             x = F.expand_dims(x, axis=0)
@@ -165,7 +173,7 @@ class Normalization(gluon.HybridBlock):  # type: ignore[misc]
 
 @cache
 def _direct() -> Any:
-    """Numba, which that needs, takes a while to import."""
+    """Import ``direct`` at the first use, because Numba takes a while to import."""
     from .direct import call as direct
 
     return direct
@@ -182,11 +190,11 @@ def _relu(y: Any) -> Any:
     return (mx.nd if type(y) is mx.nd.NDArray else mx.npx).relu(y)
 
 
-def _plain(array: Any) -> Any:
-    """The array, in the plain layout from now on."""
+def plain(array: Any) -> Any:
+    """The array itself, in the plain layout from now on."""
     if _on_cpu(array):
         array.wait_to_read()
-        check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(ctypes.c_void_p())))
+        check_call(LIB.MXNDArrayGetData(array.handle, ctypes.byref(ctypes.c_void_p())))
     return array
 
 
@@ -209,15 +217,15 @@ def _objection(
 
 
 class BatchNorm(Normalization):
-    """The article's block, in Gluon.
+    """The article's BatchNorm block, in Gluon.
 
     Args:
         num_features: C, the size of the channel axis.
         num_dims: rank of the input: 2 for fully connected layers (N, C), 4 for convolutions (N, C, H, W); 3 and 5 too.
-        spec: what it computes; ``BatchNormSpec.article()`` is the article's own.
+        spec: parameters of the layer; ``BatchNormSpec.article()`` has the article's.
         implementation: "kernel" (the CPU kernel), "framework" (MXNet's own operators, any device), "auto" (the kernel on CPU,
-            the operators elsewhere), or "composed": operators that MXNet can differentiate twice, for gradient penalties, and
-            slowly. In a hybridized net, which MXNet differentiates once, "composed" is "auto".
+            the operators elsewhere), or "composed": slower operators that MXNet can differentiate twice, for gradient
+            penalties. In a hybridized net, which MXNet differentiates once, "composed" means "auto".
         init: "identity" lets the first training batch pass unchanged: ``multibn.identity``.
         prefix, params: Gluon's.
 
@@ -283,7 +291,7 @@ class BatchNorm(Normalization):
 
 
 class GluonNormalization(Normalization):
-    """What the blocks with Gluon's own signature share."""
+    """The part that the blocks with Gluon's own signature share."""
 
     def __init__(self, *arguments: Any, implementation: str = "auto", init: identity.Init = "standard", **named: Any) -> None:
         check_implementation(implementation)
@@ -310,19 +318,19 @@ class GluonNormalization(Normalization):
 
 
 class GluonBatchNorm(GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[misc]
-    """Takes the place of ``mxnet.gluon.nn.BatchNorm``: its arguments, its checkpoints, any rank >= 2 and any channel axis.
+    """Drop-in replacement for ``mxnet.gluon.nn.BatchNorm``: same arguments and checkpoints, any rank >= 2, any channel axis.
 
-    Other than Gluon's, it updates the moving statistics in forward, once (BN-05); with scale=False it counts gamma as 1 and does
-    not overwrite it, with center=False it adds no beta (BN-04). use_global_stats=True normalises with the moving statistics, and
-    leaves them as they are (BN-09). ``implementation`` and ``init``, by name only: see ``BatchNorm``.
+    Unlike Gluon's, it updates the moving statistics in forward, once (BN-05). With scale=False it uses 1 for gamma and does not
+    overwrite it; with center=False it adds no beta (BN-04). use_global_stats=True normalises with the moving statistics and does
+    not update them (BN-09). ``implementation`` and ``init`` are keywords only: see ``BatchNorm``.
 
     Raises:
-        ValueError, TypeError: a parameter that ``BatchNormSpec`` does not allow, such as epsilon=0, which Gluon lets pass.
+        ValueError, TypeError: a parameter that ``BatchNormSpec`` does not allow, such as epsilon=0, which Gluon accepts.
     """
 
 
 class GluonBatchNormReLU(GluonNormalization, gluon.nn.BatchNormReLU):  # type: ignore[misc]
-    """Takes the place of ``mxnet.gluon.nn.BatchNormReLU``; under ``npx.set_np()`` too, where Gluon's forgets the ReLU.
+    """Drop-in replacement for ``mxnet.gluon.nn.BatchNormReLU``; also under ``npx.set_np()``, where Gluon's omits the ReLU.
 
     Raises:
         ValueError, TypeError: as ``GluonBatchNorm``.

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from multibn.layer.inputs import check_writable, plain
 from multibn.layer.types import PARAMETER_TYPE, Array
+from multibn.reference import check
 from multibn.spec.batchnorm import BatchNormSpec
 
 from .entry import run_backward, run_forward
@@ -41,24 +43,48 @@ def forward(
 ) -> tuple[Array, Saved]:
     """``reference.forward`` by the kernel: the same arguments and the same bits, but the moving statistics are updated in place.
 
-    x may have any layout; it is copied only if neither x nor its channels-last view is contiguous.
+    x may have any memory layout; it is copied once, for backward, so that it may change afterwards.
+
+    Raises:
+        ValueError, TypeError: as ``reference.forward``; or the moving statistics are to be updated, but are read-only or share
+            memory. Nothing has changed then.
     """
+    x = plain("x", x)
+    gamma, beta = (None if a is None else plain(name, a) for name, a in (("gamma", gamma), ("beta", beta)))
+    mean, var = _state("moving_mean", moving_mean), _state("moving_var", moving_var)
+    check(x, gamma, beta, mean, var, spec, training, channel_axis)
+    update, through = training and spec.update_statistics, training and spec.normalize_with == "batch"
+    if update:
+        check_writable(moving_mean=moving_mean, moving_var=moving_var)
     values = by_channel(x, channel_axis)
+    values = values.copy() if np.may_share_memory(values, x) else values
     kind = np.dtype(PARAMETER_TYPE[x.dtype.name])
-    gamma = gamma if gamma is not None and spec.scale else ones(len(moving_mean), kind)
-    beta = beta if beta is not None and spec.center else zeros(len(moving_mean), kind)
-    y, statistics = np.empty_like(values), np.empty((2, len(moving_mean)))
+    gamma = gamma.copy() if gamma is not None and spec.scale else ones(len(mean), kind)
+    beta = beta.copy() if beta is not None and spec.center else zeros(len(mean), kind)
+    y, statistics = np.empty_like(values), np.empty((2, len(mean)))
     left = run_forward(
-        bits(values), bits(y), gamma, beta, moving_mean, moving_var, statistics,
-        spec.eps, spec.weight_of_old(batches), spec.moving_variance == "unbiased",
-        training and spec.normalize_with == "batch", training and spec.update_statistics,
+        bits(values), bits(y), gamma, beta, mean, var, statistics,
+        spec.eps, spec.weight_of_old(batches), spec.moving_variance == "unbiased", through, update,
     )  # fmt: skip
-    through = training and spec.normalize_with == "batch"
+    for given, its in ((moving_mean, mean), (moving_var, var)):
+        if update and given is not its:
+            given[...] = its
     return _as_given(y, x.shape, channel_axis), Saved(values, gamma, statistics, through, x.shape, channel_axis, left)
 
 
 def backward(dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
-    """``(dx, dgamma, dbeta)``, the same bits as ``reference.backward``."""
+    """``(dx, dgamma, dbeta)``, the same bits as ``reference.backward``.
+
+    Raises:
+        ValueError: dy is not of x's shape and type.
+        TypeError: dy is not a NumPy array, or is masked.
+    """
+    dy = plain("dy", dy)
+    if dy.shape != saved.shape or dy.dtype != saved.x.dtype:
+        raise ValueError(
+            f"dy must have the input's shape {saved.shape} and type {saved.x.dtype}, got shape {dy.shape} and type {dy.dtype}. "
+            "Give the gradient of this forward's output."
+        )
     dys = by_channel(dy, saved.channel_axis)
     if dys.shape != saved.x.shape:  # dy has another memory layout than x
         dys = np.ascontiguousarray(np.moveaxis(dy, saved.channel_axis, -1) if saved.x.shape[2] == 1 else dy).reshape(
@@ -69,15 +95,21 @@ def backward(dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
     return _as_given(dx, saved.shape, saved.channel_axis), dgamma, dbeta
 
 
+def _state(name: str, array: Any) -> Array:
+    """A moving statistic as the kernel takes it: the array itself, or a copy of one that lies in memory otherwise."""
+    its = plain(name, array)
+    return its if its is array and its.flags.c_contiguous and its.flags.aligned else np.array(its)
+
+
 def by_channel(x: Array, channel_axis: int) -> Array:
     """Return x as a C-contiguous (N, C, S) array: a view where possible, with S = 1 for channels-last memory."""
     axis = channel_axis % x.ndim
     channels = x.shape[axis]
-    if not x.flags.c_contiguous or not x.flags.writeable:
+    if not (x.flags.c_contiguous and x.flags.aligned):
         last = np.moveaxis(x, axis, -1)
-        if last.flags.c_contiguous and last.flags.writeable:
+        if last.flags.c_contiguous and last.flags.aligned:
             return last.reshape(-1, channels, 1)
-        x = np.array(x, order="C")  # Numba recompiles for read-only arrays, so copy them
+        x = np.array(x, order="C")
     return x.reshape(math.prod(x.shape[:axis]), channels, math.prod(x.shape[axis + 1 :]))
 
 

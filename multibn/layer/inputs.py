@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from .types import PARAMETER_TYPE, values_per_channel
+import numpy as np
 
-if TYPE_CHECKING:
-    pass
+from .types import PARAMETER_TYPE, Array, values_per_channel
 
 
 class Objection(NamedTuple):
@@ -85,3 +84,30 @@ def objection(
             "mean, so its variance is 0 and the output would be beta whatever the input. Use a larger batch, or inference.",
         )
     return None
+
+
+def plain(name: str, array: Any) -> Array:
+    """A NumPy array in the machine's byte order and of no subclass: the array itself, or a view or copy of one that is otherwise.
+
+    Raises:
+        TypeError: it is no NumPy array, or a masked one.
+    """
+    if type(array) is not np.ndarray:
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} must be a NumPy array without a mask, got {type(array).__name__}. Convert it with numpy.asarray first."
+            )
+        array = array.view(np.ndarray)
+    its: Array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return its
+
+
+def check_writable(**arrays: Array) -> None:
+    """Raise ValueError if one of the arrays, which a layer updates in place, is read-only, or two of them share memory."""
+    names = list(arrays)
+    for i, name in enumerate(names):
+        if not arrays[name].flags.writeable:
+            raise ValueError(f"{name} is updated in place, but is read-only. Give the layer an array that it may write to.")
+        for other in names[i + 1 :]:
+            if np.may_share_memory(arrays[name], arrays[other]):
+                raise ValueError(f"{name} and {other} are updated in place, but share memory. Give each an array of its own.")

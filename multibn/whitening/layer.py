@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from multibn.layer.types import Array
+from multibn.layer.inputs import check_writable, plain
+from multibn.layer.types import PARAMETER_TYPE, Array
 
 from . import reference
 from .arguments import layer_text, problem, resolved
@@ -57,13 +58,20 @@ class Whitening:
 
         Raises:
             ValueError: wrong rank, shape or number of values (WH-01, WH-08).
-            TypeError: wrong type (WH-09).
+            TypeError: wrong type (WH-09), or no NumPy array.
         """
+        x = plain("x", x)
+        self.gamma, self.beta = (None if a is None else plain(n, a) for n, a in (("gamma", self.gamma), ("beta", self.beta)))
+        self.moving_mean = plain("moving_mean", self.moving_mean)
+        self.moving_covariance = plain("moving_covariance", self.moving_covariance)
         state = {"gamma": self.gamma, "beta": self.beta, "moving_mean": self.moving_mean}
         its = {name: (a.shape, a.dtype.name) for name, a in state.items() if a is not None}
         wrong = problem(x.shape, x.dtype.name, self.num_features, self.num_dims, training, its)
         if wrong is not None:
             raise (TypeError if wrong.kind.endswith("type") else ValueError)(wrong.message)
+        self._check_covariance(PARAMETER_TYPE[x.dtype.name])
+        if training:
+            check_writable(moving_mean=self.moving_mean, moving_covariance=self.moving_covariance)
         y = self._forward(x, training)
         self.batches += training and x.size > 0
         return y
@@ -76,7 +84,7 @@ class Whitening:
         """
         if self._saved is None:
             raise ValueError("backward needs a forward before it, and there was none. Call forward(x, training) first.")
-        shape, dtype, _ = self._saved
+        dy, (shape, dtype, _) = plain("dy", dy), self._saved
         if dy.shape != shape or dy.dtype != dtype:
             raise ValueError(
                 f"dy must have the input's shape {shape} and type {dtype}, got shape {dy.shape} and type {dy.dtype}. "
@@ -86,20 +94,29 @@ class Whitening:
         kind = self.moving_mean.dtype
         return dx, dgamma.astype(kind) if self.spec.scale else None, dbeta.astype(kind) if self.spec.center else None
 
+    def _check_covariance(self, kind: str) -> None:
+        d = self.spec.group_size(self.num_features)
+        its, shape = self.moving_covariance, (self.spec.groups, d, d)
+        if its.shape != shape or its.dtype != kind:
+            raise ValueError(
+                f"moving_covariance must have shape {shape} and type {kind}, a matrix for each group, got shape {its.shape} and "
+                f"type {its.dtype} (WH-05). Give one value for each two channels of a group."
+            )
+
     def _forward(self, x: Array, training: bool) -> Array:
         from . import kernel
 
         rows = _rows(x)
-        state = self.gamma, self.beta, self.moving_mean, self.moving_covariance
-        y, saved = kernel.forward(rows, *state, self.spec, training, self.batches)
-        self._saved = x.shape, x.dtype, (rows.copy() if np.shares_memory(rows, x) else rows, saved)
+        gamma, beta = (None if a is None else a.copy() for a in (self.gamma, self.beta))  # which may share the mean's memory
+        y, saved = kernel.forward(rows, gamma, beta, self.moving_mean, self.moving_covariance, self.spec, training, self.batches)
+        self._saved = x.shape, x.dtype, (rows.copy() if np.shares_memory(rows, x) else rows, gamma, saved)
         return y.reshape(x.shape)
 
     def _backward(self, dy: Array) -> tuple[Array, Array, Array]:
         from . import kernel
 
-        rows, saved = self._saved[2]
-        dx, dgamma, dbeta = kernel.backward(_rows(dy), rows, self.gamma, saved, self.spec)
+        rows, gamma, saved = self._saved[2]
+        dx, dgamma, dbeta = kernel.backward(_rows(dy), rows, gamma, saved, self.spec)
         return dx.reshape(dy.shape), dgamma, dbeta
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.base import _LIB, NDArrayHandle, check_call
 
+from multibn_mxnet import gate
+from multibn_mxnet.compat import LIB, NDArrayHandle, check_call
 from multibn_mxnet.description import Layer, type_name
 from multibn_mxnet.operator import by_kernel
 from multibn_mxnet.operator.callbacks import layers, refusing
@@ -58,8 +59,12 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     """
     inputs = len(layer.parameters)
     shape, context, states, training = x.shape, x.context, arrays[inputs:], autograd.is_training()
-    for array in (x, *arrays):
-        check_call(_LIB.MXNDArrayWaitToRead(array.handle))
+    its = [array.handle for array in arrays]
+    handles = (_pointer * (len(its) + 3))(x.handle, *its[:inputs], None, None, *its[inputs:])
+    found = gate.wait()(ctypes.addressof(handles), len(handles), inputs + 3)
+    check_call(found if found == gate.FAILED else 0)
+    if found == gate.REFUSED:
+        _refuse(layer, x, arrays, training)
     if training:
         _wait_to_write(context, states)
     n, channels, s = layer.by_channel(shape)
@@ -72,10 +77,9 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     record.configuration, record.n, record.channels, record.s, record.x = configuration(attribute), n, channels, s, 0
     try:
         if compiled:
-            its = [array.handle for array in arrays]
-            handles = (_pointer * (len(its) + 3))(x.handle, *its[:inputs], y.handle, None, *its[inputs:])
+            handles[1 + inputs] = y.handle.value
             left = run(ctypes.addressof(handles), training, at)
-        else:
+        if not compiled or left < 0:  # an array did not pass the gate, whose message comes from Python
             saved, gamma = _parts(record, x)
             parameters = dict(zip(layer.parameters, arrays, strict=False))
             gamma[:] = by_kernel.vector(layer, parameters, "gamma", x)
@@ -89,26 +93,39 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
         _end(at)
         return y, left
     handle = NDArrayHandle()
-    check_call(_LIB.MXNDArrayDetach(x.handle, ctypes.byref(handle)))
+    check_call(LIB.MXNDArrayDetach(x.handle, ctypes.byref(handle)))
     record.x = handle.value
     anchor = x.detach()
-    check_call(_LIB.MXAutogradMarkVariables(1, ctypes.byref(anchor.handle), ctypes.byref(_ADD), ctypes.byref(handle)))
+    check_call(LIB.MXAutogradMarkVariables(1, ctypes.byref(anchor.handle), ctypes.byref(_ADD), ctypes.byref(handle)))
     given = (_pointer * (inputs + 2))(x.handle, *(array.handle for array in arrays[:inputs]), anchor.handle)
-    check_call(_LIB.MXCustomFunctionRecord(inputs + 2, given, 1, ctypes.byref(y.handle), _pointer(at)))
+    check_call(LIB.MXCustomFunctionRecord(inputs + 2, given, 1, ctypes.byref(y.handle), _pointer(at)))
     return y, left
 
 
+def _refuse(layer: Layer, x: Any, arrays: list[Any], training: bool) -> None:
+    """Raise MXNetError for an array without memory and, in training, for moving statistics that share memory."""
+    named = dict(zip((*layer.parameters, *layer.states), arrays, strict=True))
+    for name, array in {"x": x, **named}.items():
+        gate.check_memory(name, array)
+    if training:
+        kind, shape = by_kernel.state_type(x), (x.shape[layer.axis],)
+        by_kernel.check_apart(**{name: by_kernel.view(name, named[name], kind, shape) for name in layer.states[:2]})
+
+
 def _wait_to_write(context: Any, arrays: list[Any]) -> None:
-    """Until all that was to read the arrays has done so; ``MXNDArrayWaitToWrite`` would change threads for each."""
+    """Wait until all pending readers of the arrays are done; ``MXNDArrayWaitToWrite`` would change threads for each.
+
+    The arrays must not be parts of the same memory: MXNet's engine would wait for itself.
+    """
     handles = (_pointer * len(arrays))(*(array.handle for array in arrays))
     place = ctypes.c_uint64(context.device_id << 32 | context.device_typeid)
     check_call(
-        _LIB.MXEnginePushSyncND(
+        LIB.MXEnginePushSyncND(
             _NOTHING, None, None, ctypes.byref(place), None, 0, handles, len(arrays), ctypes.byref(_ASYNC), 0, None
         )
     )
     for array in arrays:
-        check_call(_LIB.MXNDArrayWaitToRead(array.handle))
+        check_call(LIB.MXNDArrayWaitToRead(array.handle))
 
 
 def _backward(outputs: int, inputs: int, handles: Any, requests: Any, training: int, at: int) -> None:
@@ -116,7 +133,7 @@ def _backward(outputs: int, inputs: int, handles: Any, requests: Any, training: 
     arrays = [mx.nd.NDArray(NDArrayHandle(handles[i])) for i in range(outputs + inputs)]  # which free them
     record = Record.from_address(at)
     layer, x = layers[record.configuration], NDArrayHandle()
-    check_call(_LIB.MXShallowCopyNDArray(NDArrayHandle(record.x), ctypes.byref(x)))
+    check_call(LIB.MXShallowCopyNDArray(NDArrayHandle(record.x), ctypes.byref(x)))
     its_x = mx.nd.NDArray(x)
     saved, gamma = _parts(record, its_x)
     gradients = dict(zip(("x", *layer.parameters), arrays[1:], strict=False))
@@ -135,14 +152,18 @@ def _parts(record: Record, x: Any) -> tuple[Any, Any]:
 @cache
 def _functions(compiled: bool) -> tuple[Any, int]:
     """The compiled forward, and where the addresses of the backward and of the end are."""
-    forward, backward, end = calls()
+    forward, backward, end = _calls()
     both = (_pointer * 2)(backward.address if compiled else ctypes.cast(_in_python, _pointer).value, end.address)
     _kept.append(both)
     return forward.ctypes, ctypes.addressof(both)
 
 
+def _calls() -> tuple[Any, Any, Any]:
+    return calls(ctypes.cast(_in_python, _pointer).value or 0)
+
+
 def _end(at: int) -> None:
-    calls()[2].ctypes(at)
+    _calls()[2].ctypes(at)
 
 
 _kept: list[Any] = []

@@ -16,11 +16,10 @@ from typing import Any
 
 import mxnet as mx
 import numpy as np
-from mxnet.base import _LIB, NDArrayHandle, check_call
-from mxnet.ndarray.ndarray import DLContext, DLDataType, DLTensor
 
 from multibn.layer.types import Array
 from multibn.memory import LENT, take
+from multibn_mxnet.compat import LIB, DLContext, DLDataType, DLTensor, NDArrayHandle, check_call
 from multibn_mxnet.operator.native import compile_give_back
 
 _TYPES = ("float16", "float32", "float64")
@@ -59,7 +58,7 @@ def empty(shape: tuple[int, ...], context: Any, dtype: Any) -> Any:
         )  # fmt: skip
         tensor.lent, tensor.give_back = 1, _give_back().address
         handle = NDArrayHandle()
-        check_call(_LIB.MXNDArrayFromDLPackEx(ctypes.c_void_p(at), False, ctypes.byref(handle)))
+        check_call(LIB.MXNDArrayFromDLPackEx(ctypes.c_void_p(at), False, ctypes.byref(handle)))
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
         _out.append((at, memory))
     return mx.nd.NDArray(handle)

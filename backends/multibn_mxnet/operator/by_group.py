@@ -40,34 +40,41 @@ def forward(
     if not layer.spec.uses_batch(training):
         by_kernel.forward(layer, x, parameters, states, y, saved, wanted, training)
         return
-    shape = layer.by_channel(x.shape)
-    channels, values = shape[1], view(x, shape)
-    mean, var = (view(state, (channels,)) for state in states[:2])
-    batches = view(states[2], (1,)) if len(states) == 3 else np.zeros(1, np.int64)
+    shape, its_type, kind = layer.by_channel(x.shape), type_name(x), by_kernel.state_type(x)
+    channels = shape[1]
+    try:
+        values, its_y = view("x", x, its_type, shape), view("y", y, its_type, shape, x)
+        mean, var = (view(name, state, kind, (channels,)) for name, state in zip(layer.states, states[:2], strict=False))
+        batches = view("num_batches_tracked", states[2], "int64", (1,)) if len(states) == 3 else np.zeros(1, np.int64)
+        its_saved = np.zeros((3, channels)) if wanted[1] == NULL else view("saved", saved, "float64", (3, channels))
+        gamma, beta = (by_kernel.vector(layer, parameters, name, x) for name in ("gamma", "beta"))
+        by_kernel.check_apart(running_mean=mean, running_var=var, gamma=gamma, beta=beta, x=values)
+    except MXNetError as error:
+        refuse(layer, channels, x, str(error))
+        raise
     how = _how(layer, int(batches[0]))
     batch = _said(layer, lambda: passes.describe(values, _of(layer), how, True, moving=(mean, var)))
     if batch.m and how.update:
         passes.move(batch, mean, var)
         batches += 1
-    its_saved = np.zeros((3, channels)) if wanted[1] == NULL else view(saved, (3, channels))
     its_saved[:2], its_saved[2] = batch.saved, batch.m + 1 if how.use_batch else 0
-    out = np.empty(shape, values.dtype) if wanted[0] in (NULL, ADD) else view(y, shape)
-    gamma, beta = (by_kernel.vector(layer, parameters, name, x) for name in ("gamma", "beta"))
+    out = np.empty(shape, values.dtype) if wanted[0] in (NULL, ADD) else its_y
     passes.normalise(values, out, gamma, beta, batch.saved)
     if wanted[0] == ADD:
-        by_kernel.add(view(y, shape), out, x)
+        by_kernel.add(its_y, out)
 
 
 def backward(
     layer: Layer, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
 ) -> None:
     """``by_kernel.backward`` with the sums of all ranks for dx; those for gamma and beta are this rank's own (SY-06)."""
-    shape = layer.by_channel(x.shape)
-    its_saved = view(saved, (3, shape[1]))
+    shape, its_type = layer.by_channel(x.shape), type_name(x)
+    its_saved = view("saved", saved, "float64", (3, shape[1]))
     if not its_saved[2].any():
         by_kernel.backward(layer, dy, x, parameters, saved, gradients, wanted)
         return
-    values, dys = view(x, shape), view(dy, shape)
+    values, dys = view("x", x, its_type, shape), view("the head gradient", dy, its_type, shape, x)
+    targets = by_kernel.targets(layer, x, gradients, wanted)
     m, nothing = int(its_saved[2, 0]) - 1, np.zeros(shape[1])
     batch = Statistics(m, its_saved[0], nothing, its_saved[:2], _how(layer, 0))
     gamma = by_kernel.vector(layer, parameters, "gamma", x)
@@ -75,14 +82,14 @@ def backward(
     assert found.means is not None
     if wanted["x"] != NULL:
         direct = wanted["x"] != ADD
-        dx = view(gradients["x"], shape) if direct else np.empty(shape, values.dtype)
+        dx = targets["x"] if direct else np.empty(shape, values.dtype)
         passes.propagate(values, dys, dx, found.means, batch)
         if not direct:
-            by_kernel.add(view(gradients["x"], shape), dx, x)
+            by_kernel.add(targets["x"], dx)
     for name, sums in (("gamma", found.dgamma), ("beta", found.dbeta)):
         if wanted.get(name, NULL) != NULL:
             counts = layer.spec.scale if name == "gamma" else layer.spec.center
-            out = view(gradients[name], (shape[1],))
+            out = targets[name]
             out[:] = (out if wanted[name] == ADD else 0) + (sums if counts else 0)
 
 

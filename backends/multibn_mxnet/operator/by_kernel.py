@@ -7,10 +7,11 @@ import math
 from typing import Any
 
 import numpy as np
-from mxnet.base import _LIB, check_call
+from mxnet.base import MXNetError
 
 from multibn import identity, kernel, memory
 from multibn.layer.types import PARAMETER_TYPE, Array
+from multibn_mxnet import gate
 from multibn_mxnet.description import Layer, type_name
 
 NULL, ADD = 0, 3
@@ -26,24 +27,29 @@ def forward(
     """
     spec, shape, m = layer.spec, layer.by_channel(x.shape), values_per_channel(layer, x)
     channels = shape[1]
-    mean, var = (view(state, (channels,)) for state in states[:2])
-    its_saved = np.zeros((3, channels)) if wanted[1] == NULL else view(saved, (3, channels))
-    out = np.empty(shape, values_type(x)) if wanted[0] in (NULL, ADD) else view(y, shape)
+    kind, its_type = state_type(x), type_name(x)
+    values, its_y = view("x", x, its_type, shape), view("y", y, its_type, shape, x)
+    gamma, beta = (vector(layer, parameters, name, x) for name in ("gamma", "beta"))
+    mean, var = (view(name, state, kind, (channels,)) for name, state in zip(layer.states, states[:2], strict=False))
+    batches = view("num_batches_tracked", states[2], "int64", (1,)) if len(states) == 3 else np.zeros(1, np.int64)
+    its_saved = np.zeros((3, channels)) if wanted[1] == NULL else view("saved", saved, "float64", (3, channels))
+    if training and spec.update_statistics:
+        check_apart(running_mean=mean, running_var=var, gamma=gamma, beta=beta, x=values)
+    out = np.empty(shape, values.dtype) if wanted[0] in (NULL, ADD) else its_y
     if wanted[0] not in (NULL, ADD):
         memory.advise(out.ctypes.data, out.nbytes)
     use_batch = training and spec.normalize_with == "batch"
     update = training and spec.update_statistics and m > 0
     if layer.init == "identity" and use_batch and m > 0:
-        _begin(layer, x, parameters, mean, var)
-    batches = view(states[2], (1,)) if len(states) == 3 else np.zeros(1, np.int64)
+        _begin(layer, values, gamma, beta, mean, var)
     left = kernel.run_forward(
-        view(x, shape), out, vector(layer, parameters, "gamma", x), vector(layer, parameters, "beta", x), mean, var,
-        its_saved[:2], spec.eps, spec.weight_of_old(int(batches[0])), spec.moving_variance == "unbiased", use_batch, update,
+        values, out, gamma, beta, mean, var, its_saved[:2],
+        spec.eps, spec.weight_of_old(int(batches[0])), spec.moving_variance == "unbiased", use_batch, update,
     )  # fmt: skip
     its_saved[2] = use_batch
     batches += update
     if wanted[0] == ADD:
-        add(view(y, shape), out, x)
+        add(its_y, out)
     return left
 
 
@@ -51,56 +57,77 @@ def backward(
     layer: Layer, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
 ) -> None:
     """Fill the gradients, named "x", "gamma", "beta", each as MXNet's request of the same name says."""
-    shape = layer.by_channel(x.shape)
-    kind, its_saved = state_type(x), view(saved, (3, shape[1]))
+    shape, its_type, kind = layer.by_channel(x.shape), type_name(x), state_type(x)
+    values, slopes = view("x", x, its_type, shape), view("the head gradient", dy, its_type, shape, x)
+    gamma, its_saved = vector(layer, parameters, "gamma", x), view("saved", saved, "float64", (3, shape[1]))
+    into = targets(layer, x, gradients, wanted)
     direct = wanted["x"] not in (NULL, ADD)
-    dx = view(gradients["x"], shape) if direct else np.empty(shape, values_type(x))
+    dx = into["x"] if direct else np.empty(shape, values.dtype)
     if direct:
         memory.advise(dx.ctypes.data, dx.nbytes)
     sums = {"gamma": np.zeros(shape[1], kind), "beta": np.zeros(shape[1], kind)}
-    kernel.run_backward(
-        view(x, shape), view(dy, shape), dx, vector(layer, parameters, "gamma", x), its_saved[:2],
-        sums["gamma"], sums["beta"], bool(its_saved[2].any()),
-    )  # fmt: skip
+    kernel.run_backward(values, slopes, dx, gamma, its_saved[:2], sums["gamma"], sums["beta"], bool(its_saved[2].any()))
     if wanted["x"] == ADD:
-        add(view(gradients["x"], shape), dx, x)
+        add(into["x"], dx)
     for name, counts in (("gamma", layer.spec.scale), ("beta", layer.spec.center)):
-        if wanted.get(name, NULL) != NULL:
-            out = view(gradients[name], (shape[1],))
+        if name in into:
+            out = into[name]
             out[:] = (out if wanted[name] == ADD else 0) + (sums[name] if counts else 0)
 
 
-def _begin(layer: Layer, x: Any, parameters: dict[str, Any], mean: Array, var: Array) -> None:
+def targets(layer: Layer, x: Any, gradients: dict[str, Any], wanted: dict[str, int]) -> dict[str, Array]:
+    """The gradients that are asked for, named as in ``backward``, as NumPy sees them: that of x (N, C, S), the others (C,)."""
+    shape = layer.by_channel(x.shape)
+    found = {}
+    for name, array in gradients.items():
+        if wanted.get(name, NULL) != NULL:
+            kind, its_shape, like = (type_name(x), shape, x) if name == "x" else (state_type(x), (shape[1],), None)
+            found[name] = view(f"the gradient of {name}", array, kind, its_shape, like)
+    return found
+
+
+def _begin(layer: Layer, bits: Array, gamma: Array, beta: Array, mean: Array, var: Array) -> None:
     """Make an untouched layer the identity on x.
 
-    That gamma and beta are inputs of the operator does no harm: who holds the moving statistics is alone with the layer.
+    gamma and beta are inputs of the operator, but whoever holds the moving statistics has the layer to itself.
     """
-    gamma, beta = (view(parameters[name], mean.shape) for name in ("gamma", "beta"))
     if identity.untouched(gamma, beta, mean, var):
-        bits = view(x, layer.by_channel(x.shape))
         values = _wide(bits) if bits.dtype == np.uint16 else bits.view(np.float16) if bits.dtype == np.int16 else bits
         gamma[:], beta[:] = identity.parameters(values, layer.spec.eps, gamma.dtype)
 
 
-def view(array: Any, shape: tuple[int, ...]) -> Array:
-    """A CPU NDArray as NumPy sees it, without a copy, halves as their bits. For callbacks: it waits for no pending writes.
+def view(name: str, array: Any, kind: str, shape: tuple[int, ...], like: Any = None) -> Array:
+    """A CPU NDArray as NumPy sees it, without a copy, halves as their bits. Pending writes are not waited for.
 
-    What is a NumPy array already stays as it is.
+    Args:
+        name: of the array, for the message.
+        array: an NDArray; a NumPy array is returned as it is.
+        kind, shape: what the kernel takes the array for; the number of values counts.
+        like: an NDArray that the array must have the shape of, or None.
+
+    Raises:
+        MXNetError: the array has another type, shape or number of values, is sparse, or is not on a CPU.
     """
     if isinstance(array, np.ndarray):
         return array
-    dtype = np.dtype(values_type(array))
+    dtype = np.dtype(_BITS.get(kind, kind))
     if 0 in shape:
         return np.empty(shape, dtype)
-    address = ctypes.c_void_p()
-    check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(address)))
-    size = math.prod(shape) * dtype.itemsize
-    memory: Any = (ctypes.c_char * size).from_address(address.value or 0)
+    size = math.prod(shape)
+    memory: Any = (ctypes.c_char * (size * dtype.itemsize)).from_address(gate.address(name, array, kind, size, like))
     return np.ndarray(shape, dtype, memory)
 
 
-def add(target: Array, values: Array, like: Any) -> None:
-    """``target += values`` in the type of ``like``, which for float16 is not that of the bits."""
+def check_apart(**arrays: Array) -> None:
+    """Raise MXNetError if one of the first two arrays, which are written to, shares memory with another."""
+    for i, (written, its) in enumerate(list(arrays.items())[:2]):
+        for name, other in list(arrays.items())[i + 1 :]:
+            if np.may_share_memory(its, other):
+                raise MXNetError(f"{written} is updated in place, but shares memory with {name}. Give each an array of its own.")
+
+
+def add(target: Array, values: Array) -> None:
+    """``target += values``, where int16 and uint16 are the bits of float16 and bfloat16."""
     if target.dtype == np.uint16:  # bfloat16: the upper half of a float32, which rounds to nearest even by carrying
         total = _wide(target) + _wide(values)
         bits = total.view(np.uint32)
@@ -113,12 +140,6 @@ def add(target: Array, values: Array, like: Any) -> None:
 
 def _wide(bits: Array) -> Array:
     return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def values_type(array: Any) -> str:
-    """The type of the array's values in the kernel."""
-    name = type_name(array)
-    return _BITS.get(name, name)
 
 
 def state_type(x: Any) -> str:
@@ -137,5 +158,5 @@ def vector(layer: Layer, parameters: dict[str, Any], name: str, x: Any) -> Array
     counts = layer.spec.scale if name == "gamma" else layer.spec.center
     channels = x.shape[layer.axis]
     if name in parameters and counts:
-        return view(parameters[name], (channels,))
+        return view(name, parameters[name], state_type(x), (channels,))
     return np.full(channels, 1.0 if name == "gamma" else 0.0, state_type(x))

@@ -15,8 +15,9 @@ from typing import Any
 
 import mxnet as mx
 import numpy as np
-from mxnet.base import MXNetError, NDArrayHandle
+from mxnet.base import MXNetError
 
+from multibn_mxnet.compat import NDArrayHandle
 from multibn_mxnet.description import Layer, type_name
 
 layers: dict[int, Layer] = {}

@@ -18,16 +18,17 @@ from typing import Any
 
 import llvmlite.binding
 import numpy as np
-from mxnet.base import _LIB
 from numba import carray, types
 
 from multibn.kernel.addresses import keep, pointer
 from multibn.kernel.cache import keep as keep_on_disk
 from multibn.kernel.entry import CREATING, LARGE, SERIAL
-from multibn.kernel.jit import SOURCES, c_function
+from multibn.kernel.jit import c_function
 from multibn.kernel.jit import compiled as kernel_compiled
 from multibn.kernel.schedule import backward_at, forward_at
 from multibn.memory import HUGE
+from multibn_mxnet.gate import ADDRESS as _ADDRESS
+from multibn_mxnet.gate import FLOAT32, FLOAT64, INT64, SOURCES, TYPES, get_shape, kind_of, plain, plain_like
 
 CONFIG = np.dtype(
     [(name, np.int64) for name in ("arguments", "outputs", "states", "dependencies")]  # where the answers to the lists are
@@ -62,33 +63,28 @@ class Record(ctypes.Structure):
 RECORD = np.dtype(Record)
 RECORD_SIZE = ctypes.sizeof(Record)
 
-_ADDRESS = types.intp
-
 _SHAPE = types.int32(types.int32, _ADDRESS, _ADDRESS, _ADDRESS)
 _TYPE = types.int32(types.int32, _ADDRESS, _ADDRESS)
 _RUN = types.int32(types.int32, _ADDRESS, _ADDRESS, _ADDRESS, types.int32, _ADDRESS)
+_CALL = types.int32(types.int32, types.int32, _ADDRESS, _ADDRESS, types.int32, _ADDRESS)
 
-_get_data = types.ExternalFunction("MXNDArrayGetData", types.int32(_ADDRESS, _ADDRESS))
-_get_shape = types.ExternalFunction("MXNDArrayGetShapeEx", types.int32(_ADDRESS, _ADDRESS, _ADDRESS))
-_get_type = types.ExternalFunction("MXNDArrayGetDType", types.int32(_ADDRESS, _ADDRESS))
 _release = types.ExternalFunction("free", types.void(_ADDRESS))
 _free = types.ExternalFunction("MXNDArrayFree", types.int32(_ADDRESS))
 _python_shape = types.ExternalFunction("multibn_mxnet_infer_shape", _SHAPE)
 _python_type = types.ExternalFunction("multibn_mxnet_infer_type", _TYPE)
 _python_forward = types.ExternalFunction("multibn_mxnet_forward", _RUN)
 _python_backward = types.ExternalFunction("multibn_mxnet_backward", _RUN)
+_python_call_backward = types.ExternalFunction("multibn_mxnet_call_backward", _CALL)
 
 WORTH_PYTHON = HUGE // 4
 """Input of so many float32 values or more is for Python, which asks for huge pages."""
 
-FLOAT32, FLOAT64, FLOAT16, INT64, BFLOAT16 = 0, 1, 2, 6, 12
+FLOAT16, BFLOAT16 = TYPES["float16"], TYPES["bfloat16"]
 NULL, ADD = 0, 3
 
 
 def link(callbacks: dict[str, int]) -> None:
-    """Tell the compiler where MXNet's functions and the Python callbacks (name -> address) are. Once, before any compilation."""
-    for name in ("MXNDArrayGetData", "MXNDArrayGetShapeEx", "MXNDArrayGetDType", "MXNDArrayFree"):
-        llvmlite.binding.add_symbol(name, ctypes.cast(getattr(_LIB, name), ctypes.c_void_p).value)
+    """Tell the compiler where the Python callbacks (name -> address) are, once, before any compilation."""
     for name, address in callbacks.items():
         llvmlite.binding.add_symbol("multibn_mxnet_" + name, address)
 
@@ -110,16 +106,10 @@ def _config(state: int) -> Any:  # pragma: no cover
 
 
 @compiled
-def _address(handle: int, slot: Any) -> int:  # pragma: no cover
-    """Where an NDArray's values are."""
-    _get_data(handle, slot.ctypes.data)
-    return slot[0]
-
-
-@compiled
 def _by_channel(handle: int, axis: int, slot: Any) -> tuple[int, int, int]:  # pragma: no cover
     """The shape as (N, C, S): the axes before the channel axis, the channels, the axes after it."""
-    _get_shape(handle, slot.ctypes.data, slot[1:].ctypes.data)
+    slot[:] = 0
+    get_shape(handle, slot.ctypes.data, slot[1:].ctypes.data)
     rank = np.int32(slot[0])
     shape = carray(pointer(slot[1]), rank, np.int32)
     before, after = 1, 1
@@ -132,14 +122,17 @@ def _by_channel(handle: int, axis: int, slot: Any) -> tuple[int, int, int]:  # p
 
 
 @compiled
-def _view(handle: int, shape: Any, slot: Any) -> Any:  # pragma: no cover
-    return carray(pointer(_address(handle, slot)), shape, np.float32)
+def _floats(address: int, shape: Any) -> Any:  # pragma: no cover
+    return carray(pointer(address), shape, np.float32)
 
 
 @compiled
 def _vector(handles: Any, place: int, channels: int, absent: float, slot: Any) -> Any:  # pragma: no cover
-    """The values of one of the handles, or a constant where there is none."""
-    return _view(handles[place], (channels,), slot) if place > 0 else np.full(channels, absent, np.float32)
+    """The values of one of the handles, or a constant where there is none; empty where the gate refuses it."""
+    if place <= 0:
+        return np.full(channels, absent, np.float32)
+    address = plain(handles[place], FLOAT32, channels, slot)
+    return _floats(address, (channels if address else 0,))
 
 
 @compiled
@@ -156,22 +149,40 @@ def _team(config: Any, body: int, size: int) -> Any:  # pragma: no cover
 
 
 @compiled
+def _apart(a: int, b: int, size: int) -> bool:  # pragma: no cover
+    """Whether two arrays of at most so many float32 values share no memory."""
+    return abs(a - b) >= 4 * size
+
+
+@compiled
 def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, slot: Any) -> int:  # pragma: no cover
-    """``by_kernel.forward``; handles are in the operator's order, that of ``saved`` is not looked at."""
+    """``by_kernel.forward``, or -1 if an array does not pass the gate, and nothing has changed then.
+
+    Handles are in the operator's order; that of ``saved`` is not looked at.
+    """
     inputs, channels = config.inputs, shape[1]
-    x, y = _address(handles[0], slot), _address(handles[inputs], slot)
+    size = shape[0] * channels * shape[2]
+    x, y = plain(handles[0], FLOAT32, size, slot), plain_like(handles[inputs], handles[0], FLOAT32, size, slot)
     gamma = _vector(handles, config.gamma if config.scale else 0, channels, 1.0, slot)
     beta = _vector(handles, config.beta if config.center else 0, channels, 0.0, slot)
-    mean, var = _address(handles[inputs + 2], slot), _address(handles[inputs + 3], slot)
+    mean, var = plain(handles[inputs + 2], FLOAT32, channels, slot), plain(handles[inputs + 3], FLOAT32, channels, slot)
+    counter = plain(handles[inputs + 4], INT64, 1, slot) if config.average else 1
+    if not (x and y and gamma.size and beta.size and mean and var and counter):
+        return -1
     use_batch = train and config.normalize_with_batch != 0
     update = train and config.update != 0
+    if update and not (_apart(mean, var, channels) and _apart(mean, x, size) and _apart(var, x, size)):
+        return -1
+    for parameter in (gamma.ctypes.data, beta.ctypes.data):
+        if update and not (_apart(mean, parameter, channels) and _apart(var, parameter, channels)):
+            return -1
     old = config.momentum
     if update and config.average:
-        batches = carray(pointer(_address(handles[inputs + 4], slot)), (1,), np.int64)
+        batches = carray(pointer(counter), (1,), np.int64)
         old = batches[0] / (batches[0] + 1)
         batches[0] += 1
     left = forward_at(
-        _team(config, config.forward, shape[0] * channels * shape[2]), shape, x, y, gamma.ctypes.data, beta.ctypes.data,
+        _team(config, config.forward, size), shape, x, y, gamma.ctypes.data, beta.ctypes.data,
         mean, var, saved.ctypes.data, 0, config.eps, old, config.unbiased != 0, use_batch, update, False,
     )  # fmt: skip
     keep((gamma, beta))
@@ -182,25 +193,36 @@ def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, s
 @compiled
 def _differentiate(
     config: Any, dy: int, x: int, gamma: Any, saved: Any, gradients: Any, requests: Any, shape: Any, slot: Any
-) -> None:  # pragma: no cover
-    """The backward; dy, x and gradients are handles, the latter of x and then of the parameters."""
-    channels = shape[1]
+) -> bool:  # pragma: no cover
+    """The backward; dy, x and gradients are handles, the latter of x and then of the parameters.
+
+    False if an array does not pass the gate, and nothing has changed then.
+    """
+    channels, size = shape[1], shape[0] * shape[1] * shape[2]
+    its_x, its_dy = plain(x, FLOAT32, size, slot), plain_like(dy, x, FLOAT32, size, slot)
+    its_dx = plain_like(gradients[0], x, FLOAT32, size, slot) if requests[0] != NULL else 1
+    if not (its_x and its_dy and its_dx and gamma.size):
+        return False
+    for place in (config.gamma, config.beta):
+        if place > 0 and requests[place] != NULL and not plain(gradients[place], FLOAT32, channels, slot):
+            return False
     into = requests[0] != NULL and requests[0] != ADD
-    dx = _view(gradients[0], shape, slot) if into else np.empty(shape, np.float32)
+    dx = _floats(its_dx, shape) if into else np.empty(shape, np.float32)
     dgamma, dbeta = np.empty(channels, np.float32), np.empty(channels, np.float32)
     backward_at(
-        _team(config, config.backward, dx.size), shape, _address(x, slot), _address(dy, slot), dx.ctypes.data,
+        _team(config, config.backward, size), shape, its_x, its_dy, dx.ctypes.data,
         gamma.ctypes.data, gamma.ctypes.data, saved.ctypes.data, dgamma.ctypes.data, dbeta.ctypes.data, saved[2, 0] != 0, False,
     )  # fmt: skip
     keep((dx, gamma))
     if requests[0] == ADD:
-        total = _view(gradients[0], shape, slot)
+        total = _floats(its_dx, shape)
         total += dx
     for place, counts, gradient in ((config.gamma, config.scale, dgamma), (config.beta, config.center, dbeta)):
         if place > 0 and requests[place] != NULL:
-            out = _view(gradients[place], (channels,), slot)
+            out = _floats(plain(gradients[place], FLOAT32, channels, slot), (channels,))
             for c in range(channels):
                 out[c] = (gradient[c] if counts else np.float32(0)) + (out[c] if requests[place] == ADD else np.float32(0))
+    return True
 
 
 def _forward(count: int, handle_list: int, tags: int, request_list: int, train: int, state: int) -> int:  # pragma: no cover
@@ -208,14 +230,13 @@ def _forward(count: int, handle_list: int, tags: int, request_list: int, train: 
     handles = carray(pointer(handle_list), count, np.int64)
     requests = carray(pointer(request_list), 2, np.int32)
     shape = _by_channel(handles[0], config.axis, slot)
-    slot[:] = 0
-    _get_type(handles[0], slot.ctypes.data)
-    kind, m = np.int32(slot[0]), shape[0] * shape[2]
+    kind, m = kind_of(handles[0], slot), shape[0] * shape[2]
     if kind != FLOAT32 or m < 2 or m * shape[1] >= WORTH_PYTHON or requests[0] in (NULL, ADD):
         return _python_forward(count, handle_list, tags, request_list, train, state)
-    keep = requests[1] != NULL
-    saved = _rows(_address(handles[config.inputs + 1], slot), shape[1]) if keep else np.empty((3, shape[1]))
-    _normalize(config, handles, saved, train != 0, shape, slot)
+    where = plain(handles[config.inputs + 1], FLOAT64, 3 * shape[1], slot) if requests[1] != NULL else 0
+    saved = _rows(where, shape[1]) if where else np.empty((3, shape[1]))
+    if (requests[1] != NULL and not where) or _normalize(config, handles, saved, train != 0, shape, slot) < 0:
+        return _python_forward(count, handle_list, tags, request_list, train, state)
     for handle in handles:
         _free(handle)
     return 1
@@ -226,15 +247,16 @@ def _backward(count: int, handle_list: int, tags: int, request_list: int, train:
     handles = carray(pointer(handle_list), count, np.int64)
     requests = carray(pointer(request_list), config.inputs, np.int32)
     shape = _by_channel(handles[2], config.axis, slot)
-    slot[:] = 0
-    _get_type(handles[2], slot.ctypes.data)
-    kind, m = np.int32(slot[0]), shape[0] * shape[2]
+    kind, m = kind_of(handles[2], slot), shape[0] * shape[2]
     if kind != FLOAT32 or m == 0 or m * shape[1] >= WORTH_PYTHON:
         return _python_backward(count, handle_list, tags, request_list, train, state)
     inputs, channels = config.inputs, shape[1]
     gamma = _vector(handles, 2 + config.gamma if config.gamma and config.scale else 0, channels, 1.0, slot)
-    saved = _rows(_address(handles[inputs + 3], slot), channels)
-    _differentiate(config, handles[0], handles[2], gamma, saved, handles[inputs + 4 :], requests, shape, slot)
+    where = plain(handles[inputs + 3], FLOAT64, 3 * channels, slot)
+    if not where or not _differentiate(
+        config, handles[0], handles[2], gamma, _rows(where, channels), handles[inputs + 4 :], requests, shape, slot
+    ):
+        return _python_backward(count, handle_list, tags, request_list, train, state)
     for handle in handles:
         _free(handle)
     return 1
@@ -255,7 +277,10 @@ def _call_forward(handle_list: int, train: int, at: int) -> int:  # pragma: no c
     record, slot = _record(at), np.zeros(2, np.int64)
     config, channels = _config(record.configuration), record.channels
     handles = carray(pointer(handle_list), config.inputs + (5 if config.average else 4), np.int64)
-    _gamma(at, channels)[:] = _vector(handles, config.gamma if config.scale else 0, channels, 1.0, slot)
+    gamma = _vector(handles, config.gamma if config.scale else 0, channels, 1.0, slot)
+    if gamma.size == 0:
+        return -1
+    _gamma(at, channels)[:] = gamma
     return _normalize(config, handles, _rows(at + RECORD_SIZE, channels), train != 0, (record.n, channels, record.s), slot)
 
 
@@ -267,7 +292,8 @@ def _call_backward(
     handles = carray(pointer(handle_list), outputs + inputs, np.int64)
     requests = carray(pointer(request_list), inputs, np.int32)
     gamma, saved, shape = _gamma(at, channels), _rows(at + RECORD_SIZE, channels), (record.n, channels, record.s)
-    _differentiate(config, handles[0], record.x, gamma, saved, handles[1:], requests, shape, slot)
+    if not _differentiate(config, handles[0], record.x, gamma, saved, handles[1:], requests, shape, slot):
+        return _python_call_backward(outputs, inputs, handle_list, request_list, train, at)
     for handle in handles:
         _free(handle)
     return 1
@@ -378,9 +404,8 @@ def compile_callbacks() -> tuple[list[Any], list[Any]]:
 
 def compile_calls() -> tuple[Any, Any, Any]:
     """The compiled forward, backward and end of a call of ``direct/call.py``."""
-    backward = types.int32(types.int32, types.int32, _ADDRESS, _ADDRESS, types.int32, _ADDRESS)
     return (
-        _callback(types.int64(_ADDRESS, types.int32, _ADDRESS), _call_forward), _callback(backward, _call_backward),
+        _callback(types.int64(_ADDRESS, types.int32, _ADDRESS), _call_forward), _callback(_CALL, _call_backward),
         _callback(types.int32(_ADDRESS), _call_end),
     )  # fmt: skip
 

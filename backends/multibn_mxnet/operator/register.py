@@ -18,8 +18,8 @@ from typing import Any
 
 import mxnet as mx
 import numpy as np
-from mxnet.base import _LIB, check_call
 
+from multibn_mxnet.compat import LIB, check_call
 from multibn_mxnet.description import Layer
 
 from .callbacks import CALLBACKS, layers, refusing
@@ -111,11 +111,12 @@ def _callbacks() -> tuple[list[int], list[int], list[int]]:
 
 
 @cache
-def calls() -> tuple[Any, Any, Any]:
-    """The compiled forward, backward and end of a call of ``direct/call.py``."""
+def calls(python_backward: int) -> tuple[Any, Any, Any]:
+    """The compiled forward, backward and end of a call of ``direct/call.py``; where its backward in Python is."""
     from . import native
 
     _callbacks()
+    native.link({"call_backward": python_backward})
     return native.compile_calls()
 
 
@@ -152,5 +153,5 @@ _delete = ctypes.CFUNCTYPE(_int, _pointer)(lambda state: 1)
 _deletes = (_pointer * 1)(ctypes.cast(_delete, _pointer))
 _nothing = np.array([1, ctypes.addressof(_deletes), ctypes.addressof(_deletes)])
 _creator = _CREATOR(refusing(_create))
-check_call(_LIB.MXCustomOpRegister(NAME.encode(), _creator))
+check_call(LIB.MXCustomOpRegister(NAME.encode(), _creator))
 atexit.register(mx.nd.waitall)  # what is still running may call Python, which must not be gone by then

@@ -17,7 +17,7 @@ from mxnet.base import MXNetError
 
 from multibn.whitening.arguments import layer_text, problem, resolved
 from multibn.whitening.spec import Kind, WhiteningSpec
-from multibn_mxnet.block import check_implementation
+from multibn_mxnet.block import check_implementation, plain
 from multibn_mxnet.description import type_name
 
 from .operator import AFFINE, NAME, STATES
@@ -116,7 +116,14 @@ class Whitening(gluon.HybridBlock):  # type: ignore[misc]
         is_np = mx.util.is_np_array()
         if is_np:  # there is no npx.Custom
             x, arrays = x.as_nd_ndarray(), [array.as_nd_ndarray() for array in arrays]
-        y = F.Custom(x, *arrays, op_type=NAME, **self._attributes)[0]
+        # oneDNN's arrays have a layout of their own: see ``Normalization._normalize``. What these operators return is plain.
+        if F is mx.nd:
+            y = F.Custom(plain(x), *arrays, op_type=NAME, **self._attributes)[0]
+            y = y.reshape(y.shape)
+        else:
+            x = F.squeeze(F.expand_dims(x, axis=0), axis=0)
+            y = F.Custom(x, *arrays, op_type=NAME, **self._attributes)[0]
+            y = F.squeeze(F.expand_dims(y, axis=0), axis=0)
         return y.as_np_ndarray() if is_np else y
 
     def cast(self, dtype: Any) -> None:

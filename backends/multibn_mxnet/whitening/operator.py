@@ -91,14 +91,19 @@ class _ByKernel(_Operator):
     def run(
         self, x: Any, gamma: Any, beta: Any, mean: Any, covariance: Any, training: bool, batches: int, target: Any
     ) -> tuple[Any, ...]:
-        out = None if target is None else _rows(target)
-        its_gamma, its_beta, its_mean, its_covariance = (view(a, a.shape) for a in (gamma, beta, mean, covariance))
-        y, saved = kernel.forward(_rows(x), its_gamma, its_beta, its_mean, its_covariance, self.spec, training, batches, out)
+        out = None if target is None else _rows("y", target, x)
+        states = {"gamma": gamma, "beta": beta, "running_mean": mean, "running_covariance": covariance}
+        kind = PARAMETER_TYPE[type_name(x)]
+        its_gamma, its_beta, its_mean, its_covariance = (view(name, a, kind, a.shape) for name, a in states.items())
+        y, saved = kernel.forward(
+            _rows("x", x, x), its_gamma, its_beta, its_mean, its_covariance, self.spec, training, batches, out
+        )
         return (y.reshape(x.shape) if out is None else None), _packed(saved)
 
     def back(self, dy: Any, x: Any, gamma: Any, saved: kernel.Saved, target: Any) -> tuple[Any, ...]:
-        out = None if target is None else _rows(target)
-        dx, dgamma, dbeta = kernel.backward(_rows(dy), _rows(x), view(gamma, gamma.shape), saved, self.spec, out)
+        out = None if target is None else _rows("the gradient of x", target, x)
+        slopes, scale = _rows("the head gradient", dy, x), view("gamma", gamma, PARAMETER_TYPE[type_name(x)], gamma.shape)
+        dx, dgamma, dbeta = kernel.backward(slopes, _rows("x", x, x), scale, saved, self.spec, out)
         return (dx.reshape(x.shape) if out is None else None), dgamma, dbeta
 
 
@@ -164,10 +169,10 @@ def _target(array: Any, request: str) -> Any:
     return array if request in ("write", "inplace") else None
 
 
-def _rows(array: Any) -> Any:
-    """A CPU NDArray as (N, C, S) in NumPy, without a copy."""
-    n, c, *rest = array.shape
-    rows = view(array, (n, c, math.prod(rest)))
+def _rows(name: str, array: Any, x: Any) -> Any:
+    """A CPU NDArray of x's shape and type as (N, C, S) in NumPy, without a copy."""
+    n, c, *rest = x.shape
+    rows = view(name, array, type_name(x), (n, c, math.prod(rest)), x)
     return rows.view(np.float16) if rows.dtype == np.int16 else rows
 
 
