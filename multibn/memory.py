@@ -1,8 +1,8 @@
 """Reuse the memory of large outputs, because fresh memory costs more than the arithmetic: the system clears each page first.
 
-``take`` lends memory; when nobody refers to it any more it is kept for the next output of about that size. What is kept is bounded:
-together with what is lent it stays under ``SLACK`` times the most that was lent lately, so a program that never needs much never
-keeps much, and it stays under ``limit()``. ``release()`` returns all of it to the system. ``advise`` asks for huge pages.
+``take`` lends memory; when nobody refers to it any more it is kept for the next output of about that size. What is kept is
+bounded: together with what is lent it stays under ``SLACK`` times the most that was lent lately, so a program that never needs
+much never keeps much, and it stays under ``limit()``. ``release()`` returns all of it to the system.
 
 >>> set_limit(256 << 20)
 >>> limit() >> 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from ctypes import Array, addressof, c_double
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from multibn.layer.types import PARAMETER_TYPE
 from multibn.memory import LENT, take
 
-from . import formulas, nonfinite
+from . import formulas, nonfinite, recompute
 from .formulas import How, Moving
 
 _CPU = torch.device("cpu")  # named, since there may be another default
@@ -39,6 +39,9 @@ def by_kernel(
     x = _alive(x)  # it may have been taken out of a transform, in a shell that has no memory
     if torch.is_grad_enabled():
         y = _apply(x, gamma, beta, (moving, how, refused, rectify))
+        if recompute.active() and y.grad_fn is not None and x.is_cpu and not x.is_inference():
+            again = partial(kernel_again, statistics=y.grad_fn.kept[0], rectify=rectify)  # type: ignore[attr-defined]
+            recompute.remember(y, again, x, gamma, beta)
     else:
         y, _ = kernel_forward(x, gamma, beta, moving, how, refused, rectify)
     if refused and layer is not None:
@@ -180,6 +183,24 @@ def kernel_backward(
         dbeta.data_ptr(), through, rectify,
     )  # fmt: skip
     return dx, dgamma, dbeta
+
+
+def kernel_again(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, statistics: Array[c_double], rectify: bool
+) -> Tensor:  # fmt: skip
+    """y of ``kernel_forward``, bit for bit, by its last pass alone, on a CPU; statistics: as returned by it."""
+    kind = _kind(x.dtype, x.shape[1])
+    x, size, shape = laid_out(x)
+    y = output_like(x)
+    if size:
+        scale = as_tensor(statistics)[1]
+        scale = scale if gamma is None else scale * gamma.detach()
+        (beta,) = whole(beta)
+        kind.kernel.normalise_at(
+            kind.kernel.team(kind.forward, size, torch.get_num_threads()), shape, x.data_ptr(), y.data_ptr(),
+            kind.zero if beta is None else beta.data_ptr(), addressof(statistics), scale.numpy(), rectify,
+        )  # fmt: skip
+    return y
 
 
 class _Kind(NamedTuple):
