@@ -131,11 +131,11 @@ class Result:
         speedup}}}}``
 
         A row: ``{"group", "shape", "training", "channels_last", "hybridized", "model": name of the network, "" for a layer,
-        "compiled", "recompute", "own": name of the framework's layer, "ours_ms", "own_ms", "copy_ms", "none_ms", "speedup": own / ours, "to_copy": ours /
-        copy, "limit": own / none, "samples_ms": {"ours": [...], "own": [...], "copy": [...]}, "memory": ours / own, "peaks_mib": {"ours": [...],
-        "own": [...]}}``. "copy" is missing, and what is
-        made of it null, where the input is too small for it to matter, and of networks; "none", without BatchNorm, is of networks
-        alone.
+        "compiled", "recompute", "own": name of the framework's layer, "ours_ms", "own_ms", "copy_ms", "none_ms", "speedup":
+        own / ours, "to_copy": ours / copy, "limit": own / none, "samples_ms": {"ours": [...], "own": [...], "copy": [...]},
+        "memory": ours / own, "peaks_mib": {"ours": [...], "own": [...]}}``. "memory" is null where it was not
+        measured. "copy" is missing, and what is made of it null, where the input is too small for it to matter, and of networks;
+        "none", without BatchNorm, is of networks alone, and not of compiled ones.
         """
         return {
             "format": "multibn bench 1",

@@ -36,7 +36,7 @@ def table(result: Result, framework: str) -> Table:
     networks = result.of_networks
     found = Table(box=box.SIMPLE_HEAD, title=f"{framework} {result.versions[framework]}; own: {names}", title_justify="left")
     found.add_column("input", no_wrap=True)
-    columns = ("own/ours", "limit") if networks else ("copy ms", "own/ours", "ours/copy")
+    columns: tuple[str, ...] = ("own/ours", "limit") if networks else ("copy ms", "own/ours", "ours/copy")
     if result.of_memory:
         columns = "own/ours", "ours MiB", "own MiB", "ours/own"
     for heading in ("ours ms", "own ms", *columns):

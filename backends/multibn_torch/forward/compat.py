@@ -1,4 +1,4 @@
-"""The private parts of Inductor that ``fusion`` uses. Where a release of PyTorch lacks one, compiled programs are right but slower."""
+"""Load ``fusion``, which uses private parts of Inductor. Where a release of PyTorch lacks one, compiled programs are slower."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Passes of Inductor over the graph of forward and backward, before it is cut in two.
 
-A ReLU that alone takes a layer's output becomes part of our operators: one pass over the data instead of two, and no mask is saved.
+A ReLU that alone takes a layer's output becomes part of our operators: one pass over the data instead of two, without a mask.
 An inference in float32 or float64 becomes elementary operators with the same bits, which Inductor fuses with what surrounds them.
 """
 
@@ -30,10 +30,9 @@ class Fusion(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place."""
         for node in list(graph.nodes):
-            if node.target is FORWARD and node.args[1] is None:
-                if not _spell_out(graph, node):
-                    while _fuse_relu(graph, node):
-                        pass
+            if node.target is FORWARD and node.args[1] is None and not _spell_out(graph, node):
+                while _fuse_relu(graph, node):
+                    pass
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
@@ -51,10 +50,10 @@ def install() -> None:
 
 def _fuse_relu(graph: fx.Graph, forward: fx.Node) -> bool:
     """Set ``rectify`` and remove the ReLU, with the mask of its gradient, where nothing else takes y."""
-    outputs = {user.args[1]: user for user in forward.users if _is(user, operator.getitem)}
+    outputs = _outputs(forward)
     y, statistics = outputs.get(0), outputs.get(1)
     relu = next(iter(y.users)) if y is not None and len(y.users) == 1 else None
-    if relu is None or relu.target is not aten.relu.default:
+    if y is None or relu is None or relu.target is not aten.relu.default:
         return False
     backwards = [] if statistics is None else [user for user in statistics.users if user.op != "output"]
     if any(user.target is not BACKWARD for user in backwards):
@@ -78,8 +77,9 @@ def _spell_out(graph: fx.Graph, forward: fx.Node) -> bool:
     Where the graph will be frozen, a layer after a convolution becomes a multiplication and an addition in the type of x, which
     Inductor folds into the convolution's weights.
     """
-    x, _, gamma, beta, mean, var, _, eps, _, _, use_batch, update, rectify = forward.args
-    outputs = {user.args[1]: user for user in forward.users if _is(user, operator.getitem)}
+    arguments: Any = forward.args
+    x, _, gamma, beta, mean, var, _, eps, _, _, use_batch, update, rectify = arguments
+    outputs = _outputs(forward)
     y, value = outputs.get(0), x.meta["val"]
     if use_batch or update or y is None or any(outputs[i].users for i in outputs if i) or mean is None or beta is None:
         return False  # adding a beta of 0 would be optimised away, and with it the sign of zeros
@@ -138,6 +138,10 @@ def _masked(dy: Any, relu: fx.Node) -> fx.Node | None:
     return None
 
 
+def _outputs(node: fx.Node) -> dict[Any, fx.Node]:
+    return {user.args[1]: user for user in node.users if _is(user, operator.getitem)}
+
+
 def _is(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is target
 
@@ -157,7 +161,7 @@ def _lower_backward(dy: Any, x: Any, *others: Any) -> Any:
     x.realize()
     if not isinstance(x.get_layout(), ir.FlexibleLayout):
         dy = ir.ExternKernel.require_exact_strides(ir.ExternKernel.realize_input(dy), x.get_stride())
-    return lowering.fallback_handler(BACKWARD, add_to_fallback_set=False)(dy, x, *others)
+    return lowering.fallback_handler(BACKWARD, add_to_fallback_set=False)(dy, x, *others)  # type: ignore[no-untyped-call]
 
 
 lowering.register_lowering(BACKWARD, type_promotion_kind=None)(_lower_backward)

@@ -13,8 +13,8 @@ class recompute(torch.autograd.graph.saved_tensors_hooks):
     """Context manager: forwards inside do not store the outputs of our layers for backward; backward makes them again.
 
     What follows a layer, usually a convolution, keeps the layer's output y for the gradient of its weight, while the layer keeps
-    its input x. Inside this context y is made again from x, gamma, beta and the saved statistics, bit for bit, when backward needs
-    it. Swap with ``fuse_relu=True`` for networks with ReLU: a ReLU of PyTorch stores its own output, which a fused one does not.
+    its input x. Inside this context y is not kept: backward computes it again, bit for bit, from x, gamma, beta and the saved
+    statistics. Swap with ``fuse_relu=True`` for networks with ReLU: a ReLU of PyTorch stores its own output.
 
     It applies to forwards on the CPU kernel in this thread; backward may run outside. Within ``torch.utils.checkpoint`` and under
     ``torch.compile`` it changes nothing.
@@ -66,8 +66,8 @@ class Stored:
         """
         if self.tensor._version != self.version:
             raise RuntimeError(
-                f"a tensor of shape {tuple(self.tensor.shape)} that recompute() needs for backward was changed in place: it is at "
-                f"version {self.tensor._version}, expected version {self.version}. Change a copy, or leave recompute() out."
+                f"a tensor of shape {tuple(self.tensor.shape)} that recompute() needs for backward was changed in place: it is "
+                f"at version {self.tensor._version}, expected version {self.version}. Change a copy, or leave recompute() out."
             )
         return self.tensor
 
