@@ -97,9 +97,11 @@ def lent() -> int:
 
 
 def release() -> None:
-    """Return all memory that is kept to the system. What is lent stays valid."""
+    """Return all memory that is kept to the system, and forget what was lent lately. What is lent stays valid."""
+    global _most_lent, _most_lent_before
     with _keeping:
         _shrink(0)
+        _most_lent = _most_lent_before = _lent_bytes
 
 
 def advise(address: int, nbytes: int) -> None:

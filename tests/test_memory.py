@@ -106,6 +106,9 @@ def test_a_limit_can_be_set_and_all_that_is_kept_can_be_released() -> None:
     assert memory.kept() == MIB
     memory.release()
     assert memory.kept() == 0
+    for _ in range(3):
+        memory.take(MIB)
+    assert memory.kept() == MIB  # the 6 MiB of before the release are forgotten
 
 
 def test_a_wrong_limit_is_refused() -> None:
