@@ -133,6 +133,8 @@ def test_the_json(made_up: Result) -> None:
         "channels_last": False,
         "hybridized": False,
         "model": "",
+        "compiled": False,
+        "recompute": False,
         "own": "torch.nn.BatchNorm2d",
         "ours_ms": 12.0,
         "own_ms": 40.0,
@@ -142,6 +144,8 @@ def test_the_json(made_up: Result) -> None:
         "to_copy": 1.5,
         "limit": None,
         "samples_ms": {"ours": [10.0, 12.0, 30.0], "own": [40.0, 12.0, 90.0], "copy": [10.0, 8.0, 10.0]},
+        "memory": None,
+        "peaks_mib": {},
     }
     assert rows[2]["copy_ms"] is rows[2]["to_copy"] is None
     assert list(rows[2]["samples_ms"]) == ["ours", "own"]

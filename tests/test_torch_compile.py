@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch import nn
 from torch._dynamo.compiled_autograd import _enable
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -80,6 +82,125 @@ def test_compiles_whole_and_once_for_training_and_once_for_inference(
 
 def test_inductor_gives_the_bits_of_the_program_as_it_is_written() -> None:
     assert steps(ours.BatchNorm2d(3, momentum=None), (4, 3, 5, 5), "inductor") == 2
+
+
+KINDS = [(dtype, layout) for dtype in (torch.float32, torch.bfloat16, torch.float64) for layout in (0, 1)]
+
+
+class Several(nn.Module):
+    """For each type and layout: a layer and a ReLU, and a layer with a skip connection and a ReLU; each has its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(2 * len(KINDS)))
+        for norm in self.norms:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+        ours.swap(self)
+        for i, (dtype, _) in enumerate(KINDS):
+            if dtype == torch.float64:
+                self.norms[2 * i : 2 * i + 2].double()
+
+    def forward(self, xs: Any) -> Any:
+        ys = []
+        for i in range(0, len(xs), 2):
+            ys.append(torch.relu(self.norms[i](xs[i])))
+            ys.append(torch.relu(self.norms[i + 1](xs[i + 1]) + xs[i + 1]))
+        return ys
+
+
+def given() -> Any:
+    layouts = torch.contiguous_format, torch.channels_last
+    return [
+        (torch.randn(4, 6, 5, 5) * 2 + 1).to(dtype).contiguous(memory_format=layouts[layout]).requires_grad_()
+        for dtype, layout in KINDS
+        for _ in range(2)
+    ]
+
+
+def bits(t: Any) -> Any:
+    return t.detach().contiguous().view(torch.uint8)
+
+
+@pytest.fixture
+def fusions(monkeypatch: Any) -> Any:
+    """How often each fusion happens; nothing comes from the caches of earlier runs."""
+    from multibn_torch.forward import fusion
+
+    monkeypatch.setattr(fusion, "counts", dict.fromkeys(fusion.counts, 0))
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        yield fusion.counts
+
+
+def test_inductor_fuses_and_gives_the_bits_of_the_program_as_it_is_written(fusions: Any) -> None:
+    """Forward, gradients, statistics; training, then inference; three types, two layouts."""
+    several = Several()
+    plain = copy.deepcopy(several)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(several, fullgraph=True, backend=counter)
+    for _ in range(2):
+        xs = given()
+        answers = []
+        for module in (compiled, plain):
+            mine = [x.detach().clone().requires_grad_() for x in xs]
+            module.zero_grad()
+            ys = module(mine)
+            torch.autograd.backward(ys, [torch.cos(y.detach() * 3) for y in ys])
+            answers.append([*ys, *(x.grad for x in mine), *state(module)])
+        for got, wanted in zip(*answers, strict=True):
+            assert torch.equal(got, wanted)
+    assert (counter.frame_count, fusions) == (1, {"relu": 6, "inference": 0})
+    several.eval()
+    plain.eval()
+    with torch.no_grad():
+        for got, wanted in zip(compiled(xs), plain(xs), strict=True):
+            assert torch.equal(bits(got), bits(wanted))
+    assert (counter.frame_count, fusions) == (2, {"relu": 8, "inference": 8})
+
+
+def test_other_batch_sizes_compile_nothing_again_and_the_users_own_pass_runs_too(fusions: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    ours.swap(model)
+    seen = []
+    counter = CompileCounterWithBackend("inductor")
+    with inductor.patch(joint_custom_post_pass=lambda graph: seen.append(len(graph.nodes))):
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+        compiled(torch.randn(5, 3, 8, 8)).sum().backward()
+        counts = counter.frame_count, len(seen), dict(fusions)
+        for batch in (6, 9):
+            compiled(torch.randn(batch, 3, 8, 8)).sum().backward()
+    assert (counter.frame_count, len(seen), fusions) == counts
+    assert seen
+    assert fusions["relu"] > 0
+
+
+def test_a_layer_before_anything_but_its_own_relu_is_left_as_it_is(fusions: Any) -> None:
+    from multibn_torch.forward import fusion
+
+    layer = ours.BatchNorm2d(4)
+
+    def twice_used(x: Any) -> Any:
+        y = layer(x)
+        return torch.relu(y) + y
+
+    graph = make_fx(twice_used)(torch.randn(2, 4, 5, 5))
+    fusion.Fusion()(graph.graph)
+    assert fusions == {"relu": 0, "inference": 0}
+    assert "aten.relu" in graph.code
+
+
+def test_passes_are_installed_once_after_those_of_the_user() -> None:
+    from multibn_torch.forward import fusion
+
+    def mine(graph: Any) -> None: ...
+
+    for own in (mine, [mine], None):
+        with inductor.patch(joint_custom_post_pass=own):
+            fusion.install()
+            fusion.install()
+            found = inductor.joint_custom_post_pass
+            passes = found if isinstance(found, list) else [found]
+            assert [type(each).__name__ for each in passes] == [*(["function"] if own else []), "Fusion"]
 
 
 def test_a_mask_compiles_whole() -> None:

@@ -6,6 +6,7 @@ if find_spec("torch") is None:
     raise ModuleNotFoundError("multibn_torch needs PyTorch, which is not installed: pip install 'multibn[torch]'", name="torch")
 
 from .backend import BACKEND as BACKEND
+from .forward.recompute import recompute as recompute
 from .layers import BatchNorm as BatchNorm
 from .layers import BatchNorm1d as BatchNorm1d
 from .layers import BatchNorm2d as BatchNorm2d

@@ -25,11 +25,13 @@ class Contest(NamedTuple):
         runs: who -> one run; it returns what has to live until the clock stops. "ours" and "own"; "copy", where it says
             something about a layer; of a network "none", the same without BatchNorm layers.
         clear: lets go of the gradients of the run before.
+        peak: who -> MiB by which the resident memory grows at most during a forward; None where memory is not measured.
     """
 
     own: str
     runs: Mapping[str, Callable[[], object]]
     clear: Callable[[], None]
+    peak: Callable[[str], float] | None = None
 
 
 def serve(
@@ -50,8 +52,11 @@ def serve(
     prepare(order["threads"])
     asked = [models[name] for name in order["models"]] or inputs
     for given in asked if order["inputs"] is None else map(Input.from_dict, order["inputs"]):
-        own, runs, clear = contest(given)
+        own, runs, clear, peak = contest(given)
         line = {"input": asdict(given), "own": own, "samples": take_turns(runs, clear, order["rounds"])}
+        if peak is not None:
+            turns = [{who: peak(who) for who in runs} for _ in range(order["rounds"])]
+            line["peaks"] = {who: [turn[who] for turn in turns] for who in runs}
         print(json.dumps(line), flush=True)
 
 

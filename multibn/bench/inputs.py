@@ -24,3 +24,24 @@ MODELS: Final = {
     "resnet18": Input("models", (32, 3, 64, 64), model="resnet18"),
 }
 """Network -> what it is trained on. The ``contest`` of a framework's studies makes the network that ``Input.model`` names."""
+
+COMPILED: Final = {
+    name: Input("compiled", shape, model=name, compiled=True)
+    for name, shape in {
+        "convnet": (32, 3, 64, 64),
+        "resnet18": (32, 3, 64, 64),
+        "densenet121": (16, 3, 112, 112),
+        "transformers-resnet": (32, 3, 64, 64),
+        "transformers-mobilenetv2": (32, 3, 64, 64),
+    }.items()
+}
+"""The same for ``--compiled``, in PyTorch alone."""
+
+MEMORY: Final = {
+    name: Input("memory", shape, model=name, recompute=True)
+    for name, shape in {"densenet10": (32, 64, 32, 32), "densenet121": (16, 3, 112, 112), "resnet18": (32, 3, 64, 64)}.items()
+}
+"""The same for ``--memory``, in PyTorch alone."""
+
+MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
+"""The GNU allocator's settings where memory is measured: what a program frees is resident no longer, for every contestant."""

@@ -27,6 +27,8 @@ class Input:
     channels_last: bool = False
     hybridized: bool = False
     model: str = ""
+    compiled: bool = False
+    recompute: bool = False
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Input:
@@ -39,11 +41,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Row:
-    """The times of one input: ``samples`` has a list of milliseconds per contestant, in the order of the turns."""
+    """The times of one input: ``samples`` has a list of milliseconds per contestant, in the order of the turns.
+
+    ``peaks`` has, where memory was measured, the MiB by which the resident memory grew at most during a forward.
+    """
 
     input: Input
     own: str
     samples: Mapping[str, Sequence[float]]
+    peaks: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def ms(self, who: str) -> float | None:
         """The median time of "ours", "own", "copy" or "none"; None where it was not measured."""
@@ -53,6 +59,15 @@ class Row:
     def speedup(self) -> float:
         """How many times faster than the framework's own."""
         return median_of_ratios(self.samples["own"], self.samples["ours"])
+
+    @property
+    def memory(self) -> float | None:
+        """Growth of the resident memory during a forward, ours / own; None where it was not measured."""
+        return median_of_ratios(self.peaks["ours"], self.peaks["own"]) if self.peaks else None
+
+    def peak(self, who: str) -> float | None:
+        """The median growth of the resident memory in MiB, of "ours" or "own"; None where it was not measured."""
+        return statistics.median(self.peaks[who]) if who in self.peaks else None
 
     @property
     def limit(self) -> float | None:
@@ -89,6 +104,16 @@ class Result:
         """Whether it is about networks, and not about layers."""
         return any(row.input.model for rows in self.rows.values() for row in rows)
 
+    @property
+    def of_memory(self) -> bool:
+        """Whether it is about networks with and without ``recompute``."""
+        return any(row.input.recompute for rows in self.rows.values() for row in rows)
+
+    @property
+    def of_compiled(self) -> bool:
+        """Whether it is about compiled networks."""
+        return any(row.input.compiled for rows in self.rows.values() for row in rows)
+
     def geometric_means(self, framework: str) -> dict[str, float]:
         """Group -> geometric mean of its speedups; for the groups that go through the stages of a network."""
         groups: dict[str, list[float]] = {}
@@ -106,10 +131,11 @@ class Result:
         speedup}}}}``
 
         A row: ``{"group", "shape", "training", "channels_last", "hybridized", "model": name of the network, "" for a layer,
-        "own": name of the framework's layer, "ours_ms", "own_ms", "copy_ms", "none_ms", "speedup": own / ours, "to_copy": ours /
-        copy, "limit": own / none, "samples_ms": {"ours": [...], "own": [...], "copy": [...]}}``. "copy" is missing, and what is
-        made of it null, where the input is too small for it to matter, and of networks; "none", without BatchNorm, is of networks
-        alone.
+        "compiled", "recompute", "own": name of the framework's layer, "ours_ms", "own_ms", "copy_ms", "none_ms", "speedup":
+        own / ours, "to_copy": ours / copy, "limit": own / none, "samples_ms": {"ours": [...], "own": [...], "copy": [...]},
+        "memory": ours / own, "peaks_mib": {"ours": [...], "own": [...]}}``. "memory" is null where it was not
+        measured. "copy" is missing, and what is made of it null, where the input is too small for it to matter, and of networks;
+        "none", without BatchNorm, is of networks alone, and not of compiled ones.
         """
         return {
             "format": "multibn bench 1",
@@ -132,6 +158,8 @@ class Result:
                             "to_copy": row.to_copy,
                             "limit": row.limit,
                             "samples_ms": {who: list(times) for who, times in row.samples.items()},
+                            "memory": row.memory,
+                            "peaks_mib": {who: list(peaks) for who, peaks in row.peaks.items()},
                         }
                         for row in rows
                     ],

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -25,7 +25,7 @@ from rich.console import Console
 from multibn.interpreters import Elsewhere
 from multibn.usage import UsageError
 
-from .inputs import MODELS
+from .inputs import MALLOC, MODELS
 from .result import Input, Result, Row
 from .show import caption, draw, table
 
@@ -48,6 +48,7 @@ def check(
     picture: Path | None,
     models: Sequence[str] = (),
     others: Mapping[str, Elsewhere] = MappingProxyType({}),
+    known_models: Collection[str] = MODELS,
 ) -> tuple[list[str], dict[str, str], int]:
     """The frameworks to measure, those that are absent with the reason, and the threads.
 
@@ -57,13 +58,14 @@ def check(
         json_file, picture: what will be written.
         models: networks to train, in place of measuring the layers.
         others: frameworks of other interpreters.
+        known_models: names of networks that can be.
 
     Raises:
         UsageError: an unknown framework or network, a framework asked for that is not installed, none installed at all, an
             impossible number of threads, a file that cannot be written, or a picture of networks.
     """
     known_frameworks = modules()
-    for option, known, asked in (("--framework", known_frameworks, frameworks), ("--model", MODELS, models)):
+    for option, known, asked in (("--framework", known_frameworks, frameworks), ("--model", known_models, models)):
         for name in asked:
             if name not in known:
                 raise UsageError(f"{option} must be {' or '.join(known)}, got {name}.")
@@ -116,7 +118,8 @@ def run(
         inputs: framework -> what is measured; None for what its studies say.
         others: frameworks of other interpreters.
     """
-    result = Result(command, threads, QUICK_ROUNDS if quick else MODEL_ROUNDS if models else ROUNDS, absent=dict(absent))
+    rounds = QUICK_ROUNDS if quick else MODEL_ROUNDS if models or inputs else ROUNDS
+    result = Result(command, threads, rounds, absent=dict(absent))
     result.elsewhere = {name: its.version for name, its in others.items() if name in frameworks}
     console = Console()
     for framework in frameworks:
@@ -162,6 +165,8 @@ def measure(
         ChildProcessError: the process failed; its output went to stderr.
     """
     settings = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+    if inputs is not None and any(each.recompute for each in inputs):
+        settings |= MALLOC
     given = None if inputs is None else [asdict(each) for each in inputs]
     order = json.dumps({"inputs": given, "models": list(models), "threads": threads, "rounds": rounds})
     command = [python, "-m", modules()[framework], order]
@@ -169,7 +174,7 @@ def measure(
         assert process.stdout is not None
         for line in process.stdout:
             answer = json.loads(line)
-            yield Row(Input.from_dict(answer["input"]), answer["own"], answer["samples"])
+            yield Row(Input.from_dict(answer["input"]), answer["own"], answer["samples"], answer.get("peaks", {}))
     if process.returncode:
         raise ChildProcessError(f"its process ended with code {process.returncode}; what it said stands above.")
 

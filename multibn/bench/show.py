@@ -11,6 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+from .inputs import MALLOC
 from .result import TIMES, Result, Row
 
 _HEADINGS: Final = {
@@ -20,6 +21,8 @@ _HEADINGS: Final = {
     "fully connected": "fully connected",
     "small": "small",
     "models": "training steps",
+    "compiled": "compiled training steps",
+    "memory": "training steps, and growth of the resident memory in forward",
 }
 """Group -> its heading, in the table's order."""
 
@@ -33,7 +36,10 @@ def table(result: Result, framework: str) -> Table:
     networks = result.of_networks
     found = Table(box=box.SIMPLE_HEAD, title=f"{framework} {result.versions[framework]}; own: {names}", title_justify="left")
     found.add_column("input", no_wrap=True)
-    for heading in ("ours ms", "own ms", *(("own/ours", "limit") if networks else ("copy ms", "own/ours", "ours/copy"))):
+    columns: tuple[str, ...] = ("own/ours", "limit") if networks else ("copy ms", "own/ours", "ours/copy")
+    if result.of_memory:
+        columns = "own/ours", "ours MiB", "own MiB", "ours/own"
+    for heading in ("ours ms", "own ms", *columns):
         found.add_column(heading, justify="right", no_wrap=True)
     means = result.geometric_means(framework)
     for group, heading in _HEADINGS.items():
@@ -42,8 +48,10 @@ def table(result: Result, framework: str) -> Table:
             found.add_row(f"[bold]{heading}")
         for row in rows:
             times = (_digits(row.ms(who)) for who in ("ours", "own", *(() if networks else ("copy",))))
-            beside = row.limit if networks else row.to_copy
-            found.add_row(f" {row.input}", *times, f"[bold]{_digits(row.speedup)}", _digits(beside))
+            beside = [row.limit if networks else row.to_copy]
+            if result.of_memory:
+                beside = [row.peak("ours"), row.peak("own"), row.memory]
+            found.add_row(f" {row.input}", *times, f"[bold]{_digits(row.speedup)}", *map(_digits, beside))
         if group in means:
             found.add_row(" geometric mean", "", "", "", f"[bold]{_digits(means[group])}", "")
         found.add_section()
@@ -54,12 +62,24 @@ def caption(result: Result) -> str:
     """Where and how the run was made."""
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     what = (
-        "a training step: forward, loss, backward, SGD.\nown: the network as it is; ours: after swap, in PyTorch with "
-        "fuse_relu; limit: how many times faster it is without any BatchNorm."
-        if result.of_networks
-        else "forward + backward in training, or forward in inference.\ncopy: copying the same bytes, two copies into memory "
+        "forward + backward in training, or forward in inference.\ncopy: copying the same bytes, two copies into memory "
         "allocated like y and three into memory allocated like dx; in inference one."
     )
+    if result.of_memory:
+        what = (
+            "a training step: forward, loss, backward, SGD.\nown: after swap with fuse_relu; ours: the same within recompute(). "
+            f"MiB: peak of the resident memory during forward over its start,\nwith {' '.join(map('='.join, MALLOC.items()))}."
+        )
+    elif result.of_compiled:
+        what = (
+            "a training step under torch.compile(fullgraph=True): forward, loss, backward, SGD.\n"
+            "own: the network as it is; ours: after swap."
+        )
+    elif result.of_networks:
+        what = (
+            "a training step: forward, loss, backward, SGD.\nown: the network as it is; ours: after swap, in PyTorch with "
+            "fuse_relu; limit: how many times faster it is without any BatchNorm."
+        )
     return (
         f"Medians of {result.rounds} turns; {what}\n"
         f"{versions}\n{result.processor}, {result.threads} threads, {result.date}\n{result.command}"

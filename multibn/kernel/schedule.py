@@ -221,8 +221,10 @@ def backward_at(
 
 
 @compiled
-def normalise_at(team: Team, shape: tuple[int, int, int], x: int, y: int, beta: int, saved: int, scale: Any) -> None:
-    """The last pass of a forward alone: y for statistics that are known.
+def normalise_at(
+    team: Team, shape: tuple[int, int, int], x: int, y: int, beta: int, saved: int, scale: Any, rectify: bool
+) -> None:  # fmt: skip
+    """The last pass of a forward alone: y for statistics that are known, through a ReLU if ``rectify``.
 
     saved is where (2, C) float64 stands, the mean and 1/sqrt(var+eps); scale, (C,) float64, is gamma/sqrt(var+eps).
     """
@@ -235,6 +237,7 @@ def normalise_at(team: Team, shape: tuple[int, int, int], x: int, y: int, beta: 
     its.n, its.channels, its.s = shape
     its.x, its.y, its.beta, its.saved, its.sums, its.blocks = x, y, beta, saved, sums.ctypes.data, plan.blocks
     its.gamma, its.moving_mean, its.moving_var = beta, beta, beta  # which this pass does not read
+    its.rectify = rectify
     _, _, threads, its.large = team
     run_stage(team, memory.ctypes.data, 3, plan.groups * plan.blocks, threads)
     keep((memory, sums, lanes))

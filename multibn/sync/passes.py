@@ -155,7 +155,7 @@ def normalise(x: Array, y: Array, gamma: Array | None, beta: Array | None, saved
     body = kernel.prepare(x.dtype).forward.address
     kernel.normalise_at(
         kernel.team(body, x.size, threads), x.shape, x.ctypes.data, y.ctypes.data, beta.ctypes.data, saved.ctypes.data,
-        _scale(gamma, saved),
+        _scale(gamma, saved), False,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ctypes import Array, addressof, c_double
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from multibn_torch.compat import recomputed as recomputed
 from multibn_torch.compat import run_as_written as run_as_written
 from multibn_torch.compat import transformed as transformed
 
-from . import formulas, nonfinite
+from . import formulas, nonfinite, recompute
 from .formulas import How, Moving
 from .gate import TYPES, NotPlainError, address, address_again, check_apart, check_can_be_saved, refusal
 
@@ -47,6 +47,9 @@ def by_kernel(
         if x.is_inference() or (gamma is not None and gamma.is_inference()):
             check_can_be_saved(x, gamma, beta)
         y = _apply(x, gamma, beta, (moving, how, refused, rectify, layer))
+        if recompute.active() and y.grad_fn is not None and x.is_cpu and not x.is_inference():
+            again = partial(kernel_again, statistics=y.grad_fn.kept[0], rectify=rectify)  # type: ignore[attr-defined]
+            recompute.remember(y, again, x, gamma, beta)
     else:
         y, _ = kernel_forward(x, gamma, beta, moving, how, refused, rectify, layer)
     if refused and layer is not None:
@@ -265,6 +268,26 @@ def _examine(
         if batches is not None and batches.dtype is torch.int64 and batches.numel() == 1:
             count_at = address(batches, torch.int64, 8, "num_batches_tracked")
     return gamma_at, beta_at, mean_at, var_at, count_at
+
+
+def kernel_again(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, statistics: Array[c_double], rectify: bool
+) -> Tensor:  # fmt: skip
+    """y of ``kernel_forward``, bit for bit, by its last pass alone, on a CPU; statistics: as returned by it."""
+    kind = _kind(x.dtype, x.shape[1])
+    x, size, shape = laid_out(x)
+    y = output_like(x)
+    if size:
+        x_at = address(x, x.dtype, size * kind.itemsize, "the input")
+        scale = as_tensor(statistics)[1]
+        scale = scale if gamma is None else scale * gamma.detach()
+        (beta,) = whole(beta)
+        beta_at = kind.zero if beta is None else address(beta, kind.parameter.dtype, kind.nbytes, "bias")
+        kind.kernel.normalise_at(
+            kind.kernel.team(kind.forward, size, torch.get_num_threads()), shape, x_at, y.data_ptr(), beta_at,
+            addressof(statistics), scale.numpy(), rectify,
+        )  # fmt: skip
+    return y
 
 
 class _Kind(NamedTuple):

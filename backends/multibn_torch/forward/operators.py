@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formulas
+from . import compat, formulas
 from .eager import PARAMETER, as_tensor, dense, kernel_backward, kernel_forward, looked_through, recomputed
 from .formulas import How, Moving
 from .masked import check_count, pack, unpack
+
+# An operator without a layout tag gets its inputs in the layout of the program as written; Inductor's convolutions are
+# channels-last, so that it would copy every input and output.
+_TAGS = (torch.Tag.flexible_layout,) if hasattr(torch.Tag, "flexible_layout") else ()
 
 
 def by_operator(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, mask: Tensor | None = None
 ) -> Tensor:
     """``by_kernel``, with the same bits; for a mask see ``masked``."""
-    y, _, *news = torch.ops.multibn.forward(x, mask, gamma, beta, *moving, *how)
+    y, _, *news = torch.ops.multibn.forward(x, mask, gamma, beta, *moving, *how, False)
     if how.update:
         with torch.no_grad():
             for t, new in zip(moving, news, strict=True):
@@ -32,14 +36,19 @@ def by_operator(
     "multibn::forward",
     mutates_args=(),
     schema="(Tensor x, Tensor? mask, Tensor? gamma, Tensor? beta, Tensor? moving_mean, Tensor? moving_var, Tensor? batches, "
-    "float eps, float? weight_of_old, bool unbiased, bool use_batch, bool update) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float eps, float? weight_of_old, bool unbiased, bool use_batch, bool update, bool rectify) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 def _forward(
     x: Tensor, mask: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     moving_mean: Tensor | None, moving_var: Tensor | None, batches: Tensor | None,
-    eps: float, weight_of_old: float | None, unbiased: bool, use_batch: bool, update: bool,
+    eps: float, weight_of_old: float | None, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """y, the statistics that normalised, and what the moving statistics and their counter become; empty without an update."""
+    """y, the statistics that normalised, and what the moving statistics and their counter become; empty without an update.
+
+    rectify: y is max(y, 0). ``fusion`` sets it where a ReLU follows.
+    """
     values = x
     if mask is not None:
         values = pack(x, mask)
@@ -47,7 +56,8 @@ def _forward(
     news = _news(x, Moving(moving_mean, moving_var, batches), update, torch.clone)
     happens = update and values.numel() > 0 and not recomputed()
     how = How(eps, weight_of_old, unbiased, use_batch, happens)
-    y, statistics = kernel_forward(values, gamma, beta, news if update else Moving(moving_mean, moving_var, batches), how)
+    current = news if update else Moving(moving_mean, moving_var, batches)
+    y, statistics = kernel_forward(values, gamma, beta, current, how, None, rectify)
     return y if mask is None else unpack(y, mask, x), as_tensor(statistics), *news
 
 
@@ -55,8 +65,9 @@ def _forward(
 def _(
     x: Tensor, mask: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     moving_mean: Tensor | None, moving_var: Tensor | None, batches: Tensor | None,
-    eps: float, weight_of_old: float | None, unbiased: bool, use_batch: bool, update: bool,
+    eps: float, weight_of_old: float | None, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    compat.install_passes()  # a compiler that traces this operator runs them later, on the graph that it is tracing
     statistics = x.new_empty((2, x.shape[1]), dtype=torch.float64)
     return _like(x, mask), statistics, *_news(x, Moving(moving_mean, moving_var, batches), update, torch.empty_like)
 
@@ -71,21 +82,23 @@ def _like(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, mask, gamma, beta, *_, eps, _, _, use_batch, _ = inputs
-    ctx.save_for_backward(x, mask, gamma, output[1])
-    ctx.has_beta, ctx.eps, ctx.through = beta is not None, eps, use_batch
+    x, mask, gamma, beta, *_, eps, _, _, use_batch, _, rectify = inputs
+    ctx.save_for_backward(x, mask, gamma, beta if rectify else None, output[1])
+    ctx.has_beta, ctx.eps, ctx.through, ctx.rectify = beta is not None, eps, use_batch, rectify
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    x, mask, gamma, statistics = ctx.saved_tensors
+    x, mask, gamma, beta, statistics = ctx.saved_tensors
     if not looked_through(dy):
-        dx, dgamma, dbeta = torch.ops.multibn.backward(dy, x, mask, gamma, statistics, ctx.through)
+        dx, dgamma, dbeta = torch.ops.multibn.backward(dy, x, mask, gamma, beta, statistics, ctx.through, ctx.rectify)
     else:
         values, dvalues = (x, dy) if mask is None else (pack(x, mask), pack(dy, mask))
+        if ctx.rectify:
+            dvalues = dvalues * formulas.positive(values, gamma, beta, statistics)
         dx, dgamma, dbeta = formulas.gradients(dvalues, values, gamma, statistics, ctx.eps, ctx.through)
         dx = dx if mask is None else unpack(dx, mask, x)
-    return dx, None, None if gamma is None else dgamma, dbeta if ctx.has_beta else None, *(None,) * 8
+    return dx, None, None if gamma is None else dgamma, dbeta if ctx.has_beta else None, *(None,) * 9
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)
@@ -94,21 +107,26 @@ _forward.register_autograd(_differentiate, setup_context=_remember)
 @torch.library.custom_op(
     "multibn::backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? mask, Tensor? gamma, Tensor statistics, bool through) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor? mask, Tensor? gamma, Tensor? beta, Tensor statistics, bool through, bool rectify) -> "
+    "(Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 def _backward(
-    dy: Tensor, x: Tensor, mask: Tensor | None, gamma: Tensor | None, statistics: Tensor, through: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, mask: Tensor | None, gamma: Tensor | None, beta: Tensor | None, statistics: Tensor, through: bool,
+    rectify: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dgamma and dbeta."""
     if mask is None:
-        return kernel_backward(dy, x, gamma, statistics, through)
-    dx, dgamma, dbeta = kernel_backward(pack(dy, mask), pack(x, mask), gamma, statistics, through)
+        return kernel_backward(dy, x, gamma, statistics, through, beta, rectify)
+    packed = pack(dy, mask), pack(x, mask)
+    dx, dgamma, dbeta = kernel_backward(*packed, gamma, statistics, through, beta, rectify)
     return unpack(dx, mask, x), dgamma, dbeta
 
 
 @_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, mask: Tensor | None, gamma: Tensor | None, statistics: Tensor, through: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, mask: Tensor | None, gamma: Tensor | None, beta: Tensor | None, statistics: Tensor, through: bool,
+    rectify: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dgamma = x.new_empty(x.shape[1], dtype=PARAMETER[x.dtype])
     return _like(x, mask), dgamma, torch.empty_like(dgamma)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 
+from multibn.bench import resident
 from multibn.bench.contest import Contest, serve
 from multibn.bench.inputs import COMMON, STAGES
 from multibn.bench.result import Input
 from multibn_torch.forward.eager import output_like
+from multibn_torch.forward.recompute import recompute
 from multibn_torch.layers import BatchNorm1d, BatchNorm2d
 from multibn_torch.swap import swap
 
@@ -22,6 +25,8 @@ INPUTS = (*COMMON, *(Input("channels last", shape, channels_last=True) for shape
 
 def contest(given: Input) -> Contest:
     """Who takes turns on the given input."""
+    if given.recompute:
+        return contest_of_memory(given)
     return contest_of_models(given) if given.model else contest_of_layers(given)
 
 
@@ -57,15 +62,22 @@ def contest_of_layers(given: Input) -> Contest:
 
 
 def contest_of_models(given: Input) -> Contest:
-    """The network after ``swap`` with its ReLUs fused, as it is, and without BatchNorm: the same first weights, and images."""
+    """The network after ``swap`` with its ReLUs fused, as it is, and without BatchNorm: the same first weights, and images.
+
+    Compiled: after a plain ``swap``, and as it is.
+    """
     torch.manual_seed(0)
     x, labels = torch.randn(given.shape), torch.randint(1000, given.shape[:1])
     own = MODELS[given.model]()
-    models = {"ours": copy.deepcopy(own), "own": own, "none": copy.deepcopy(own)}
-    swap(models["ours"], fuse_relu=True)
-    for name, module in list(models["none"].named_modules()):
-        if isinstance(module, torch.nn.BatchNorm2d):
-            models["none"].set_submodule(name, torch.nn.Identity())
+    models = {"ours": copy.deepcopy(own), "own": own}
+    swap(models["ours"], fuse_relu=not given.compiled)
+    if given.compiled:
+        models = {who: torch.compile(model, fullgraph=True) for who, model in models.items()}  # type: ignore[misc]
+    else:
+        models["none"] = copy.deepcopy(own)
+        for name, module in list(models["none"].named_modules()):
+            if isinstance(module, torch.nn.BatchNorm2d):
+                models["none"].set_submodule(name, torch.nn.Identity())
     optimizers = {who: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for who, model in models.items()}
 
     def step(who: str) -> None:
@@ -77,6 +89,32 @@ def contest_of_models(given: Input) -> Contest:
             optimizer.zero_grad()
 
     return Contest(given.model, {who: partial(step, who) for who in models}, clear)
+
+
+def contest_of_memory(given: Input) -> Contest:
+    """The network after ``swap`` with its ReLUs fused, within ``recompute()`` and without."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(given.shape), torch.randint(1000, given.shape[:1])
+    model = MODELS[given.model]()
+    swap(model, fuse_relu=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def forward(who: str) -> torch.Tensor:
+        with recompute() if who == "ours" else nullcontext():
+            return torch.nn.functional.cross_entropy(model(x), labels)
+
+    def step(who: str) -> None:
+        forward(who).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    def peak(who: str) -> float:
+        optimizer.zero_grad()
+        start = resident.begin()
+        loss = forward(who)
+        return resident.peak(start) if loss.requires_grad else 0.0
+
+    runs = {who: partial(step, who) for who in ("ours", "own")}
+    return Contest(f"{given.model} without recompute()", runs, optimizer.zero_grad, peak)
 
 
 def _copied(x: torch.Tensor, times: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""ResNet-18 and DenseNet-121 in plain ``torch.nn``, for ``multibn bench --model``.
+"""The networks of ``multibn bench``: ResNet-18, DenseNet-121 and small ones in plain ``torch.nn``, two of ``transformers``.
 
 Layers, initial weights and the names in the checkpoint are torchvision's, which need not be installed.
 """
@@ -128,5 +128,54 @@ def densenet121(classes: int = 1000) -> nn.Module:
     return model
 
 
-MODELS: Final[dict[str, Callable[[], nn.Module]]] = {"densenet121": densenet121, "resnet18": resnet18}
-"""Name, as in ``multibn.bench.MODELS`` -> what makes it."""
+def convnet(classes: int = 1000) -> nn.Module:
+    """Five convolutions of 3x3, each with BatchNorm and ReLU, and two poolings."""
+
+    def block(given: int, features: int) -> list[nn.Module]:
+        return [nn.Conv2d(given, features, 3, padding=1, bias=False), nn.BatchNorm2d(features), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(3, 32), *block(32, 32), nn.MaxPool2d(2), *block(32, 64), *block(64, 64), nn.MaxPool2d(2), *block(64, 128),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes),
+    )  # fmt: skip
+
+
+def densenet10(classes: int = 1000) -> nn.Module:
+    """A dense block of ten layers, growth 32, on (N, 64, H, W)."""
+    return nn.Sequential(DenseBlock(10, 64, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64 + 10 * 32, classes))
+
+
+class Logits(nn.Module):
+    """A classifier of ``transformers``, of images alone."""
+
+    def __init__(self, name: str, **options: object) -> None:
+        super().__init__()
+        import transformers
+
+        config = getattr(transformers, f"{name}Config")(num_labels=1000, **options)
+        self.model = getattr(transformers, f"{name}ForImageClassification")(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 1000)."""
+        return self.model(x).logits  # type: ignore[no-any-return]
+
+
+def transformers_resnet() -> nn.Module:
+    """ResNet-18 of ``transformers``."""
+    return Logits("ResNet", hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", embedding_size=64)
+
+
+def transformers_mobilenetv2() -> nn.Module:
+    """MobileNetV2 of ``transformers``: depthwise convolutions and ReLU6."""
+    return Logits("MobileNetV2")
+
+
+MODELS: Final[dict[str, Callable[[], nn.Module]]] = {
+    "densenet121": densenet121,
+    "resnet18": resnet18,
+    "convnet": convnet,
+    "densenet10": densenet10,
+    "transformers-resnet": transformers_resnet,
+    "transformers-mobilenetv2": transformers_mobilenetv2,
+}
+"""Name, as in ``multibn.bench.inputs`` -> what makes it."""
