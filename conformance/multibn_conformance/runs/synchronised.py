@@ -32,7 +32,7 @@ def run(names: Sequence[str], size: int, cases: Sequence[str], clauses: Sequence
     """
     made = _chosen(size, cases, clauses)
     loaded, absent = backends(names)
-    able = [backend.name for backend in loaded if backend.synchronised is not None]
+    able = [backend.name for backend, _ in loaded if backend.synchronised is not None]
     if not able:
         raise UsageError("no backend has synchronised statistics; install the extra torch or mxnet.")
     for each in absent:

@@ -27,7 +27,7 @@ def main() -> None:
         while True:
             name, case, key, its_rank, its_size = control.recv()
             try:
-                (backend,), _ = backends([name])
+                ((backend, _),), _ = backends([name])
                 assert backend.synchronised is not None
                 group = HubGroup(hub, key, its_rank, its_size, case.timeout)
                 control.send(perform(backend.synchronised, case, its_rank, group))
