@@ -94,8 +94,8 @@ class Several(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(2 * len(KINDS)))
         for norm in self.norms:
-            nn.init.normal_(norm.weight)
-            nn.init.normal_(norm.bias)
+            for parameter in norm.parameters():
+                nn.init.normal_(parameter)
         ours.swap(self)
         for i, (dtype, _) in enumerate(KINDS):
             if dtype == torch.float64:

@@ -26,21 +26,26 @@ class Wrapper(torch.Tensor):
 
     @staticmethod
     def __new__(cls, t: Any) -> Any:
-        return torch.Tensor._make_wrapper_subclass(cls, t.shape, strides=t.stride(), dtype=t.dtype)  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(cls, t.shape, strides=t.stride(), dtype=t.dtype)
 
     def __init__(self, t: Any) -> None:
-        self.t = t
+        self.held = t
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        bare = _pytree.tree_map_only(Wrapper, lambda w: w.t, (args, kwargs or {}))
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        bare = _pytree.tree_map_only(Wrapper, lambda w: w.held, (args, kwargs or {}))
         return _pytree.tree_map_only(torch.Tensor, Wrapper, function(*bare[0], **bare[1]))
 
 
 def dead(t: Any) -> Any:
     """What is left of a wrapper of ``torch.func`` after its transform."""
     kept: list[Any] = []
-    torch.func.grad(lambda a: (kept.append(a), a.sum())[1])(t)
+
+    def total(a: Any) -> Any:
+        kept.append(a)
+        return a.sum()
+
+    torch.func.grad(total)(t)
     return kept[0]
 
 
@@ -121,7 +126,7 @@ WRONG: dict[str, Callable[[Any], Any]] = {
     "negative bit": lambda t: torch._neg_view(-t),
     "imaginary part of a conjugate": lambda t: torch.complex(t, -t).conj().imag,
     "zero tensor": lambda t: torch._efficientzerotensor(t.shape),
-    "subclass": lambda t: t.as_subclass(Plain),  # type: ignore[arg-type]
+    "subclass": lambda t: t.as_subclass(Plain),
     "wrapper": Wrapper,
     "fake": fake,
     "functional": lambda t: torch._to_functional_tensor(t),
@@ -129,7 +134,7 @@ WRONG: dict[str, Callable[[Any], Any]] = {
     "freed": freed,
     "freed view": freed_view,
     "storage too small": shrunk,
-    "copy on write": lambda t: torch._lazy_clone(t),  # type: ignore[attr-defined]
+    "copy on write": lambda t: torch._lazy_clone(t),
     "of an array": lambda t: torch.from_numpy(t.numpy().copy()),
     "of a read-only array": read_only,
     "misaligned": misaligned,
@@ -197,7 +202,7 @@ def outcome(cls: Any, argument: str, wrong: Callable[[Any], Any] | None, when: s
 def numbers(t: Any) -> Any:
     if not isinstance(t, torch.Tensor):
         return t
-    t = t.t if isinstance(t, Wrapper) else t
+    t = t.held if isinstance(t, Wrapper) else t
     if torch._is_functional_tensor(t):
         t = torch._from_functional_tensor(t)
     try:
@@ -231,6 +236,8 @@ def judge(argument: str, wrong: str, when: str, ask_own: bool = True) -> str:
     own, wanted = outcome(torch.nn.BatchNorm2d, argument, make, when) if ask_own else ("crashed", None)
     if own != "results":
         own, wanted = outcome(torch.nn.BatchNorm2d, argument, None, when)
+    assert wanted is not None
+    assert found is not None
     tolerance = 2e-2 if "16" in wrong else 1e-4
     differ = [name for name in wanted if not same(found[name], wanted[name], tolerance)]
     return f"wrong: {', '.join(differ)}" if differ else "agreed"
