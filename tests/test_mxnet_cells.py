@@ -25,6 +25,11 @@ DIFFERENCES = {
 """Cell -> why ours differs there from MXNet's own, which differs from what was asked."""
 
 
+UNDEFINED = ("dy an axis more", "dy flat")
+"""What MXNet's own layer answers with a crash, an error or, now and then, numbers: the same values in another shape. Ours is
+compared with itself, given the right shape."""
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
     program = Path(__file__).with_name("mxnet_cells.py")
@@ -49,6 +54,7 @@ def wrong(name: str, outcomes: dict[str, Any]) -> str | None:
     if "error" in ours:
         return None
     way, _, what = name.partition(": ")
+    own = {} if what in UNDEFINED else own
     but: tuple[str, ...] = ()
     if what.endswith("in between"):
         but = "running_mean", "running_var"  # MXNet's own updates them in backward
