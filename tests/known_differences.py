@@ -33,7 +33,7 @@ NAN_GIVES_NAN: Final[Row] = ("finding", "nan", "statistics become nan and nan$")
 EMPTY_NAN: Final[Row] = ("finding", "empty", "moving mean becomes NaN, moving variance becomes NaN")
 ONE_VALUE_TAKEN: Final[Row] = ("finding", "one_value", "^y is beta; .* moving variance goes from 900 to")
 VANISHES: Final = r"^\de-0[678], 0\.\d$"
-LARGE: Final = {
+GRADIENT_OF_LARGE_VALUES: Final = {
     "keras3/jax": r"^\de-0[678], 0\.\d, 0\.\d$",
     "keras3/tensorflow": r"^\de-0[678], \de-0[678], 0\.\d$",
     "equinox": r"^\de-0[678], \de-0[678], 0\.\d$",
@@ -197,7 +197,7 @@ KNOWN = [
             ("habit", "policy_mixed", "^float32$"),
             ("habit", "mask", "^yes$"),
             ("habit", "mask_of_everything", "^0, 0$"),
-            ("habit", "gradient_of_large_values", LARGE[name]),
+            ("habit", "gradient_of_large_values", GRADIENT_OF_LARGE_VALUES[name]),
             ("habit", "synchronized", "^accepted$" if name == "keras3/tensorflow" else "^raises ValueError"),
             ("habit", "names", "^gamma, beta, moving_mean, moving_variance$"),
             ("habit", "names_in_a_file", r"^(layers/batch_normalization/vars/[0-3](, )?){4}$"),
@@ -214,7 +214,7 @@ KNOWN = [
         INTEGERS_TAKEN,
         ("habit", "defaults", r"^epsilon 0\.001, momentum 0\.99, axis -1, center True, scale True$"),
         ("habit", "empty_batches", "^nan, nan, nan$"),
-        ("habit", "gradient_of_large_values", LARGE["keras2"]),
+        ("habit", "gradient_of_large_values", GRADIENT_OF_LARGE_VALUES["keras2"]),
         ("habit", "called_without_training", "^no$"),
         ("habit", "without_scale_and_center", "^moving_mean:0, moving_variance:0$"),
         ("habit", "estimator_rank_2", "^biased$"),
@@ -307,7 +307,7 @@ KNOWN = [
         ("habit", "without_vmap", "^raises NameError"),
         ("habit", "integers", "^float32$"),
         ("habit", "half_and_bfloat16", "^float32, float32$"),
-        ("habit", "gradient_of_large_values", LARGE["equinox"]),
+        ("habit", "gradient_of_large_values", GRADIENT_OF_LARGE_VALUES["equinox"]),
         ("habit", "names", r"^weight, bias; \[<flat index 0>\], "),
         ("habit", "defaults", r"^eps 1e-05, momentum 0\.99, channelwise_affine True$"),
         ("habit", "inference_after_one_step", r"^(\S+), \1, "),

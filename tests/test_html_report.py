@@ -28,7 +28,7 @@ from multibn.whitening.spec import CLAUSES as WHITENING_CLAUSES
 from multibn_conformance.cases.case import case, train, usual
 from multibn_conformance.cases.fixed import CASES
 from multibn_conformance.judging.judge import Judgement, judge
-from multibn_conformance.judging.measure import evidence
+from multibn_conformance.judging.measure import measure
 from multibn_conformance.reports import charts, curves
 from multibn_conformance.reports.files import publish
 from multibn_conformance.reports.html import html_report, short
@@ -198,20 +198,20 @@ def test_the_processor_has_a_name_without_linux(tmp_path: Path) -> None:
     assert _processor(tmp_path / "none") == (platform.processor() or platform.machine())
 
 
-def test_evidence_leaves_out_what_has_no_numbers() -> None:
+def test_measure_leaves_out_what_has_no_numbers() -> None:
     class Promotes(ReferenceSubject):
         def forward(self, x, training):  # type: ignore[no-untyped-def]
             return super().forward(x, training).astype(np.float64)
 
     asked = case("BN-01", "tried", "", "", train(usual(), "y", "moving_mean"), train(usual(), "y", "moving_mean"))
-    assert [row["result"] for row in evidence(Promotes, asked, "exact")] == ["moving_mean"]
+    assert [row["result"] for row in measure(Promotes, asked, "exact")] == ["moving_mean"]
 
     class Poisoned(ReferenceSubject):
         def forward(self, x, training):  # type: ignore[no-untyped-def]
             return super().forward(x, training) * np.float32(np.nan)
 
-    assert [row["result"] for row in evidence(Stuck, CASES["BN-03-eps-1e-5"], "exact")] == ["y"]
-    row = evidence(Poisoned, asked, "exact")[0]
+    assert [row["result"] for row in measure(Stuck, CASES["BN-03-eps-1e-5"], "exact")] == ["y"]
+    row = measure(Poisoned, asked, "exact")[0]
     assert (row["result"], row["came"], row["ulp"], row["part"], row["beyond"]) == ("y", "nan", None, None, 180)
 
 

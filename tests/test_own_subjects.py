@@ -28,8 +28,8 @@ from multibn_conformance.cases.fixed import CASES
 from multibn_conformance.defects.catalogue import DEFECTS
 from multibn_conformance.frameworks import run as own_run
 from multibn_conformance.frameworks import seeds as own_random
-from multibn_conformance.frameworks.dialect import Compared, compare, compared, in_dialect
-from multibn_conformance.frameworks.own import FOLDER, Own, Stated, on_the_path
+from multibn_conformance.frameworks.dialect import DialectJudgement, in_dialect, judge_all, judge_twice
+from multibn_conformance.frameworks.own import FOLDER, KnownDifference, Own, on_the_path
 from multibn_conformance.frameworks.registry import ALL
 from multibn_conformance.frameworks.run import Judged, differences, judged, show
 from multibn_conformance.judging.compare import Error, tried
@@ -89,9 +89,9 @@ def test_what_is_said_of_it(own: Own) -> None:
     assert {name.lower().replace("-", "_") for name in own.packages} <= {name.replace("-", "_") for name in pinned}
     assert own.dialect is None or own.dialect in DIALECTS
     assert own.dialect is None or all(getattr(DIALECTS[own.dialect].spec, name) == value for name, value in own.fixed.items())
-    for stated in own.stated:
-        assert stated.reason.endswith(".")
-        assert all(any(fnmatchcase(case, pattern) for case in CASES) for pattern in stated.cases)
+    for known in own.differences:
+        assert known.reason.endswith(".")
+        assert all(any(fnmatchcase(case, pattern) for case in CASES) for pattern in known.cases)
     assert all(any(fnmatchcase(case, pattern) for case in CASES) for pattern in own.takes)
 
 
@@ -127,28 +127,28 @@ def test_it_keeps_its_dialect(name: str) -> None:
         "mx.nd.BatchNorm": mxnet_op.make,
     }
     cases = [case for case in CASES.values() if any(fnmatchcase(case.id, pattern) for pattern in CHOSEN)]
-    done = compared(BY_NAME[name], cases, makers[name])
+    done = judge_all(BY_NAME[name], cases, makers[name])
     assert [each.message for each in done if each.keeping == "breaks"] == []
     assert [each.case for each in done if each.here == "differs" and not each.because] == []
     assert {each.case for each in done if each.keeping == "as stated"} == {
         case.id
         for case in cases
-        if any(fnmatchcase(case.id, pattern) for stated in BY_NAME[name].stated for pattern in stated.cases)
+        if any(fnmatchcase(case.id, pattern) for known in BY_NAME[name].differences for pattern in known.cases)
     }
 
 
 def test_what_a_framework_cannot_do_is_told() -> None:
     from multibn_conformance.frameworks.layers import torch_nn
 
-    told = compare(BY_NAME["torch.nn"], CASES["BN-04-no-scale-center"], torch_nn.make)
-    assert told == Compared(
+    told = judge_twice(BY_NAME["torch.nn"], CASES["BN-04-no-scale-center"], torch_nn.make)
+    assert told == DialectJudgement(
         "BN-04-no-scale-center", "BN-04", "cannot", "cannot", ("torch.nn.BatchNorm has no beta without a gamma.",), ""
     )
 
 
 def test_a_stated_difference_must_be_seen() -> None:
-    own = replace(RIGHT, stated=(Stated(("BN-12-*",), "got", "It takes all."),))
-    told = compare(own, CASES["BN-12-empty-0x3"], right)
+    own = replace(RIGHT, differences=(KnownDifference(("BN-12-*",), "got", "It takes all."),))
+    told = judge_twice(own, CASES["BN-12-empty-0x3"], right)
     assert (told.here, told.keeping) == ("same", "breaks")
     assert told.message == "BN-12-empty-0x3: it does not differ, though this is stated: It takes all."
 
@@ -158,8 +158,8 @@ def test_another_difference_is_not_the_stated_one() -> None:
         def forward(self, x: Any, training: bool) -> Any:
             raise ValueError("no")
 
-    own = replace(RIGHT, stated=(Stated(("BN-12-*",), "nan", "NaN."),))
-    told = compare(own, CASES["BN-12-empty-0x3"], Raises)
+    own = replace(RIGHT, differences=(KnownDifference(("BN-12-*",), "nan", "NaN."),))
+    told = judge_twice(own, CASES["BN-12-empty-0x3"], Raises)
     assert told.keeping == "breaks"
     assert told.message.splitlines()[-1] == "Another difference is stated: NaN."
 
@@ -169,7 +169,7 @@ def test_a_difference_that_is_not_stated_breaks_the_dialect() -> None:
         def forward(self, x: Any, training: bool) -> Any:
             return super().forward(x, training) * x.dtype.type(2)
 
-    told = compare(RIGHT, CASES["BN-01-rank-2-float32"], Double)
+    told = judge_twice(RIGHT, CASES["BN-01-rank-2-float32"], Double)
     assert (told.here, told.keeping, told.because) == ("differs", "breaks", ())
     assert told.message.startswith("BN-01-rank-2-float32: step 1 of 1 (train), y[")
 
@@ -178,7 +178,7 @@ def test_fixed_parameters_replace_the_cases_own() -> None:
     own = replace(RIGHT, fixed={"moving_variance": "unbiased"})
     case = CASES["BN-06-biased-m-2"]
     assert in_dialect(case, own) == replace(case, spec=replace(case.spec, moving_variance="unbiased"))
-    told = compare(own, case, lambda n, spec: ReferenceSubject(n, replace(spec, moving_variance="unbiased")))
+    told = judge_twice(own, case, lambda n, spec: ReferenceSubject(n, replace(spec, moving_variance="unbiased")))
     assert (told.here, told.keeping, told.because) == ("differs", "keeps", ("The moving variance is unbiased.",))
 
 
@@ -240,8 +240,8 @@ def test_statistics_that_move_in_backward_are_observed_there() -> None:
 def test_without_a_gradient_backward_is_left_out() -> None:
     own = replace(RIGHT, gradient=False)
     assert [step.do for step in in_dialect(CASES["BN-08-constant-dy"], own).steps] == ["train"]
-    assert compare(own, CASES["BN-08-constant-dy"], right).because == ("It has no gradient.",)
-    assert compare(own, CASES["BN-02-statistics"], right).keeping == "keeps"
+    assert judge_twice(own, CASES["BN-08-constant-dy"], right).because == ("It has no gradient.",)
+    assert judge_twice(own, CASES["BN-02-statistics"], right).keeping == "keeps"
 
 
 def test_reasons_of_a_difference() -> None:
@@ -261,15 +261,15 @@ def test_reasons_of_a_difference() -> None:
     def make(n: int, spec: BatchNormSpec) -> Backward:
         return Backward(n, replace(spec, momentum=None if spec.momentum is None else float(np.float32(spec.momentum))))
 
-    own = replace(BY_NAME["gluon.nn"], stated=())
-    told = compare(own, CASES["BN-05-ten-steps-rank-2-float64"], make)
+    own = replace(BY_NAME["gluon.nn"], differences=())
+    told = judge_twice(own, CASES["BN-05-ten-steps-rank-2-float64"], make)
     assert told.because == ("The moving statistics move in backward.", "It keeps momentum as float32.")
     assert told.keeping == "keeps"
 
 
 def test_an_average_that_no_spec_has_is_told() -> None:
     own = replace(RIGHT, fixed={"momentum": 0.0}, average="It forgets.")
-    told = compare(own, CASES["BN-05-momentum-0.1"], lambda n, spec: ReferenceSubject(n, replace(spec, momentum=0.0)))
+    told = judge_twice(own, CASES["BN-05-momentum-0.1"], lambda n, spec: ReferenceSubject(n, replace(spec, momentum=0.0)))
     assert (told.here, told.keeping, told.because) == ("differs", "keeps", ("It forgets.",))
 
 
@@ -298,10 +298,10 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_differences_are_counted_by_reason() -> None:
     cases = [
-        Compared("BN-05-a", "BN-05", "differs", "keeps", ("Moves.", "Twice.")),
-        Compared("BN-02-b", "BN-02", "differs", "keeps", ("Moves.", "Twice.")),
-        Compared("BN-02-c", "BN-02", "differs", "breaks"),
-        Compared("BN-02-d", "BN-02", "same", "keeps"),
+        DialectJudgement("BN-05-a", "BN-05", "differs", "keeps", ("Moves.", "Twice.")),
+        DialectJudgement("BN-02-b", "BN-02", "differs", "keeps", ("Moves.", "Twice.")),
+        DialectJudgement("BN-02-c", "BN-02", "differs", "breaks"),
+        DialectJudgement("BN-02-d", "BN-02", "same", "keeps"),
     ]
     assert differences(Judged(RIGHT, "cpu", {}, cases)) == [
         ("Moves. Twice.", ["BN-02", "BN-05"], 2),
@@ -316,14 +316,17 @@ def shown(done: list[Judged]) -> list[str]:
 
 
 def test_the_table() -> None:
-    cases = [Compared("BN-02-a", "BN-02", "same", "keeps"), Compared("BN-02-b", "BN-02", "differs", "keeps", ("It.",))]
+    cases = [
+        DialectJudgement("BN-02-a", "BN-02", "same", "keeps"),
+        DialectJudgement("BN-02-b", "BN-02", "differs", "keeps", ("It.",)),
+    ]
     lines = shown([Judged(RIGHT, "cpu", {}, cases)])
     assert [part.strip() for part in lines[2].split("  ") if part.strip()] == ["right/cpu", "keeps", "1 of 2", "1 of BN-02: It."]
     assert lines[-1] == "keeps its dialect: right/cpu"
 
 
 def test_the_table_of_one_that_breaks_its_dialect() -> None:
-    lines = shown([Judged(RIGHT, "cpu", {}, [Compared("BN-02-a", "BN-02", "differs", "breaks", (), "all wrong")])])
+    lines = shown([Judged(RIGHT, "cpu", {}, [DialectJudgement("BN-02-a", "BN-02", "differs", "breaks", (), "all wrong")])])
     assert lines[0] == "right/cpu breaks its dialect: all wrong"
     assert lines[-1] == "breaks its dialect: right/cpu"
 
@@ -331,7 +334,7 @@ def test_the_table_of_one_that_breaks_its_dialect() -> None:
 def test_run_says_whether_one_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO())
     for keeping, broken in (("keeps", False), ("breaks", True)):
-        cases = [Compared("BN-02-a", "BN-02", "same", keeping)]  # type: ignore[arg-type]
+        cases = [DialectJudgement("BN-02-a", "BN-02", "same", keeping)]  # type: ignore[arg-type]
         monkeypatch.setattr(own_run, "judged", lambda *_, cases=cases: ([Judged(RIGHT, "cpu", {}, cases)], []))
         assert own_run.run([], (), None, (), console) is broken
 
@@ -365,7 +368,7 @@ def test_random_cases_are_of_types_that_the_dialect_computes_in() -> None:
         (("*float16", "BN-02-half-input"), {"float32", "float64"}),
         (("*float16", "*float64"), {"float32"}),
     ):
-        own = replace(RIGHT, stated=(Stated(stated, "", "."),) if stated else ())
+        own = replace(RIGHT, differences=(KnownDifference(stated, "", "."),) if stated else ())
         cases = [own_random.drawn(own, number) for number in range(30)]
         assert {case.dtype for case in cases} == types
         assert {case.against for case in cases} == {"oracle"}
@@ -374,7 +377,7 @@ def test_random_cases_are_of_types_that_the_dialect_computes_in() -> None:
 def test_random_cases_keep_the_dialect() -> None:
     from multibn_conformance.frameworks.layers import torch_nn
 
-    done = list(own_random.compared(BY_NAME["torch.nn"], range(40), torch_nn.make, "again"))
+    done = list(own_random.judge_seeds(BY_NAME["torch.nn"], range(40), torch_nn.make, "again"))
     assert len(done) > 15
     assert [each.message for each in done if each.keeping == "breaks"] == []
 
@@ -384,7 +387,7 @@ def test_a_random_case_that_breaks_a_dialect_can_be_run_again() -> None:
     from multibn_conformance.frameworks.layers import torch_nn
 
     again = own_run._command(biased, sys.executable, "cpu")
-    broken = next(each for each in own_random.compared(biased, range(60), torch_nn.make, again) if each.keeping == "breaks")
+    broken = next(each for each in own_random.judge_seeds(biased, range(60), torch_nn.make, again) if each.keeping == "breaks")
     number = broken.case.rpartition("-")[2]
     assert broken.message.splitlines()[-1] == f"Again: multibn conform --own --backend torch.nn --random 1 --seed {number}"
     command = own_run._command(biased, "/some where/python", "cuda:0")
@@ -408,7 +411,7 @@ def test_random_cases_are_kept_to_what_the_dialect_claims() -> None:
         case = own_random.claimed(own, replace(plain, steps=(step,)))
         return None if case is None else case.steps[0].values
 
-    poison = replace(RIGHT, stated=(Stated(("BN-11-*-in-training",), "", "."),))
+    poison = replace(RIGHT, differences=(KnownDifference(("BN-11-*-in-training",), "", "."),))
     planted = ((0, 1e18), (1, float("nan")), (2, 1e140), (3, float("inf")))
     assert first(RIGHT, planted=planted).planted == (planted[0], planted[1], planted[3])
     assert first(poison, planted=planted).planted == planted[:1]
@@ -423,22 +426,22 @@ def test_random_cases_are_kept_to_what_the_dialect_claims() -> None:
 
 def test_a_gamma_without_beta_is_asked_only_of_who_has_its_gradient() -> None:
     case = replace(CASES["BN-01-rank-4-float32"], spec=BatchNormSpec(scale=False))
-    own = replace(RIGHT, stated=(Stated(("BN-04-scale-no-center",), "", "."),))
+    own = replace(RIGHT, differences=(KnownDifference(("BN-04-scale-no-center",), "", "."),))
     assert own_random.claimed(RIGHT, case) == case
     assert own_random.claimed(own, case) == replace(case, spec=BatchNormSpec(scale=False, center=False))
 
 
 def test_a_variance_in_one_pass_is_judged_by_what_it_can_keep() -> None:
     """By the bound of two passes it is accused; by its own never, and it comes near; what is wrong otherwise is accused still."""
-    stated = (Stated(("*float16",), "", "."), Stated(("*float64",), "", "."))  # it computes in float32
-    own = replace(RIGHT, stated=stated, one_pass=True)
+    stated = (KnownDifference(("*float16",), "", "."), KnownDifference(("*float64",), "", "."))  # it computes in float32
+    own = replace(RIGHT, differences=stated, one_pass=True)
     make = DEFECTS["mean-of-squares-in-single"].make
     for judged_as, accused in ((replace(own, one_pass=False), True), (own, False)):
-        assert any(each.keeping == "breaks" for each in own_random.compared(judged_as, range(40), make, "again")) == accused
+        assert any(each.keeping == "breaks" for each in own_random.judge_seeds(judged_as, range(40), make, "again")) == accused
     cases = [case for number in range(40) if (case := own_random.claimed(own, own_random.drawn(own, number)))]
     came = [tried(make, case, "one pass") for case in cases]
     assert 0.01 < max(each.ratio for each in came if isinstance(each, Error)) <= 1
-    assert any(each.keeping == "breaks" for each in own_random.compared(own, range(40), DEFECTS["eps-twice"].make, "again"))
+    assert any(each.keeping == "breaks" for each in own_random.judge_seeds(own, range(40), DEFECTS["eps-twice"].make, "again"))
 
 
 def test_nothing_is_promised_where_one_pass_may_lose_the_variance() -> None:
@@ -499,7 +502,7 @@ def test_what_moves_by_difference_is_not_observed_at_random() -> None:
         def moving(self) -> Any:
             return self.moving_mean + 1, self.moving_var
 
-    done = list(own_random.compared(own, range(30), Wrong, "again"))
+    done = list(own_random.judge_seeds(own, range(30), Wrong, "again"))
     assert {each.keeping for each in done if each.clause == "BN-01"} == {"keeps"}
 
 

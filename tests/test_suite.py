@@ -24,7 +24,8 @@ from multibn_conformance.judging.judge import Judgement, judge_maker
 from multibn_conformance.judging.perform import Make, Wrong
 from multibn_conformance.oracle import bounds
 from multibn_conformance.oracle import exact as oracle
-from multibn_conformance.oracle.exact import Term, differentiate, expected
+from multibn_conformance.oracle.exact import Term, expected
+from multibn_conformance.oracle.tape import differentiate
 from multibn_conformance.reports import tightness
 from multibn_conformance.reports.tightness import BEGIN, END, nearest, table
 from multibn_conformance.subjects.right import Right, Textbook, WorkingTextbook
@@ -213,7 +214,7 @@ def test_the_oracle_differentiates() -> None:
     model.load(state(3, "float64", 0, asked.spec))
     x, dy = usual(2, dtype="float64").array(), usual(2, 1, "float64").array()
     model.forward(x, training=True)
-    start, owed = model.y.value, oracle._exactly(oracle.by_channel(dy))
+    start, cotangent = model.y.value, oracle._exactly(oracle.by_channel(dy))
     for channel, sample in ((0, 0), (1, 5), (2, 11)):
         moved = oracle._exactly(oracle.by_channel(x))
         moved[channel, sample] += step
@@ -221,7 +222,7 @@ def test_the_oracle_differentiates() -> None:
         deviation = Term(moved) - average
         invstd = ((deviation * deviation).average() + Term(oracle._exactly(np.full((1, 1), asked.spec.eps)))).inverse_root()
         y = model.gamma * (deviation * invstd) + model.beta
-        slope = ((y.value - start) * owed).sum() / step
+        slope = ((y.value - start) * cotangent).sum() / step
         assert (
             abs(float(slope - exact.high[sample, channel] - exact.low[sample, channel]))
             <= bounds.roundoff("float64") * abs(exact.high).max()

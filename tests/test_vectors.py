@@ -57,12 +57,12 @@ def called(*arguments: str) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vectors") / "written"
-    before = vectors.LARGE
-    vectors.LARGE = 1000
+    before = vectors.INLINE_LIMIT
+    vectors.INLINE_LIMIT = 1000
     try:
         code, out, _ = called("write", str(folder), *(part for name in NAMES for part in ("--case", name)))
     finally:
-        vectors.LARGE = before
+        vectors.INLINE_LIMIT = before
     assert (code, out) == (0, f"{len(NAMES)} cases in {folder}; {folder / 'README.md'} says how to answer.\n")
     return folder
 

@@ -19,11 +19,12 @@ from multibn.spec.clauses import CLAUSES as BATCHNORMS
 from multibn.usage import UsageError
 from multibn.whitening.spec import CLAUSES, WhiteningSpec
 from multibn_conformance import reproduce
+from multibn_conformance.oracle.tape import differentiate
 from multibn_conformance.runs import whitening as run
 from multibn_conformance.subjects.backends import Candidate
 from multibn_conformance.whitening.cases import CASES
 from multibn_conformance.whitening.judge import judge_maker
-from multibn_conformance.whitening.oracle import constant, differentiate, whitening_matrix
+from multibn_conformance.whitening.oracle import constant, whitening_matrix
 from multibn_conformance.whitening.wrong import DEFECTS, Right
 
 
@@ -49,9 +50,9 @@ def test_the_right_one_is_not_accused(precision: Any) -> None:
 def test_the_oracle_differentiates_as_finite_differences_of_80_digits_do(kind: Any) -> None:
     draw = np.random.default_rng(3)
     root = draw.standard_normal((3, 3))
-    covariance, owed, spec = root @ root.T + np.eye(3), draw.standard_normal((3, 3)), WhiteningSpec(kind=kind)
+    covariance, cotangent, spec = root @ root.T + np.eye(3), draw.standard_normal((3, 3)), WhiteningSpec(kind=kind)
     node = constant(covariance)
-    gradient = differentiate(whitening_matrix(node, spec), constant(owed).value)[node]
+    gradient = differentiate(whitening_matrix(node, spec), constant(cotangent).value)[node]
     tiny = constant(np.array([[2.0**-80]])).value[0, 0]
     for i in range(3):
         for j in range(i + 1):
@@ -60,7 +61,7 @@ def test_the_oracle_differentiates_as_finite_differences_of_80_digits_do(kind: A
                 moved = constant(covariance)
                 moved.value[i, j] += sign * tiny
                 moved.value[j, i] += sign * tiny * (i != j)
-                losses.append((constant(owed).value * whitening_matrix(moved, spec).value).sum())
+                losses.append((constant(cotangent).value * whitening_matrix(moved, spec).value).sum())
             slope = (losses[0] - losses[1]) / (2 * tiny)
             wanted = gradient[i, j] + (gradient[j, i] if i != j else 0)
             assert abs(slope - wanted) < 1e-25

@@ -46,7 +46,7 @@ def conform(
     """
     with needed("conform", "conformance"):
         from .cases.fixed import CASES
-        from .cases.select import check_tier, chosen_cases
+        from .cases.select import check_options, chosen_cases
         from .reports import files as publish
         from .reports import terminal
         from .runs import backends, external, synchronised, whitening
@@ -68,9 +68,9 @@ def conform(
             raise typer.Exit(not synchronised.self_test(ranks, console))
         judged_over_ranks = synchronised.run(backend or (), ranks, case or (), clause or (), console)
         raise typer.Exit(any(each.status == "fail" for each in judged_over_ranks))
-    publish.check(files)
+    publish.check_writable(files)
     others = [name for name, given in (("--case", case), ("--clause", clause), ("--quick", quick)) if given]
-    check_tier(random, others, self_test, subject is not None)
+    check_options(random, others, self_test, subject is not None)
     case, clause, whitening_cases = split(case or (), clause or (), quick or random is not None)
     only_whitening = bool(whitening_cases and others and not (case or clause or quick))
     if only_whitening and (subject or own):

@@ -25,7 +25,7 @@ from typing import Any
 
 from multibn.usage import UsageError
 from multibn_conformance.cases.fixed import CASES
-from multibn_conformance.frameworks.dialect import Compared, compared
+from multibn_conformance.frameworks.dialect import DialectJudgement, judge_all
 from multibn_conformance.frameworks.own import FOLDER, Own
 from multibn_conformance.frameworks.registry import ALL
 from multibn_conformance.frameworks.run import Judged, differences, running
@@ -66,7 +66,7 @@ def measured(own: Own, python: Path) -> dict[str, Any]:
     """
     with running(own, str(python)) as process:
         found = identify(lambda num_features: process.make(num_features, None))
-        cases = compared(own, list(CASES.values()), process.make)
+        cases = judge_all(own, list(CASES.values()), process.make)
         versions = process.versions
     return {
         "name": own.name,
@@ -92,7 +92,7 @@ def measured(own: Own, python: Path) -> dict[str, Any]:
     }
 
 
-def _told(compared: Compared) -> dict[str, Any]:
+def _told(compared: DialectJudgement) -> dict[str, Any]:
     """One that is not the same: of its message the line that says what came."""
     return {**vars(compared), "message": compared.message.split("\n")[0][:160]}
 

@@ -6,6 +6,7 @@ over steps matters, its momentum is one half, which is right also the wrong way 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,11 +72,28 @@ class Case:
 SHAPES = {2: (12, 3), 3: (5, 3, 7), 4: (4, 3, 3, 5), 5: (3, 3, 2, 3, 2)}
 """An input of each rank; no m is a power of two, no two axes are alike that a wrong axis could hide behind."""
 
-HALF = 0.5
+HALF_MOMENTUM = 0.5
 """A momentum that means the same the wrong way round."""
 
 ALL_GRADIENTS: tuple[Observed, ...] = ("dx", "dgamma", "dbeta")
 MOVING: tuple[Observed, ...] = ("moving_mean", "moving_var")
+
+
+def with_dependence(steps: Sequence[Step], spec: BatchNormSpec) -> Iterator[tuple[Step, bool]]:
+    """Each step, and whether its y and gradients depend on moving statistics that an earlier step updated.
+
+    Such results follow from statistics that the subject rounded. The bounds do not count this rounding, so only the state, dbeta
+    and ``unchanged`` can be observed there.
+    """
+    updated = depends = False
+    for step in steps:
+        if step.do in ("train", "infer"):
+            depends = updated and (step.do == "infer" or spec.normalize_with == "moving")
+        yield step, depends and step.do in ("train", "infer", "backward")
+        if step.do == "load":
+            updated = False
+        elif step.do == "train" and spec.update_statistics:
+            updated = True
 
 
 def train(values: Values, *observe: Observed) -> Step:

@@ -15,7 +15,7 @@ from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, Hypoth
 
 from multibn.spec.batchnorm import BatchNormSpec
 
-from .case import ALL_GRADIENTS, MOVING, Case, Observed, Step, another, back, infer, train
+from .case import ALL_GRADIENTS, MOVING, Case, Observed, Step, another, back, infer, train, with_dependence
 from .inputs import Kind, Layout, Values
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -30,7 +30,11 @@ _DATA: dict[str, tuple[float, ...]] = {
 }
 """Hostile values of a type, whose squares float64 can hold."""
 
-_OWED = {"float16": (0.0, -0.0, 1.0, 1e3), "float32": (0.0, -0.0, 1.0, 1e10, 1e-30), "float64": (0.0, -0.0, 1.0, 1e100, 1e-200)}
+_COTANGENTS = {
+    "float16": (0.0, -0.0, 1.0, 1e3),
+    "float32": (0.0, -0.0, 1.0, 1e10, 1e-30),
+    "float64": (0.0, -0.0, 1.0, 1e100, 1e-200),
+}
 """The same for gradients."""
 
 _LAYOUTS: tuple[Layout, ...] = ("contiguous", "transposed", "channels last", "sliced", "negative")
@@ -108,9 +112,9 @@ class _Drawn:
             mean, kind = min(mean, 100.0), "normal" if kind == "outlier" else kind
         return Values(shape, self._seed(), self.dtype, mean, std, kind, layout, self._planted(_DATA) if hostile else ())
 
-    def owed(self, shape: tuple[int, ...], layout: Layout = "contiguous") -> Values:
+    def cotangent(self, shape: tuple[int, ...], layout: Layout = "contiguous") -> Values:
         """A gradient."""
-        return Values(shape, self._seed(), self.dtype, self.one_of(0.0, 0.5), 1.0, "normal", layout, self._planted(_OWED))
+        return Values(shape, self._seed(), self.dtype, self.one_of(0.0, 0.5), 1.0, "normal", layout, self._planted(_COTANGENTS))
 
     def poisoned(self, values: Values) -> Values:
         """The same with a NaN or an infinity somewhere."""
@@ -142,13 +146,13 @@ def _training(d: _Drawn) -> Case:
     spec, steps = d.spec(), []
     for _ in range(d.draw(st.integers(1, 2))):
         shape = d.shape()
-        steps += [train(d.values(shape), "y", *MOVING), back(d.owed(shape), *ALL_GRADIENTS)]
+        steps += [train(d.values(shape), "y", *MOVING), back(d.cotangent(shape), *ALL_GRADIENTS)]
     return _case(d, "BN-16", spec, *steps)
 
 
 def _shapes(d: _Drawn) -> Case:
     shape = d.shape(most=400)
-    return _case(d, "BN-01", d.spec(), train(d.values(shape, hostile=False), "y"), back(d.owed(shape), "dx"))
+    return _case(d, "BN-01", d.spec(), train(d.values(shape, hostile=False), "y"), back(d.cotangent(shape), "dx"))
 
 
 def _moving(d: _Drawn) -> Case:
@@ -158,7 +162,7 @@ def _moving(d: _Drawn) -> Case:
 
 def _inference(d: _Drawn) -> Case:
     shape = d.shape(least=1)
-    steps = infer(d.values(shape), "y", "unchanged"), back(d.owed(shape), *ALL_GRADIENTS, "unchanged")
+    steps = infer(d.values(shape), "y", "unchanged"), back(d.cotangent(shape), *ALL_GRADIENTS, "unchanged")
     return _case(d, "BN-07", d.spec(), *steps)
 
 
@@ -166,16 +170,16 @@ def _switches(d: _Drawn) -> Case:
     spec = d.spec(normalize_with=d.one_of("moving", "batch"), update_statistics=d.flag(), learn_affine=d.flag())
     shape = d.shape()
     kept: tuple[Observed, ...] = MOVING if spec.update_statistics else ("unchanged",)
-    step = train(d.values(shape), "y", *kept), back(d.owed(shape), *ALL_GRADIENTS, "unchanged")
+    step = train(d.values(shape), "y", *kept), back(d.cotangent(shape), *ALL_GRADIENTS, "unchanged")
     return _case(d, "BN-09", spec, *step, train(d.values(d.shape()), "y", *kept))
 
 
 def _poison(d: _Drawn) -> Case:
     shape = d.shape()
-    clean, owed = d.values(shape, hostile=False), d.owed(shape)
-    first = train(d.poisoned(clean), "y", *MOVING), back(owed, *ALL_GRADIENTS)
+    clean, cotangent = d.values(shape, hostile=False), d.cotangent(shape)
+    first = train(d.poisoned(clean), "y", *MOVING), back(cotangent, *ALL_GRADIENTS)
     if d.flag():
-        first = train(clean, "y", *MOVING), back(d.poisoned(owed), *ALL_GRADIENTS)
+        first = train(clean, "y", *MOVING), back(d.poisoned(cotangent), *ALL_GRADIENTS)
     return _case(d, "BN-11", d.spec(), *first, train(d.values(d.shape(), hostile=False), "y", *MOVING))
 
 
@@ -194,7 +198,7 @@ def _edges(d: _Drawn) -> Case:
 def _state(d: _Drawn) -> Case:
     shape = d.shape()
     steps = [train(d.values(shape, hostile=False), *MOVING), another(d.values(shape, hostile=False), "unchanged")]
-    steps += [back(d.owed(shape), *ALL_GRADIENTS, "unchanged")]
+    steps += [back(d.cotangent(shape), *ALL_GRADIENTS, "unchanged")]
     spec = d.spec()
     if spec.momentum is not None:  # whose batches are counted from a load
         steps += [Step("reload", None, ("unchanged",)), train(d.values(shape, hostile=False), *MOVING)]
@@ -207,13 +211,13 @@ def _state(d: _Drawn) -> Case:
 
 def _layouts(d: _Drawn) -> Case:
     shape = d.shape()
-    steps = train(d.values(shape, d.layout(), hostile=False), "y", *MOVING), back(d.owed(shape, d.layout()), *ALL_GRADIENTS)
+    steps = train(d.values(shape, d.layout(), hostile=False), "y", *MOVING), back(d.cotangent(shape, d.layout()), *ALL_GRADIENTS)
     return _case(d, "BN-14", d.spec(), *steps, infer(d.values(shape, d.layout()), "y"))
 
 
 def _bits(d: _Drawn) -> Case:
     shape = d.shape(most=400) if d.flag() else (d.draw(st.integers(1, 300)), d.features, d.draw(st.integers(2, 1100)))
-    step = train(d.values(shape), "y", *MOVING), back(d.owed(shape), *ALL_GRADIENTS)
+    step = train(d.values(shape), "y", *MOVING), back(d.cotangent(shape), *ALL_GRADIENTS)
     return replace(_case(d, "BN-15", d.spec(), *step, infer(d.values(shape), "y")), against="bits")
 
 
@@ -229,18 +233,9 @@ def _case(d: _Drawn, clause: str, spec: BatchNormSpec, *steps: Step) -> Case:
 
 
 def _observable(spec: BatchNormSpec, steps: Sequence[Step]) -> Iterator[Step]:
-    """The steps, where moving statistics normalise that were updated before: these are rounded, so that what follows from them
-    is not what follows from the exact ones. Only what is kept can be observed there.
-    """
-    moved = normalised = False
-    for step in steps:
-        if step.do in ("train", "infer"):
-            normalised = moved and (step.do == "infer" or spec.normalize_with == "moving")
-            moved = moved or (step.do == "train" and spec.update_statistics)
-        if step.do == "load":
-            moved = False
-        through = step.do in ("train", "infer", "backward") and normalised
-        yield replace(step, observe=tuple(name for name in step.observe if name in _KEPT)) if through else step
+    """The steps; where a result depends on updated moving statistics, without what the bounds cannot cover."""
+    for step, depends in with_dependence(steps, spec):
+        yield replace(step, observe=tuple(name for name in step.observe if name in _KEPT)) if depends else step
 
 
 _KEPT = (*MOVING, "unchanged", "dbeta")

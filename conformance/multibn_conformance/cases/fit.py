@@ -12,7 +12,7 @@ from dataclasses import replace
 from multibn.spec.batchnorm import BatchNormSpec
 from multibn.usage import UsageError
 
-from .case import ALL_GRADIENTS, DEFAULT, Case, Step
+from .case import ALL_GRADIENTS, DEFAULT, Case, Step, with_dependence
 from .inputs import Values
 
 ABOUT = {
@@ -59,21 +59,10 @@ def _unfit(case: Case, spec: BatchNormSpec) -> str | None:
         return "about batch statistics, and the subject never uses them"
     if spec.momentum is None and {"reload", "train"} <= {step.do for step in case.steps}:
         return "about training on from a saved state, and momentum=None counts its batches from there"
-    if case.spec != spec and _normalises_with_updated(_steps(case, spec), spec):
+    dependent = (step for step, depends in with_dependence(_steps(case, spec), spec) if depends)
+    if case.spec != spec and any({*step.observe} & {"y", *ALL_GRADIENTS} for step in dependent):
         return "about statistics that do not move, and the subject's do"
     return None
-
-
-def _normalises_with_updated(steps: Sequence[Step], spec: BatchNormSpec) -> bool:
-    """Whether a result depends on moving statistics that this case has updated: bounds do not count their rounding."""
-    updated = depends = False
-    for step in steps:
-        if step.do in ("train", "infer"):
-            depends = updated and (step.do == "infer" or spec.normalize_with == "moving")
-        if depends and {*step.observe} & {"y", *ALL_GRADIENTS}:
-            return True
-        updated = step.do != "load" and (updated or (step.do == "train" and spec.update_statistics))
-    return False
 
 
 def _steps(case: Case, spec: BatchNormSpec) -> tuple[Step, ...]:

@@ -27,7 +27,7 @@ def chosen_cases(cases: Mapping[str, Case], ids: Sequence[str], clauses: Sequenc
     return found
 
 
-def check_tier(random: int | None, others: Sequence[str], self_test: bool, subject: bool) -> None:
+def check_options(random: int | None, others: Sequence[str], self_test: bool, subject: bool) -> None:
     """Whether what was asked for goes together.
 
     Args:

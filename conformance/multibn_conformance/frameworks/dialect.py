@@ -22,9 +22,9 @@ from multibn_conformance.judging.judge import Judgement, judge_maker
 from multibn_conformance.judging.perform import Make
 from multibn_conformance.oracle.bounds import Arithmetic
 
-from .own import Own, Stated
+from .own import KnownDifference, Own
 
-CANNOT = "raised NotImplementedError: "
+UNSUPPORTED = "raised NotImplementedError: "
 """Before the reason, in the message of a judgement, where a file of ``own`` has no way to do what a case asks for."""
 
 IN_ITS_TYPE = "1-momentum in its type"
@@ -35,7 +35,7 @@ Keeping = Literal["keeps", "as stated", "cannot", "breaks"]
 
 
 @dataclass(frozen=True)
-class Compared:
+class DialectJudgement:
     """What came of a case.
 
     Args:
@@ -54,61 +54,61 @@ class Compared:
     message: str = ""
 
 
-def compared(own: Own, cases: Sequence[Case], make: Make) -> list[Compared]:
+def judge_all(own: Own, cases: Sequence[Case], make: Make) -> list[DialectJudgement]:
     """Each case, judged twice; cases of equal bits and those that may differ are left out."""
-    return [compare(own, case, make) for case in cases if case.against == "oracle" and case.verdict != "may differ"]
+    return [judge_twice(own, case, make) for case in cases if case.against == "oracle" and case.verdict != "may differ"]
 
 
-def compare(own: Own, case: Case, make: Make) -> Compared:
+def judge_twice(own: Own, case: Case, make: Make) -> DialectJudgement:
     """One case, judged twice (once, where the dialect means the same by it)."""
-    spoken = in_dialect(case, own)
-    if not own.gradient and not any(step.observe or step.do == "refuse" for step in spoken.steps):
-        return Compared(case.id, case.clause, "cannot", "cannot", ("It has no gradient.",))
-    stated = stated_for(own, case)
-    arithmetic: Arithmetic = "one pass" if own.one_pass and stated is None else "working"
-    by_dialect = judge_maker(make, spoken, own.name, arithmetic, hints=False)
-    changed = replace(spoken, comment="", steps=case.steps if own.gradient is False else spoken.steps) != replace(
+    translated = in_dialect(case, own)
+    if not own.gradient and not any(step.observe or step.do == "refuse" for step in translated.steps):
+        return DialectJudgement(case.id, case.clause, "cannot", "cannot", ("It has no gradient.",))
+    known = known_difference(own, case)
+    arithmetic: Arithmetic = "one pass" if own.one_pass and known is None else "working"
+    by_dialect = judge_maker(make, translated, own.name, arithmetic, hints=False)
+    changed = replace(translated, comment="", steps=case.steps if own.gradient is False else translated.steps) != replace(
         case, comment=""
     )
     changed = changed or arithmetic != "working"
     by_spec = judge_maker(make, _without_backward(case, own), own.name, "working", hints=False) if changed else by_dialect
-    keeping, message = _keeping(by_dialect, stated)
-    if keeping == "breaks" and stated is None:
-        message = judge_maker(make, spoken, own.name, arithmetic).message or message
-    reason = cannot(by_spec)
+    keeping, message = _keeping(by_dialect, known)
+    if keeping == "breaks" and known is None:
+        message = judge_maker(make, translated, own.name, arithmetic).message or message
+    reason = unsupported(by_spec)
     if reason is not None:
-        return Compared(case.id, case.clause, "cannot", keeping, (f"{reason}.",), message)
+        return DialectJudgement(case.id, case.clause, "cannot", keeping, (f"{reason}.",), message)
     here: Here = {"pass": "same", "fail": "differs", "skip": "not promised", "differs": "differs"}[by_spec.status]  # type: ignore[assignment]
     if here != "differs":
-        return Compared(case.id, case.clause, here, keeping, (), message)
-    because = (stated.reason,) if stated is not None else _because(own, case, spoken)
-    return Compared(case.id, case.clause, here, keeping, because, message or by_spec.message)
+        return DialectJudgement(case.id, case.clause, here, keeping, (), message)
+    because = (known.reason,) if known is not None else _because(own, case, translated)
+    return DialectJudgement(case.id, case.clause, here, keeping, because, message or by_spec.message)
 
 
-def _keeping(judgement: Judgement, stated: Stated | None) -> tuple[Keeping, str]:
+def _keeping(judgement: Judgement, known: KnownDifference | None) -> tuple[Keeping, str]:
     """Whether a dialect is kept, and the message if it is not."""
-    if judgement.status == "skip" or cannot(judgement) is not None:
+    if judgement.status == "skip" or unsupported(judgement) is not None:
         return "cannot", ""
-    if stated is None:
+    if known is None:
         return ("breaks", judgement.message) if judgement.status == "fail" else ("keeps", "")
     if judgement.status == "pass":
-        return "breaks", f"{judgement.case}: it does not differ, though this is stated: {stated.reason}"
-    if not re.search(stated.seen, judgement.message.splitlines()[0]):
-        return "breaks", f"{judgement.message}\nAnother difference is stated: {stated.reason}"
+        return "breaks", f"{judgement.case}: it does not differ, though this is stated: {known.reason}"
+    if not re.search(known.seen, judgement.message.splitlines()[0]):
+        return "breaks", f"{judgement.message}\nAnother difference is stated: {known.reason}"
     return "as stated", ""
 
 
-def _because(own: Own, case: Case, spoken: Case) -> tuple[str, ...]:
+def _because(own: Own, case: Case, translated: Case) -> tuple[str, ...]:
     """What of a dialect changes a case."""
     observed = {name for step in case.steps for name in step.observe}
     told = []
-    if own.average and spoken.spec.momentum != case.spec.momentum:
+    if own.average and translated.spec.momentum != case.spec.momentum:
         told.append(own.average)
-    if own.updates_in_backward and any(step.do == "train" for step in spoken.steps):
+    if own.updates_in_backward and any(step.do == "train" for step in translated.steps):
         told.append("The moving statistics move in backward.")
-    if spoken.spec.moving_variance != case.spec.moving_variance and "moving_var" in observed:
-        told.append(f"The moving variance is {spoken.spec.moving_variance}.")
-    if spoken.verdict != case.verdict:
+    if translated.spec.moving_variance != case.spec.moving_variance and "moving_var" in observed:
+        told.append(f"The moving variance is {translated.spec.moving_variance}.")
+    if translated.verdict != case.verdict:
         told = ["One value per channel is taken in training; its variance counts as 0."]
     if own.one_pass and not told:
         told.append("The variance is E[x^2] - E[x]^2, which loses its digits where the mean is large beside the spread.")
@@ -120,15 +120,15 @@ def _because(own: Own, case: Case, spoken: Case) -> tuple[str, ...]:
     return tuple(told)
 
 
-def cannot(judgement: Judgement) -> str | None:
+def unsupported(judgement: Judgement) -> str | None:
     """Why the framework has no way to do what a case asks for, or None if it has."""
     line = judgement.message.splitlines()[0] if judgement.status == "fail" else ""
-    return line.partition(CANNOT)[2] if CANNOT in line else None
+    return line.partition(UNSUPPORTED)[2] if UNSUPPORTED in line else None
 
 
-def stated_for(own: Own, case: Case) -> Stated | None:
+def known_difference(own: Own, case: Case) -> KnownDifference | None:
     """The difference that is stated for a case; the first that matches counts."""
-    return next((each for each in own.stated if _matches(case.id, each.cases)), None)
+    return next((each for each in own.differences if _matches(case.id, each.cases)), None)
 
 
 def in_dialect(case: Case, own: Own) -> Case:

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "layers"
 
 
 @dataclass(frozen=True)
-class Stated:
+class KnownDifference:
     """Cases that this BatchNorm does not pass, which is part of its dialect.
 
     Args:
@@ -53,7 +53,7 @@ class Own:
             what comes through the variance may be missing from dx, or NaN.
         takes: patterns of "must raise" cases whose input it takes, and computes by the formulas.
         gradient: whether it has one.
-        stated: what else its dialect is.
+        differences: what else its dialect does otherwise than the formulas.
         average: what its moving statistics are, if no spec has them; ``fixed`` is then where they are the batch's own.
     """
 
@@ -66,7 +66,7 @@ class Own:
     single: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     gradient: bool = True
-    stated: tuple[Stated, ...] = ()
+    differences: tuple[KnownDifference, ...] = ()
     average: str = ""
     from_invstd: bool = False
     fused: tuple[int, ...] | None = None

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-from .own import Own, Stated
+from .own import KnownDifference, Own
 
 ONE_VALUE = "BN-12-refuses-one-value-*"
-HALF = ("*float16", "BN-02-half-input")
-DOUBLE = ("*float64", "BN-13-another-type")
+HALF_INPUT = ("*float16", "BN-02-half-input")
+DOUBLE_INPUT = ("*float64", "BN-13-another-type")
 BIASED, UNBIASED = {"moving_variance": "biased"}, {"moving_variance": "unbiased"}
 BATCHS_OWN = {"moving_variance": "biased", "momentum": 0.0}
 """Its moving statistics are none that a spec has; with momentum 0 they are the batch's own, and are judged there."""
 
-POISONED = Stated(
+POISONED = KnownDifference(
     ("BN-11-*-in-training",),
     "moving_(mean|var)",
     "A NaN or an infinity makes the moving statistics of its channel NaN for good.",
 )
-EMPTY_NAN = Stated(
+EMPTY_NAN = KnownDifference(
     ("BN-12-empty-*x*",), "moving_mean must stay as it was: .* is nan", "An empty batch turns the moving statistics NaN."
 )
-EMPTY_NAN_AT_ONCE = Stated(("BN-12-empty-*",), "is nan|got nan", EMPTY_NAN.reason)
-FLUSHED = Stated(("BN-16-denormals",), "moving_mean", "Numbers below the smallest normal one are taken for 0.")
-SMALL_NUMBERS = Stated(
+EMPTY_NAN_AT_ONCE = KnownDifference(("BN-12-empty-*",), "is nan|got nan", EMPTY_NAN.reason)
+FLUSHED = KnownDifference(("BN-16-denormals",), "moving_mean", "Numbers below the smallest normal one are taken for 0.")
+SMALL_NUMBERS = KnownDifference(
     ("BN-10-refuses-int32", "BN-10-refuses-uint8", "BN-10-refuses-bool"),
     "got output",
     "Integers that are no wider than float32, and truth values, are taken.",
 )
-NUMBERS = Stated(("BN-10-refuses-*",), "got output", "Integers, truth values and float64 beside a float32 state are taken.")
-OTHER_TYPES = Stated(("BN-10-refuses-other-parameters",), "got output", "float64 input is taken with a float32 state.")
-HALF_TO_SINGLE = Stated(HALF, "got type float32, should be float16", "Half input is converted: the output is float32.")
-ONE_PASS = Stated(
+NUMBERS = KnownDifference(
+    ("BN-10-refuses-*",), "got output", "Integers, truth values and float64 beside a float32 state are taken."
+)
+OTHER_TYPES = KnownDifference(("BN-10-refuses-other-parameters",), "got output", "float64 input is taken with a float32 state.")
+HALF_TO_SINGLE = KnownDifference(
+    HALF_INPUT, "got type float32, should be float16", "Half input is converted: the output is float32."
+)
+ONE_PASS = KnownDifference(
     ("BN-01-wide-and-flat", "BN-02-far-from-zero-*", "BN-16-kappa-1e[246]-*", "BN-16-constant-*"),
     "y\\[|moving_var",
     "The variance is E[x^2] - E[x]^2, which loses its digits where the mean is large beside the spread.",
 )
-IN_SINGLE = Stated(DOUBLE, "of float64", "float64 input is computed in float32, though the output's type is float64.")
+IN_SINGLE = KnownDifference(
+    DOUBLE_INPUT, "of float64", "float64 input is computed in float32, though the output's type is float64."
+)
 GLUON = (
-    Stated(
+    KnownDifference(
         ("BN-01-refuses-*channel*",),
         "got output",
         "The number of channels is not checked: with more than it was built for it reads past the end of its parameters.",
     ),
-    Stated(HALF, "y\\[", "Half input: products are rounded to float16 on the way, and may overflow there."),
+    KnownDifference(HALF_INPUT, "y\\[", "Half input: products are rounded to float16 on the way, and may overflow there."),
     POISONED,
-    Stated(("BN-12-empty-*x*",), "raised MXNetError", "An empty batch is refused: a length of 0 means unknown."),
+    KnownDifference(("BN-12-empty-*x*",), "raised MXNetError", "An empty batch is refused: a length of 0 means unknown."),
 )
 KERAS3 = (HALF_TO_SINGLE, NUMBERS, POISONED, EMPTY_NAN)
 
@@ -56,7 +62,10 @@ ALL: tuple[Own, ...] = (
         "torch",
         UNBIASED,
         ("1-momentum in its type",),
-        stated=(POISONED, Stated(("BN-12-empty-is-no-batch",), "moving_mean", "momentum=None counts an empty batch.")),
+        differences=(
+            POISONED,
+            KnownDifference(("BN-12-empty-is-no-batch",), "moving_mean", "momentum=None counts an empty batch."),
+        ),
     ),
     Own(
         "gluon.nn",
@@ -67,7 +76,7 @@ ALL: tuple[Own, ...] = (
         BIASED,
         ("momentum",),
         (ONE_VALUE,),
-        stated=GLUON,
+        differences=GLUON,
         from_invstd=True,
     ),
     Own(
@@ -79,7 +88,7 @@ ALL: tuple[Own, ...] = (
         BIASED,
         ("momentum",),
         (ONE_VALUE,),
-        stated=GLUON,
+        differences=GLUON,
         from_invstd=True,
     ),
     Own(
@@ -90,7 +99,7 @@ ALL: tuple[Own, ...] = (
         "keras3",
         BIASED,
         takes=(ONE_VALUE,),
-        stated=(*KERAS3, IN_SINGLE),
+        differences=(*KERAS3, IN_SINGLE),
         by_power=True,
     ),
     Own(
@@ -101,7 +110,7 @@ ALL: tuple[Own, ...] = (
         "keras3",
         BIASED,
         takes=(ONE_VALUE,),
-        stated=KERAS3,
+        differences=KERAS3,
         by_power=True,
     ),
     Own(
@@ -112,7 +121,7 @@ ALL: tuple[Own, ...] = (
         "keras3",
         BIASED,
         takes=(ONE_VALUE,),
-        stated=(*KERAS3, IN_SINGLE, ONE_PASS),
+        differences=(*KERAS3, IN_SINGLE, ONE_PASS),
         by_power=True,
         one_pass=True,
     ),
@@ -125,7 +134,7 @@ ALL: tuple[Own, ...] = (
         UNBIASED,
         ("1-momentum",),
         (ONE_VALUE,),
-        stated=KERAS3,
+        differences=KERAS3,
         fused=(4, 5),
         by_power=True,
         by_difference=True,
@@ -138,8 +147,8 @@ ALL: tuple[Own, ...] = (
         "tf-fused",
         UNBIASED,
         takes=(ONE_VALUE,),
-        stated=(
-            Stated(DOUBLE, "raised InvalidArgumentError: Value for attr '.' of double", "float64 is refused."),
+        differences=(
+            KnownDifference(DOUBLE_INPUT, "raised InvalidArgumentError: Value for attr '.' of double", "float64 is refused."),
             POISONED,
             EMPTY_NAN,
         ),
@@ -152,7 +161,7 @@ ALL: tuple[Own, ...] = (
         "flax",
         BIASED,
         takes=(ONE_VALUE,),
-        stated=(HALF_TO_SINGLE, NUMBERS, POISONED, EMPTY_NAN, ONE_PASS),
+        differences=(HALF_TO_SINGLE, NUMBERS, POISONED, EMPTY_NAN, ONE_PASS),
         one_pass=True,
         by_power=True,
     ),
@@ -164,7 +173,7 @@ ALL: tuple[Own, ...] = (
         None,
         BATCHS_OWN,
         takes=(ONE_VALUE,),
-        stated=(HALF_TO_SINGLE, NUMBERS, POISONED, EMPTY_NAN_AT_ONCE, FLUSHED, ONE_PASS),
+        differences=(HALF_TO_SINGLE, NUMBERS, POISONED, EMPTY_NAN_AT_ONCE, FLUSHED, ONE_PASS),
         one_pass=True,
         by_power=True,
         average="Its moving statistics are an average that has its start at zero divided out.",
@@ -177,9 +186,11 @@ ALL: tuple[Own, ...] = (
         None,
         BATCHS_OWN,
         takes=(ONE_VALUE,),
-        stated=(
-            Stated(
-                HALF, "got type float32, should be float16|raised TypeError", "Half input is converted, or refused in training."
+        differences=(
+            KnownDifference(
+                HALF_INPUT,
+                "got type float32, should be float16|raised TypeError",
+                "Half input is converted, or refused in training.",
             ),
             SMALL_NUMBERS,
             POISONED,
@@ -196,7 +207,7 @@ ALL: tuple[Own, ...] = (
         None,
         BIASED,
         takes=(ONE_VALUE,),
-        stated=(HALF_TO_SINGLE, SMALL_NUMBERS, POISONED, EMPTY_NAN),
+        differences=(HALF_TO_SINGLE, SMALL_NUMBERS, POISONED, EMPTY_NAN),
     ),
     Own(
         "onnxruntime",
@@ -221,7 +232,7 @@ ALL: tuple[Own, ...] = (
         (ONE_VALUE,),
         False,
         (
-            Stated(HALF, "y\\[|moving_", "Half input: the statistics are summed in float16."),
+            KnownDifference(HALF_INPUT, "y\\[|moving_", "Half input: the statistics are summed in float16."),
             OTHER_TYPES,
             POISONED,
             EMPTY_NAN,
@@ -235,15 +246,15 @@ ALL: tuple[Own, ...] = (
         "paddle",
         BIASED,
         ("eps", "momentum", "1-momentum"),
-        stated=(
-            Stated(HALF, "raised RuntimeError: .NotFound", "Half input has no kernel on CPU."),
-            Stated(
+        differences=(
+            KnownDifference(HALF_INPUT, "raised RuntimeError: .NotFound", "Half input has no kernel on CPU."),
+            KnownDifference(
                 ("BN-04-scale-no-center", "BN-04-no-scale-center"),
                 "got None, should be an array",
                 "gamma alone, or beta alone, gets no gradient: only both together do.",
             ),
             POISONED,
-            Stated(
+            KnownDifference(
                 (ONE_VALUE,), "got output", "One value per channel in training: the output is the input, and nothing is updated."
             ),
         ),

@@ -21,7 +21,7 @@ from multibn_conformance.subjects.backends import Absent
 from multibn_conformance.subjects.outside import Broken, LongLived
 from multibn_conformance.usage import chosen
 
-from .dialect import Compared, compared
+from .dialect import DialectJudgement, judge_all
 from .own import Own, on_the_path
 from .registry import ALL
 
@@ -33,7 +33,7 @@ class Judged:
     own: Own
     device: str
     versions: dict[str, str]
-    cases: list[Compared]
+    cases: list[DialectJudgement]
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ def judged(
         try:
             with running(own, python, device) as process:
                 done.append(
-                    Judged(own, device, process.versions, _compared(own, cases, process.make, _command(own, python, device)))
+                    Judged(own, device, process.versions, _judge_cases(own, cases, process.make, _command(own, python, device)))
                 )
         except (UsageError, Broken) as error:
             said = str(error).removeprefix(f"the subject {own.subject} cannot be had: ").removeprefix("importing it raised ")
@@ -82,12 +82,12 @@ def judged(
     return done, absent
 
 
-def _compared(own: Own, cases: Sequence[Case] | range, make: Make, command: str) -> list[Compared]:
+def _judge_cases(own: Own, cases: Sequence[Case] | range, make: Make, command: str) -> list[DialectJudgement]:
     if not isinstance(cases, range):
-        return compared(own, cases, make)
+        return judge_all(own, cases, make)
     from . import seeds as own_random
 
-    return list(own_random.compared(own, cases, make, command))
+    return list(own_random.judge_seeds(own, cases, make, command))
 
 
 def _command(own: Own, python: str, device: str) -> str:
@@ -98,7 +98,7 @@ def _command(own: Own, python: str, device: str) -> str:
 
 def differences(judged: Judged) -> list[tuple[str, list[str], int]]:
     """Why it differs from this specification, the clauses that this touches, and the number of cases; the commonest first."""
-    told: dict[tuple[str, ...], list[Compared]] = {}
+    told: dict[tuple[str, ...], list[DialectJudgement]] = {}
     for each in judged.cases:
         if each.here == "differs":
             told.setdefault(each.because or (f"Unexplained: {each.case}.",), []).append(each)

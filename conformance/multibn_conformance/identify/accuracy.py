@@ -9,7 +9,7 @@ import numpy as np
 
 from multibn.layer.types import Array
 
-from .box import Box, Cannot, Finding
+from .box import Box, Finding, Undetermined
 
 RATIOS = (1.0, 1e2, 1e4, 1e6)
 """mean/std."""
@@ -20,9 +20,9 @@ M = 256
 def accuracy(box: Box, training: Finding, eps: Finding) -> Finding:
     """Value: {type: digits at each mean/std, None where the output is not finite}."""
     if training.value != "batch":
-        raise Cannot("the batch does not normalise, or it is not known what does")
+        raise Undetermined("the batch does not normalise, or it is not known what does")
     if not isinstance(eps.value, float):
-        raise Cannot("it takes an eps inside the root, and that was not found")
+        raise Undetermined("it takes an eps inside the root, and that was not found")
     told = {dtype: [_digits(box, dtype, ratio, eps.value) for ratio in RATIOS] for dtype in dict.fromkeys(("float32", box.dtype))}
     words = "; ".join(
         f"{dtype}: {', '.join(map(_short, digits))} digits, {_class(dtype, digits)}" for dtype, digits in told.items()
@@ -35,7 +35,7 @@ def _digits(box: Box, dtype: str, ratio: float, eps: float) -> float | None:
     x = box.values(M, ratio, 1.0, 11).astype(dtype)
     try:
         y = box.fresh(dtype=dtype).forward(x, True)
-    except Cannot:
+    except Undetermined:
         return None
     off = float(np.max(np.abs(y - exact(x, eps))))
     return round(-math.log10(max(off, 1e-17)), 1) if math.isfinite(off) else None

@@ -6,7 +6,7 @@ import numpy as np
 
 from multibn.layer.types import Array
 
-from .box import Box, Cannot, Finding, Held, near, statistics
+from .box import Box, Finding, LoadedSubject, Undetermined, near, statistics
 from .normalising import CLOSE, normalised
 
 GAMMA, BETA = np.array([2.0, -3.0, 0.5]), np.array([1.0, 2.0, -4.0])
@@ -31,7 +31,7 @@ def gamma(box: Box, training: Finding, inference: Finding) -> Finding:
     if as_loaded[0] and any(ones):
         when = list(seen)[ones.index(True)]
         return Finding("gamma", f"acts as loaded, then overwritten with 1 ({when})", how, "overwritten")
-    raise Cannot(f"the output's slope is neither gamma nor 1: {how}")
+    raise Undetermined(f"the output's slope is neither gamma nor 1: {how}")
 
 
 def beta(box: Box, training: Finding, inference: Finding) -> Finding:
@@ -45,7 +45,7 @@ def beta(box: Box, training: Finding, inference: Finding) -> Finding:
         return Finding(
             "beta", "there is none" if none else "fixed at 0, though backward gives a gradient", how, "none" if none else "fixed"
         )
-    raise Cannot(f"the output's offset is neither beta nor 0: {how}")
+    raise Undetermined(f"the output's offset is neither beta nor 0: {how}")
 
 
 def _acting(name: str, how: str, gradient: Array | str | None) -> Finding:
@@ -59,7 +59,7 @@ def _acting(name: str, how: str, gradient: Array | str | None) -> Finding:
 def _seen(box: Box, training: Finding, inference: Finding, which: str) -> tuple[dict[str, Array], Array | str | None]:
     """Slope or offset of each channel in turn, and the gradient that came, or why none did."""
     if training.value is None:
-        raise Cannot("it is not known what normalises in training")
+        raise Undetermined("it is not known what normalises in training")
     subject = box.fresh(gamma=GAMMA, beta=BETA)
     line = 0 if which == "gamma" else 1
     seen = {}
@@ -71,13 +71,13 @@ def _seen(box: Box, training: Finding, inference: Finding, which: str) -> tuple[
     try:
         made = subject.backward(box.values(8, 0.0, 1.0, 7))
         gradient = made.dgamma if which == "gamma" else made.dbeta
-    except Cannot as reason:
+    except Undetermined as reason:
         gradient = str(reason)
     seen["training, after a backward"] = _line(box, subject, str(training.value), True)[line]
     return seen, gradient
 
 
-def _line(box: Box, subject: Held, which: str, training: bool) -> tuple[Array, Array]:
+def _line(box: Box, subject: LoadedSubject, which: str, training: bool) -> tuple[Array, Array]:
     """Slope and offset of y over the normalised input, (3,) each, with the statistics that normalise."""
     x = box.values(8, 50.0, 30.0, 3)
     before = subject.moving() if which == "moving" else None

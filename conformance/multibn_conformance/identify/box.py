@@ -21,11 +21,11 @@ LOADED_MEAN, LOADED_VAR = 5.0, 900.0
 """Moving statistics to load: far from any batch's, and from any eps."""
 
 
-class Cannot(Exception):
+class Undetermined(Exception):
     """Something cannot be told; the message is the reason."""
 
 
-class Refused(Cannot):
+class Refused(Undetermined):
     """The subject raised an error."""
 
 
@@ -46,12 +46,12 @@ class Gradients(NamedTuple):
     dbeta: Array | None
 
 
-class Held:
+class LoadedSubject:
     """One subject that was made and loaded. Answers are float64 copies.
 
     Raises:
         Refused: any of its methods raised an error.
-        Cannot: an answer that is no array, or not of the right shape.
+        Undetermined: an answer that is no array, or not of the right shape.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -70,7 +70,7 @@ class Held:
         """The gradients of the last forward."""
         made = _called("backward", self._subject.backward, dy.copy())
         if not isinstance(made, tuple) or len(made) != 3:
-            raise Cannot(f"backward returned {type(made).__name__}, not a tuple (dx, dgamma, dbeta)")
+            raise Undetermined(f"backward returned {type(made).__name__}, not a tuple (dx, dgamma, dbeta)")
         dx = _checked("backward", made[0], dy.shape)
         return Gradients(dx, *(a if a is None else _checked("backward", a, (dy.shape[1],)) for a in made[1:]))
 
@@ -83,7 +83,7 @@ class Held:
         """The same in their own type."""
         made = _called("moving", self._subject.moving)
         if not isinstance(made, tuple) or len(made) != 2 or not all(isinstance(a, np.ndarray) for a in made):
-            raise Cannot("moving did not return a tuple of two arrays (moving_mean, moving_var)")
+            raise Undetermined("moving did not return a tuple of two arrays (moving_mean, moving_var)")
         return made[0].copy(), made[1].copy()
 
 
@@ -91,7 +91,7 @@ class Box:
     """Makes subjects and the input for them, of the type and rank that they take: float64 if they do, else float32.
 
     Raises:
-        Cannot: no training forward gives an output, of any of these types and ranks.
+        Undetermined: no training forward gives an output, of any of these types and ranks.
     """
 
     def __init__(self, make: Make) -> None:
@@ -103,9 +103,9 @@ class Box:
                 try:
                     self._try()
                     return
-                except Cannot as reason:
+                except Undetermined as reason:
                     reasons.append(str(reason))
-        raise Cannot(f"no training forward gives an output: {reasons[-1]}")
+        raise Undetermined(f"no training forward gives an output: {reasons[-1]}")
 
     def others(self) -> Iterator[Box]:
         """The same for float32 input of ranks 4 and 2, where it takes that."""
@@ -114,7 +114,7 @@ class Box:
             other.dtype, other.rank = "float32", rank
             try:
                 other._try()
-            except Cannot:
+            except Undetermined:
                 continue
             yield other
 
@@ -123,11 +123,11 @@ class Box:
         y = self.fresh().raw_forward(x, True)
         _checked("forward", y, x.shape)
         if self.dtype == "float64" and (y.dtype != "float64" or np.array_equal(y, y.astype(np.float32))):
-            raise Cannot("float64 is computed in a smaller type")
+            raise Undetermined("float64 is computed in a smaller type")
 
-    def new(self) -> Held:
+    def new(self) -> LoadedSubject:
         """As it is made, nothing loaded."""
-        return Held(_called("make", self._make, FEATURES))
+        return LoadedSubject(_called("make", self._make, FEATURES))
 
     def fresh(
         self,
@@ -136,7 +136,7 @@ class Box:
         gamma: Array | None = None,
         beta: Array | None = None,
         dtype: str | None = None,
-    ) -> Held:
+    ) -> LoadedSubject:
         """A new subject with this state; gamma is 1 and beta is 0 where none is given."""
         kind = PARAMETER_TYPE.get(dtype or self.dtype, "float32")
         given = np.ones(FEATURES) if gamma is None else gamma, np.zeros(FEATURES) if beta is None else beta
@@ -146,7 +146,7 @@ class Box:
             _called("load", subject.load, *(a.astype(kind) for a in given), *statistics)
         except Refused:
             _called("load", subject.load, None, None, *statistics)
-        return Held(subject)
+        return LoadedSubject(subject)
 
     def shape(self, m: int) -> tuple[int, ...]:
         """An input shape with m values per channel; a multiple of 4 is spread over batch and space."""
@@ -200,14 +200,16 @@ def _called(method: str, function: Callable[..., Any], *arguments: object) -> An
         with np.errstate(all="ignore"):
             return function(*arguments)
     except Broken as error:
-        raise Cannot(str(error).rstrip(".")) from error
+        raise Undetermined(str(error).rstrip(".")) from error
     except Exception as error:
         raise Refused(f"{method} raised {type(error).__name__}: {error}") from error
 
 
 def _checked(method: str, a: Any, shape: tuple[int, ...]) -> Array:
     if not isinstance(a, np.ndarray) or a.dtype.kind != "f":
-        raise Cannot(f"{method} returned {a.dtype if isinstance(a, np.ndarray) else type(a).__name__}, not an array of floats")
+        raise Undetermined(
+            f"{method} returned {a.dtype if isinstance(a, np.ndarray) else type(a).__name__}, not an array of floats"
+        )
     if a.shape != shape:
-        raise Cannot(f"{method} returned shape {a.shape}, not {shape}")
+        raise Undetermined(f"{method} returned shape {a.shape}, not {shape}")
     return a.astype(np.float64)

@@ -7,7 +7,7 @@ import numpy as np
 from multibn.layer.types import Array
 
 from .affine import BETA
-from .box import FEATURES, LOADED_MEAN, LOADED_VAR, Box, Cannot, Finding, Held, Refused, near
+from .box import FEATURES, LOADED_MEAN, LOADED_VAR, Box, Finding, LoadedSubject, Refused, Undetermined, near
 
 TYPES = ("float16", "float32", "float64", "int32", "bool")
 
@@ -73,7 +73,7 @@ def types(box: Box) -> Finding:
             subject = box.fresh(dtype=dtype)
             y = subject.raw_forward(x, True)
             if not isinstance(y, np.ndarray):
-                raise Cannot(f"forward returned {type(y).__name__}")
+                raise Undetermined(f"forward returned {type(y).__name__}")
             mean, _ = subject.raw_moving()
             told[dtype] = y.dtype.name, mean.dtype.name
             words.append(f"{dtype} gives {y.dtype}, statistics {mean.dtype}")
@@ -91,17 +91,17 @@ def _why(refused: Refused) -> str:
     return f"{kind}: {told[0] if told else 'without a message'}"[:200]
 
 
-def _after(subject: Held, x: Array, moves: Finding) -> tuple[Array, Array]:
+def _after(subject: LoadedSubject, x: Array, moves: Finding) -> tuple[Array, Array]:
     """The moving statistics, after a backward if it takes one."""
     if moves.value in ("backward", "both"):
         subject.backward(np.zeros_like(x))
     return subject.moving()
 
 
-def _state_words(subject: Held, x: Array, moves: Finding) -> str:
+def _state_words(subject: LoadedSubject, x: Array, moves: Finding) -> str:
     try:
         mean, var = _after(subject, x, moves)
-    except Cannot as reason:
+    except Undetermined as reason:
         return f"of the moving statistics nothing can be told, for {reason}"
     if np.all(mean == LOADED_MEAN) and np.all(var == LOADED_VAR):
         return "the moving statistics stay"

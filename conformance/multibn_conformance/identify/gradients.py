@@ -7,7 +7,7 @@ import numpy as np
 from multibn.layer.types import Array
 
 from .affine import GAMMA, fitted_line
-from .box import LOADED_MEAN, LOADED_VAR, Box, Cannot, Finding, axes, channels, near, statistics
+from .box import LOADED_MEAN, LOADED_VAR, Box, Finding, Undetermined, axes, channels, near, statistics
 from .normalising import CLOSE, normalised
 
 MEANINGS = {
@@ -21,7 +21,7 @@ MEANINGS = {
 def in_training(box: Box, training: Finding) -> Finding:
     """Value: "both", "constants", "mean" or "variance"."""
     if training.value not in ("batch", "moving"):
-        raise Cannot("the formula that is differentiated is not known")
+        raise Undetermined("the formula that is differentiated is not known")
     subject = box.fresh(gamma=GAMMA)
     x, dy = box.values(8, 50.0, 30.0, 5), box.values(8, 0.3, 1.0, 6)
     y = subject.forward(x, True)
@@ -69,4 +69,4 @@ def _told(name: str, got: Array, known: dict[str, Array], how: str) -> Finding:
             if name.endswith("inference") and value != "constants" and value in MEANINGS:
                 words = "the training formula, evaluated at the moving statistics"
             return Finding(name, words, how, value)
-    raise Cannot(f"dx is near none of the formulas of {', '.join(known)}; its first value is {got.flat[0]:.6g}")
+    raise Undetermined(f"dx is near none of the formulas of {', '.join(known)}; its first value is {got.flat[0]:.6g}")

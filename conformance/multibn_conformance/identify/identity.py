@@ -19,7 +19,7 @@ from multibn.spec.batchnorm import BatchNormSpec
 
 from . import affine, edges, gradients, moving, normalising
 from .accuracy import accuracy
-from .box import Box, Cannot, Finding, Make
+from .box import Box, Finding, Make, Undetermined
 from .nearest import FIELDS, Nearest, nearest
 
 TITLES = {
@@ -93,14 +93,14 @@ def identify(make: Make) -> Identity:
         try:
             with np.errstate(all="ignore"):
                 found = probe(box, *arguments)
-        except Cannot as reason:
+        except Undetermined as reason:
             found = Finding(TITLES[key], f"cannot tell: {reason}")
         findings[key] = found
         return found
 
     try:
         box = Box(make)
-    except Cannot as reason:
+    except Undetermined as reason:
         findings = {key: Finding(title, f"cannot tell: {reason}") for key, title in TITLES.items()}
         return Identity(findings, unknown=dict.fromkeys(FIELDS, findings["eps"].finding))
     training = tell("normalize_with", normalising.in_training)

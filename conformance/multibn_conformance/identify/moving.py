@@ -8,7 +8,7 @@ import numpy as np
 
 from multibn.layer.types import Array
 
-from .box import LOADED_MEAN, LOADED_VAR, Box, Cannot, Finding, Held, short
+from .box import LOADED_MEAN, LOADED_VAR, Box, Finding, LoadedSubject, Undetermined, short
 
 SINGLE = 64 * 2.0**-24
 """How closely weights agree: many keep momentum in float32."""
@@ -28,10 +28,10 @@ def updates(box: Box) -> Finding:
     try:
         subject.backward(box.values(8, 0.0, 1.0, 1))
         seen.append(subject.moving())
-    except Cannot as reason:
+    except Undetermined as reason:
         note = f"; {reason}"
         if np.array_equal(seen[0], seen[1]):
-            raise Cannot(f"a forward does not move the statistics, and {reason}") from reason
+            raise Undetermined(f"a forward does not move the statistics, and {reason}") from reason
     moved = [not np.array_equal(old, new) for old, new in pairwise(seen)]
     value = {(1, 0): "forward", (0, 1): "backward", (1, 1): "both", (0, 0): "never"}[moved[0], any(moved[1:])]
     words = {"forward": "in forward", "backward": "in backward", "both": "in forward, and again in backward", "never": "never"}
@@ -41,7 +41,7 @@ def updates(box: Box) -> Finding:
     )
 
 
-def step(box: Box, subject: Held, x: Array, moves: str) -> tuple[Array, Array]:
+def step(box: Box, subject: LoadedSubject, x: Array, moves: str) -> tuple[Array, Array]:
     """The moving statistics after one update: a training step, with a backward if they wait for it."""
     subject.forward(x, True)
     if moves == "backward":
@@ -57,26 +57,30 @@ def momentum(box: Box, moves: Finding) -> Finding:
     how = f"in the first step the old moving mean weighs {of_old:.7g}, the new one {of_new:.7g}; the old one in four steps: "
     how += ", ".join(f"{weight:.7g}" for weight in weights)
     if abs(of_old + of_new - 1) > tolerance:
-        raise Cannot(f"the weights do not add up to 1: {of_old:.7g} of the old value and {of_new:.7g} of the new one")
+        raise Undetermined(f"the weights do not add up to 1: {of_old:.7g} of the old value and {of_new:.7g} of the new one")
     large = step(box, box.fresh(0.0, LOADED_VAR), box.alternating(24, 1.0, FAR), way)[0][0] / FAR
     if abs(large - of_new) > tolerance:
-        raise Cannot(f"it depends on the batch: the weight of the new value is {of_new:.7g} for 8 values, {large:.7g} for 24")
+        raise Undetermined(
+            f"it depends on the batch: the weight of the new value is {of_new:.7g} for 8 values, {large:.7g} for 24"
+        )
     if all(abs(weight - n / (n + 1)) <= tolerance for n, weight in enumerate(weights)):
         return Finding(
             "momentum", "none: every batch since load has the same weight, the loaded state none", how, "equal weights"
         )
     if max(weights) - min(weights) > tolerance:
-        raise Cannot(f"it changes from step to step: the old value weighs {', '.join(f'{weight:.6g}' for weight in weights)}")
+        raise Undetermined(
+            f"it changes from step to step: the old value weighs {', '.join(f'{weight:.6g}' for weight in weights)}"
+        )
     if way == "both":
         again = float(step(box, box.fresh(FAR, LOADED_VAR), box.alternating(8, 1.0), "backward")[0][0]) / FAR
         how += f", and {again:.7g} once backward has moved it too"
         if abs(again - of_old**2) > tolerance:
-            raise Cannot(f"forward and backward do not move the statistics alike: {how}")
+            raise Undetermined(f"forward and backward do not move the statistics alike: {how}")
     value = _decimal(of_new)
     words = f"{value:g} is the weight of the old value, {float(f'{1 - value:.12g}'):g} of the new one"
     own = _of_variance(box, way)
     if abs(own - weights[0]) > tolerance:
-        raise Cannot(f"{words}; but for the variance it is {own:.7g}")
+        raise Undetermined(f"{words}; but for the variance it is {own:.7g}")
     return Finding("momentum", words, how, value)
 
 
@@ -86,7 +90,7 @@ def estimator(box: Box, moves: Finding) -> Finding:
     for other in box.others():
         its = _estimator(other, _moves(moves)).finding
         if its != found.finding:
-            raise Cannot(
+            raise Undetermined(
                 f"it depends on the input: {found.finding} of rank {box.rank} and {box.dtype}, "
                 f"{its} of rank {other.rank} and {other.dtype}"
             )
@@ -99,13 +103,13 @@ def _estimator(box: Box, moves: str) -> Finding:
         x = box.alternating(m, FAR)
         weight = step(box, box.fresh(0.0, 0.0), box.alternating(m, 1.0, FAR), moves)[0][0] / FAR
         if weight <= 0:
-            raise Cannot("the batch has no weight in the moving statistics")
+            raise Undetermined("the batch has no weight in the moving statistics")
         ratios.append(float(step(box, box.fresh(0.0, 0.0), x, moves)[1][0] / weight / FAR**2))
     how = f"what enters, as a multiple of the biased variance: {ratios[0]:.6g} of 8 values, {ratios[1]:.6g} of 24"
     for name, wanted in (("biased", (1.0, 1.0)), ("unbiased", (8 / 7, 24 / 23))):
         if np.allclose(ratios, wanted, rtol=1e-3, atol=0):
             return Finding("moving variance", name, how, name)
-    raise Cannot(f"neither biased nor unbiased: {how}")
+    raise Undetermined(f"neither biased nor unbiased: {how}")
 
 
 def initial(box: Box, training: Finding) -> Finding:
@@ -116,14 +120,14 @@ def initial(box: Box, training: Finding) -> Finding:
     how = "read before anything is loaded"
     try:
         if training.value != "batch":
-            raise Cannot("the batch does not normalise, or it is not known what does")
+            raise Undetermined("the batch does not normalise, or it is not known what does")
         x = np.asarray(box.alternating(8, FAR), "float32")
         y = subject.forward(x, True)
         size = x[0, 0].flat[0] / np.sqrt(np.float64(FAR) ** 2)
         told["gamma"] = float(f"{(y[0, 0].flat[0] - y[-1, 0].flat[-1]) / 2 / size:.3g}")
         told["beta"] = float(f"{np.mean(y[:, 0]):.3g}") + 0.0
         how += "; gamma and beta by a training forward"
-    except Cannot as reason:
+    except Undetermined as reason:
         how += f"; gamma and beta not, for {reason}"
     words = ", ".join(f"{name} {'cannot tell' if value is None else f'{value:g}'}" for name, value in told.items())
     return Finding("initial state", words, how, tuple(told.values()))
@@ -145,7 +149,7 @@ def _decimal(weight: float) -> float:
 
 def _moves(moves: Finding) -> str:
     if moves.value in (None, "never"):
-        raise Cannot("the moving statistics do not move" if moves.value else "it is not known when they move")
+        raise Undetermined("the moving statistics do not move" if moves.value else "it is not known when they move")
     return str(moves.value)
 
 

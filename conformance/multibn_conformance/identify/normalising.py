@@ -10,7 +10,7 @@ import numpy as np
 
 from multibn.layer.types import Array
 
-from .box import LOADED_MEAN, LOADED_VAR, Box, Cannot, Finding, Held, channels, near, short, statistics
+from .box import LOADED_MEAN, LOADED_VAR, Box, Finding, LoadedSubject, Undetermined, channels, near, short, statistics
 
 CLOSE = 2e-3
 """What tells formulas apart: they differ by more, eps <= 0.1 beside the variances used makes less of a difference."""
@@ -27,7 +27,9 @@ def in_training(box: Box) -> Finding:
     seen = {_which(box, subject, seed, True) for seed in (1, 2)}
     how = f"two training forwards with mean 50, std 30 beside loaded {LOADED_MEAN:g} and {LOADED_VAR:g}"
     if len(seen) > 1:
-        raise Cannot(f"the first training forward normalises with the {', the second with the '.join(sorted(seen))} statistics")
+        raise Undetermined(
+            f"the first training forward normalises with the {', the second with the '.join(sorted(seen))} statistics"
+        )
     return Finding("normalises training with", f"the {_words(*seen)}", how, *seen)
 
 
@@ -48,7 +50,7 @@ def in_inference(box: Box) -> Finding:
     )
 
 
-def _which(box: Box, subject: Held, seed: int, training: bool) -> str:
+def _which(box: Box, subject: LoadedSubject, seed: int, training: bool) -> str:
     x = box.values(8, 50.0, 30.0, seed)
     before = subject.moving()
     y = subject.forward(x, training)
@@ -63,7 +65,9 @@ def _which(box: Box, subject: Held, seed: int, training: bool) -> str:
     for name, wanted in known.items():
         if np.all(np.isfinite(wanted)) and near(y, wanted, CLOSE):
             return name
-    raise Cannot(f"{'a training' if training else 'an inference'} output is near no formula: {y.flat[0]:.6g} for {x.flat[0]:.6g}")
+    raise Undetermined(
+        f"{'a training' if training else 'an inference'} output is near no formula: {y.flat[0]:.6g} for {x.flat[0]:.6g}"
+    )
 
 
 def _words(which: str) -> str:
@@ -100,12 +104,12 @@ def eps(box: Box, training: Finding) -> Finding:
     for mode in ("training", "inference") if str(training.value).startswith("batch") else ("inference",):
         try:
             found[mode] = _measured(partial(_divisor, box, mode == "training"), box, training.value == "batch unbiased")
-        except Cannot as reason:
+        except Undetermined as reason:
             not_found[mode] = str(reason)
     values = {mode: short(each.value, max(10 * each.misfit, 1e-5)) for mode, each in found.items()}
     told = {mode: f"{values[mode]:g} {each.place} {_WHERE[each.place]}" for mode, each in found.items()} | not_found
     if not_found or len(set(told.values())) > 1:
-        raise Cannot("; ".join(f"in {mode}: {text}" for mode, text in told.items()))
+        raise Undetermined("; ".join(f"in {mode}: {text}" for mode, text in told.items()))
     how = "; ".join(
         f"{mode}: {each.value:.7g}, fits to {each.misfit:.0e}, spreads from {_spans(each)}" for mode, each in found.items()
     )
@@ -137,16 +141,16 @@ def _measured(divisor: Callable[[float], float], box: Box, unbiased: bool) -> Ep
     smallest = float(np.sqrt(np.finfo(box.dtype).tiny)) * 10
     per_std = divisor(1e4) / 1e4
     if not any(abs(per_std - wanted) < CLOSE for wanted in ((1.0, np.sqrt(8 / 7)) if unbiased else (1.0,))):
-        raise Cannot(f"gamma was loaded as 1, but where the spread is wide the output's slope is {1 / per_std:.4g}")
+        raise Undetermined(f"gamma was loaded as 1, but where the spread is wide the output's slope is {1 / per_std:.4g}")
     std = 10.0
     while std > smallest:
         root = divisor(std)
         if not np.isfinite(root):
-            raise Cannot(f"the output is not finite at a spread of {std:.0e}, and eps has no effect above it: it may be 0")
+            raise Undetermined(f"the output is not finite at a spread of {std:.0e}, and eps has no effect above it: it may be 0")
         if per_std * std < 0.003 * root:
             return _fitted(divisor, root, per_std)
         std /= 10
-    raise Cannot(f"it has no effect down to a variance of {smallest**2:.0e}: it is 0, or too small to see in {box.dtype}")
+    raise Undetermined(f"it has no effect down to a variance of {smallest**2:.0e}: it is 0, or too small to see in {box.dtype}")
 
 
 def _fitted(divisor: Callable[[float], float], rough: float, per_std: float) -> Eps:
@@ -161,5 +165,7 @@ def _fitted(divisor: Callable[[float], float], rough: float, per_std: float) -> 
             best = Eps(of_root(root), place, misfit)
     assert best is not None
     if not best.misfit < CLOSE:
-        raise Cannot(f"neither inside, outside nor a floor fits what a small spread is divided by, best to {best.misfit:.1g}")
+        raise Undetermined(
+            f"neither inside, outside nor a floor fits what a small spread is divided by, best to {best.misfit:.1g}"
+        )
     return best

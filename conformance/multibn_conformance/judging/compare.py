@@ -58,12 +58,12 @@ def skipped(case: Case, precision: Arithmetic) -> str | None:
 def _values(case: Case, make: Make, precision: Arithmetic) -> Error:
     """Against the oracle, within the bounds."""
     error = Error()
-    for _, _, its in errors(case, make, precision):
+    for _, _, its in result_errors(case, make, precision):
         error = error.worst(its)
     return error
 
 
-def errors(case: Case, make: Make, precision: Arithmetic) -> Iterator[tuple[str, str, Error]]:
+def result_errors(case: Case, make: Make, precision: Arithmetic) -> Iterator[tuple[str, str, Error]]:
     """Name, type and error of each result.
 
     Raises:
@@ -189,7 +189,16 @@ def deviations(got: Array, exact: Exact, name: str, right: Expected, precision: 
 def _within(where: str, got: Array, exact: Exact, name: str, right: Expected, precision: Arithmetic) -> Error:
     if not got.size:
         return Error()
-    ulps, ratios, bound, _ = deviations(got, exact, name, right, precision)
+    return worst_of(where, got, exact, deviations(got, exact, name, right, precision), precision)
+
+
+def worst_of(where: str, got: Array, exact: Exact, found: Deviations, precision: Arithmetic) -> Error:
+    """The worst error of a result that is not empty.
+
+    Raises:
+        Wrong: a value is beyond its bound.
+    """
+    ulps, ratios, bound, _ = found
     at = np.unravel_index(int(np.argmax(ratios)), got.shape)
     came = got.astype(np.float64)
     if ratios[at] > 1:

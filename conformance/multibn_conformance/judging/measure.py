@@ -15,7 +15,7 @@ from .compare import deviations
 from .perform import Answer, Make, Wrong, perform
 
 
-def evidence(make: Make, case: Case, precision: Precision) -> list[dict[str, Any]]:
+def measure(make: Make, case: Case, precision: Precision) -> list[dict[str, Any]]:
     """For each result that the case observes, the value that comes nearest to its bound, or lies farthest beyond it.
 
     ``ulp`` is the worst of all its values in all steps.

@@ -10,7 +10,7 @@ import numpy as np
 from multibn.backend import Subject
 from multibn.layer.types import PARAMETER_TYPE, Array
 from multibn.spec.batchnorm import BatchNormSpec
-from multibn_conformance.cases.case import Case, Step
+from multibn_conformance.cases.case import MOVING, Case, Step
 from multibn_conformance.cases.inputs import state
 from multibn_conformance.subjects.outside import Broken
 
@@ -93,9 +93,9 @@ def perform(case: Case, make: Make) -> Iterator[Answer]:
         if not isinstance(now, tuple) or len(now) != 2:
             raise Wrong(f"{where}: moving returned {type(now).__name__}, should be a tuple (moving_mean, moving_var).")
         read = array_from(f"{where}, moving_mean", now[0]), array_from(f"{where}, moving_var", now[1])
-        answers.update(zip(_NAMES, read, strict=True))
+        answers.update(zip(MOVING, read, strict=True))
         if "unchanged" in step.observe:
-            for name, old in zip(_NAMES, moving, strict=True):
+            for name, old in zip(MOVING, moving, strict=True):
                 same_bits(f"{where}: {name} must stay as it was", answers[name], old)
         moving = read
         observed: dict[str, Any] = {name: answers[name] for name in step.observe if name != "unchanged"}
@@ -103,9 +103,6 @@ def perform(case: Case, make: Make) -> Iterator[Answer]:
         data = kind if given is None else given.dtype.name
         yield Answer(where, step, arrived, {name: data if name in ("y", "dx") else PARAMETER_TYPE[kind] for name in arrived})
     assert refusable == any(step.do == "refuse" for step in case.steps)
-
-
-_NAMES = ("moving_mean", "moving_var")
 
 
 def call_subject(where: str, function: Callable[..., Any], *arguments: object) -> Any:

@@ -6,7 +6,6 @@ forward records its operations, and each operation knows its own derivative.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from multibn_conformance.cases.case import Case
 from multibn_conformance.cases.inputs import state
 
 from .bounds import Facts, Update
+from .tape import Recorded, differentiate
 
 _digits = MPContext()  # a context of our own: the precision of mpmath's users is untouched
 _digits.dps = 60
@@ -27,52 +27,28 @@ _numbers = np.frompyfunc(lambda value: _digits.mpf(value), 1, 1)
 _nearest = np.frompyfunc(float, 1, 1)
 
 
-class Term:
-    """A value in the course of a computation: (C, m) of elements or (C, 1) of channels, and how it depends on its inputs."""
-
-    def __init__(self, value: Array, *inputs: tuple[Term, Callable[[Array], Array]]) -> None:
-        self.value, self.inputs = value, inputs
+class Term(Recorded):
+    """(C, m) numbers of elements or (C, 1) of channels."""
 
     def __add__(self, other: Term) -> Term:
-        return Term(self.value + other.value, (self, lambda owed: owed), (other, lambda owed: owed))
+        return Term(self.value + other.value, (self, lambda g: g), (other, lambda g: g))
 
     def __sub__(self, other: Term) -> Term:
-        return Term(self.value - other.value, (self, lambda owed: owed), (other, lambda owed: -owed))
+        return Term(self.value - other.value, (self, lambda g: g), (other, lambda g: -g))
 
     def __mul__(self, other: Term) -> Term:
         a, b = self.value, other.value
-        return Term(a * b, (self, lambda owed: owed * b), (other, lambda owed: owed * a))
+        return Term(a * b, (self, lambda g: g * b), (other, lambda g: g * a))
 
     def average(self) -> Term:
         """The mean of each channel, (C, 1)."""
         m = self.value.shape[1]
-        return Term(self.value.sum(axis=1, keepdims=True) / m, (self, lambda owed: np.repeat(owed / m, m, axis=1)))
+        return Term(self.value.sum(axis=1, keepdims=True) / m, (self, lambda g: np.repeat(g / m, m, axis=1)))
 
     def inverse_root(self) -> Term:
-        """1/sqrt of each; its derivative is -1/2 of its third power."""
+        """1/sqrt of each element; the derivative is -1/2 of its third power."""
         root = np.frompyfunc(lambda value: 1 / _digits.sqrt(value), 1, 1)(self.value)
-        return Term(root, (self, lambda owed: owed * root**3 / -2))
-
-
-def differentiate(result: Term, owed: Array) -> dict[Term, Array]:
-    """The gradient of ``sum(owed * result)`` for every term that the result came from."""
-    order: dict[Term, None] = {}
-
-    def visit(term: Term) -> None:
-        for each, _ in term.inputs:
-            if each not in order:
-                visit(each)
-        order[term] = None
-
-    visit(result)
-    gradients = {result: owed}
-    for term in reversed(order):
-        for each, derivative in term.inputs:
-            part = derivative(gradients[term])
-            if part.shape[1] != each.value.shape[1]:  # one value stood for a whole channel
-                part = part.sum(axis=1, keepdims=True)
-            gradients[each] = gradients[each] + part if each in gradients else part
-    return gradients
+        return Term(root, (self, lambda g: g * root**3 / -2))
 
 
 class Exact(NamedTuple):

@@ -16,7 +16,7 @@ from multibn_conformance.subjects.backends import Absent, Candidate
 from multibn_conformance.whitening.case import WhiteningCase
 
 
-def check(files: Mapping[str, Path | None]) -> None:
+def check_writable(files: Mapping[str, Path | None]) -> None:
     """Before the run: whether each file, by the name of its option, can be written.
 
     Raises:

@@ -16,15 +16,15 @@ from multibn.spec.clauses import CLAUSES
 from multibn.whitening import spec as whitening
 from multibn_conformance.cases.case import Case, Step
 from multibn_conformance.judging.judge import Judgement
-from multibn_conformance.judging.measure import evidence, number
+from multibn_conformance.judging.measure import measure, number
 from multibn_conformance.subjects.backends import Absent, Candidate
 from multibn_conformance.subjects.elsewhere import GROUP
 from multibn_conformance.whitening.case import WhiteningCase
 
 from . import curves
-from . import whitening as whitening_run
 from .dialect import dialect_of
-from .terminal import last_line
+from .terminal import verdict_line
+from .whitening import WHAT
 
 TITLES = {
     "BN-01": "Input shape",
@@ -110,11 +110,11 @@ def _clauses(cases: Sequence[Case | WhiteningCase]) -> Mapping[str, str]:
 
 def _summary(judgements: Sequence[Judgement]) -> str:
     """The last lines of the terminal: BatchNorm's and whitening's, of those that are judged."""
-    of = {
-        line: [each for each in judgements if (each.clause in whitening.CLAUSES) == its]
-        for line, its in ((last_line, False), (whitening_run.last_line, True))
-    }
-    return "\n".join(line(its) for line, its in of.items() if its)
+    parts = (
+        (what, [each for each in judgements if (each.clause in whitening.CLAUSES) == whitens])
+        for what, whitens in (("", False), (WHAT, True))
+    )
+    return "\n".join(verdict_line(its, what) for what, its in parts if its)
 
 
 def _momentum(spec: BatchNormSpec) -> str:
@@ -168,7 +168,7 @@ def _judgement(judgement: Judgement, candidate: Candidate, case: Case | Whitenin
     message = "\n".join(told).removeprefix(f"{case.id}: ")
     # who raised an error, hung or gave NaN would do so again
     again = judgement.status != "skip" and number(judgement.ulp) is not None
-    results = evidence(candidate.make, case, candidate.precision) if again and isinstance(case, Case) else []
+    results = measure(candidate.make, case, candidate.precision) if again and isinstance(case, Case) else []
     came, should_be = _both(message)
     return {
         "subject": judgement.subject,

@@ -36,19 +36,20 @@ def show(judgements: Sequence[Judgement], candidates: Sequence[Candidate], absen
     )
     for line in _left_out(judgements, absent):
         console.print(escape(line), soft_wrap=True)
-    console.print(last_line(judgements), style="bold red" if failures else "bold green", soft_wrap=True)
+    console.print(verdict_line(judgements), style="bold red" if failures else "bold green", soft_wrap=True)
 
 
-def last_line(judgements: Sequence[Judgement]) -> str:
-    """``conforms: ...`` or ``does not conform: ...``."""
+def verdict_line(judgements: Sequence[Judgement], what: str = "") -> str:
+    """``conforms: ...`` or ``does not conform: ...``; ``what`` is put before it."""
     broken: dict[str, dict[str, None]] = {}
     for each in judgements:
         if each.status == "fail":
             broken.setdefault(each.subject, {})[each.clause] = None
     if broken:
-        return "does not conform: " + "; ".join(f"{name} breaks {', '.join(sorted(its))}" for name, its in broken.items())
+        told = "; ".join(f"{name} breaks {', '.join(sorted(its))}" for name, its in broken.items())
+        return f"{what}does not conform: {told}"
     subjects, passed = {each.subject for each in judgements}, sum(each.status == "pass" for each in judgements)
-    return f"conforms: {', '.join(sorted(subjects))} ({passed} checks)"
+    return f"{what}conforms: {', '.join(sorted(subjects))} ({passed} checks)"
 
 
 def _table(judgements: Sequence[Judgement], candidates: Sequence[Candidate]) -> Table:

@@ -12,7 +12,7 @@ import numpy as np
 
 from multibn.backend import Precision
 from multibn_conformance.cases.fixed import CASES
-from multibn_conformance.judging.compare import errors, tried
+from multibn_conformance.judging.compare import result_errors, tried
 from multibn_conformance.judging.perform import Make
 from multibn_conformance.subjects.right import Right, Textbook, WorkingTextbook
 
@@ -31,7 +31,7 @@ def nearest() -> dict[tuple[str, str, Precision], tuple[float, str]]:
                 for make in makes if case.against == "oracle" else ():
                     if isinstance(tried(make, case, precision), str):
                         continue
-                    for name, dtype, error in errors(case, make, precision):
+                    for name, dtype, error in result_errors(case, make, precision):
                         key = name, dtype, precision
                         found[key] = max(found.get(key, (0.0, "")), (error.ratio, case.id))
     return found

@@ -13,7 +13,10 @@ from multibn.whitening.spec import CLAUSES
 from multibn_conformance.judging.judge import Judgement
 from multibn_conformance.subjects.backends import Candidate
 
-from .terminal import cell
+from .terminal import cell, verdict_line
+
+WHAT = "whitening "
+"""Before the verdict, beside BatchNorm's."""
 
 
 def show(judgements: Sequence[Judgement], able: Sequence[Candidate], console: Console) -> None:
@@ -37,17 +40,4 @@ def show(judgements: Sequence[Judgement], able: Sequence[Candidate], console: Co
             skipped.setdefault((each.subject, each.message), []).append(each.case)
     for (name, reason), ids in skipped.items():
         console.print(escape(f"skipped {name}: {', '.join(ids)}: {reason}"), soft_wrap=True)
-    console.print(last_line(judgements), style="bold red" if failures else "bold green", soft_wrap=True)
-
-
-def last_line(judgements: Sequence[Judgement]) -> str:
-    """``whitening conforms: ...`` or ``whitening does not conform: ...``."""
-    broken: dict[str, dict[str, None]] = {}
-    for each in judgements:
-        if each.status == "fail":
-            broken.setdefault(each.subject, {})[each.clause] = None
-    if broken:
-        told = "; ".join(f"{name} breaks {', '.join(sorted(its))}" for name, its in broken.items())
-        return f"whitening does not conform: {told}"
-    passed = sum(each.status == "pass" for each in judgements)
-    return f"whitening conforms: {', '.join(sorted({each.subject for each in judgements}))} ({passed} checks)"
+    console.print(verdict_line(judgements, WHAT), style="bold red" if failures else "bold green", soft_wrap=True)

@@ -15,14 +15,13 @@ from multibn.backend import Precision
 from multibn.layer.types import Array
 from multibn.spec.batchnorm import BatchNormSpec
 from multibn.usage import UsageError
-from multibn_conformance.cases.case import Case, Step
+from multibn_conformance.cases.case import MOVING, Case, Step
 from multibn_conformance.cases.fixed import CASES
 from multibn_conformance.judging.judge import Judgement, judge_maker, told
 
 from .write import FORMAT, fingerprint, left_out
 
 _RESULTS = {"train": ("y",), "infer": ("y",), "backward": ("dx", "dgamma", "dbeta")}
-_MOVING = ("moving_mean", "moving_var")
 
 
 class ReportedError(Exception):
@@ -49,7 +48,7 @@ def read_index(folder: Path) -> dict[str, Case]:
     return {each: CASES[each] for each in known}
 
 
-def check(vectors: Path, answers: Path, cases: Sequence[Case], precision: Precision) -> Iterator[Judgement]:
+def judge_answers(vectors: Path, answers: Path, cases: Sequence[Case], precision: Precision) -> Iterator[Judgement]:
     """A judgement for each case; what is missing or cannot be read is told, all of it.
 
     Raises:
@@ -107,7 +106,7 @@ class Played:
 
     def moving(self) -> Any:
         """The moving statistics after the step."""
-        return tuple(self.answers[self.step][name] for name in _MOVING)
+        return tuple(self.answers[self.step][name] for name in MOVING)
 
     def _next(self) -> dict[str, Any]:
         self.step += 1
@@ -151,10 +150,10 @@ def _answer(step: Step, answer: Mapping[str, Any], where: str, folder: Path, pro
     """What an answer gives; what it lacks, and what is wrong with its arrays, goes to the problems."""
     raised = "raised" in answer
     found: dict[str, Any] = {"raised": str(answer["raised"])} if raised else {}
-    for name in (*(() if raised else _RESULTS.get(step.do, ())), *_MOVING):
+    for name in (*(() if raised else _RESULTS.get(step.do, ())), *MOVING):
         if name not in answer:
             missing = f"{where}: no {name}. "
-            if name in _MOVING:
+            if name in MOVING:
                 problems.append(missing + "Give the moving statistics as they are after every step.")
             elif name in step.observe:
                 problems.append(missing + "Give it, null if there is none.")

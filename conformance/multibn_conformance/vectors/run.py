@@ -17,9 +17,8 @@ from multibn_conformance.cases.select import chosen_cases
 from multibn_conformance.reports import terminal as report
 from multibn_conformance.subjects.backends import Absent, Candidate
 
-from . import write as vectors
-from .answers import check as judgements
-from .answers import read_index
+from .answers import judge_answers, read_index
+from .write import write as write_vectors
 
 
 def write(folder: Path, ids: Sequence[str], clauses: Sequence[str], console: Console) -> None:
@@ -31,7 +30,7 @@ def write(folder: Path, ids: Sequence[str], clauses: Sequence[str], console: Con
     cases = chosen_cases(CASES, ids, clauses)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("writing", total=len(cases))
-        left_out = vectors.write(folder, cases, lambda: progress.advance(task))
+        left_out = write_vectors(folder, cases, lambda: progress.advance(task))
     if left_out:
         console.print(f"left out, since they need scikit-learn: {', '.join(left_out)}", soft_wrap=True)
     console.print(f"{len(cases) - len(left_out)} cases in {folder}; {folder / 'README.md'} says how to answer.", soft_wrap=True)
@@ -48,7 +47,7 @@ def check(folder: Path, answers: Path, ids: Sequence[str], precision: str, conso
     promised: Precision = "exact" if precision == "exact" else "working"
     known = read_index(folder)
     cases = chosen_cases(known, ids, ())
-    found = list(judgements(folder, answers, cases, promised))
+    found = list(judge_answers(folder, answers, cases, promised))
     backend = Backend("vectors", {"multibn": version("multibn")}, {str(answers): promised}, lambda: ("files",), _none)
     extra = sorted(path.stem for path in answers.glob("*.json") if path.stem not in known)
     absent = [Absent(f"{answers / each}.json", f"there is no case {each} in {folder}") for each in extra]

@@ -24,7 +24,7 @@ from multibn_conformance.oracle.exact import Exact, Expected, expected
 
 FORMAT = "multibn-vectors-1"
 SCHEMAS = ("index", "vector", "answer")
-LARGE = 5_000
+INLINE_LIMIT = 5_000
 """Arrays with more values stand in a binary file of their own, beside the case."""
 
 
@@ -142,7 +142,7 @@ def _bounds(name: str, exact: Exact, right: Expected, precision: Precision) -> l
 
 
 def _array(a: Array) -> dict[str, Any]:
-    values: object = a if a.size > LARGE else _hex(a) if a.dtype.kind == "f" else [int(each) for each in a.ravel()]
+    values: object = a if a.size > INLINE_LIMIT else _hex(a) if a.dtype.kind == "f" else [int(each) for each in a.ravel()]
     return {"dtype": a.dtype.name, "shape": list(a.shape), "values": values}
 
 

@@ -15,7 +15,7 @@ Action = Literal["train", "infer", "backward", "refuse", "refuse backward"]
 Planted = Literal["nothing", "nan", "inf", "constant channel", "dependent channels", "unit vectors"]
 
 ALL_GRADIENTS: tuple[Observed, ...] = ("dx", "dgamma", "dbeta")
-MOVING: tuple[Observed, ...] = ("moving_mean", "moving_covariance")
+MOVING: tuple[Literal["moving_mean", "moving_covariance"], ...] = ("moving_mean", "moving_covariance")
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from multibn.backend import Precision, Subject
 from multibn.layer.types import PARAMETER_TYPE, Array
 from multibn.whitening.spec import CLAUSES, WhiteningSpec
-from multibn_conformance.judging.compare import Error, both_none, type_and_shape
+from multibn_conformance.judging.compare import Deviations, Error, both_none, type_and_shape, worst_of
 from multibn_conformance.judging.judge import Judgement, again
 from multibn_conformance.judging.perform import Wrong, array_from, call_subject, copies, same_bits
 from multibn_conformance.oracle.bounds import ulp
@@ -18,11 +18,10 @@ from multibn_conformance.oracle.exact import Exact
 from multibn_conformance.subjects.backends import Candidate
 
 from .bounds import Bounds, for_moving
-from .case import Step, WhiteningCase, state
+from .case import MOVING, Step, WhiteningCase, state
 from .oracle import Expected, expected
 
 Make = Callable[[int, WhiteningSpec], Subject]
-_MOVING: tuple[Literal["moving_mean", "moving_covariance"], ...] = ("moving_mean", "moving_covariance")
 
 
 def judge(candidate: Candidate, case: WhiteningCase) -> Judgement:
@@ -53,7 +52,7 @@ def judge_maker(make: Make, case: WhiteningCase, name: str, precision: Precision
                 return Judgement(name, case.id, case.clause, "skip", message=reason, dtype=case.dtype)
             for (where, answers), right in zip(perform(case, make), rights, strict=True):
                 for what, got in answers.items():
-                    error = error.worst(_compared(f"{where}, {what}", what, got, right, case, precision))
+                    error = error.worst(_error_of(f"{where}, {what}", what, got, right, case, precision))
     except Wrong as wrong:
         told = f"{case.comment} It catches a whitening that {case.catches}."
         message = f"{case.id}: {wrong}\n{case.clause}: {CLAUSES[case.clause]}\n{told}"
@@ -79,12 +78,12 @@ def perform(case: WhiteningCase, make: Make) -> Iterator[tuple[str, dict[str, Ar
         answers = _answers(where, step, subject, given)
         if before.tobytes() != given.tobytes():
             raise Wrong(f"{where}: the subject changed the array that it was given. It must leave its inputs as they are.")
-        read = [array_from(f"{where}, {name}", a) for name, a in zip(_MOVING, call_subject(where, subject.moving), strict=True)]
+        read = [array_from(f"{where}, {name}", a) for name, a in zip(MOVING, call_subject(where, subject.moving), strict=True)]
         if "unchanged" in step.observe or step.do.startswith("refuse"):
-            for name, now, old in zip(_MOVING, read, moving, strict=True):
+            for name, now, old in zip(MOVING, read, moving, strict=True):
                 same_bits(f"{where}: {name} must stay as it was", now.reshape(-1), old.reshape(-1))
         moving = read[0], read[1]
-        answers.update(zip(_MOVING, read, strict=True))
+        answers.update(zip(MOVING, read, strict=True))
         yield where, {name: answers[name] for name in step.observe if name != "unchanged"}
 
 
@@ -115,12 +114,12 @@ def _bounds(right: Expected, case: WhiteningCase, precision: Precision) -> list[
     """Of each group."""
     found = []
     for facts, updates in zip(right.facts, right.updates, strict=True):
-        inherited = [float(np.linalg.norm(for_moving(updates, name, case.spec, case.dtype, precision))) for name in _MOVING]
+        inherited = [float(np.linalg.norm(for_moving(updates, name, case.spec, case.dtype, precision))) for name in MOVING]
         found.append(Bounds(facts, case.spec, case.dtype, precision, (inherited[0], inherited[1])))
     return found
 
 
-def _compared(where: str, what: str, got: Array | None, right: Expected, case: WhiteningCase, precision: Precision) -> Error:
+def _error_of(where: str, what: str, got: Array | None, right: Expected, case: WhiteningCase, precision: Precision) -> Error:
     exact = right.values[what]
     if exact is None or got is None:
         both_none(where, got, exact)
@@ -132,24 +131,15 @@ def _compared(where: str, what: str, got: Array | None, right: Expected, case: W
     came = got.astype(np.float64)
     off = np.abs((came - exact.high) - exact.low)
     off = np.where(np.isnan(came) & np.isnan(exact.high), 0.0, np.where(np.isnan(off), np.inf, off))
-    ulps = np.where(off == 0, 0.0, off / ulp(np.fmax(np.abs(exact.high), scale), got.dtype.name))
-    ratios = np.where(off == 0, 0.0, off / bound)
-    at = np.unravel_index(int(np.argmax(ratios)), got.shape)
-    if ratios[at] > 1:
-        raise Wrong(
-            f"{where}{[int(i) for i in at]}: got {float(came[at])!r}, should be {float(exact.high[at])!r}: "
-            f"off by {ulps[at]:.3g} ulp of {got.dtype}, {ratios[at]:.3g} times the bound for {precision} "
-            f"arithmetic ({bound[at]:.3g}); {int((ratios > 1).sum())} of {got.size} are out of bounds.",
-            ulp=float(np.max(ulps)),
-            ratio=float(ratios[at]),
-        )
-    return Error(float(np.max(ulps)), float(np.max(ratios)))
+    one = ulp(np.fmax(np.abs(exact.high), scale), got.dtype.name)
+    ulps, ratios = (np.where(off == 0, 0.0, off / unit) for unit in (one, bound))
+    return worst_of(where, got, exact, Deviations(ulps, ratios, bound, bound / one), precision)
 
 
 def _bound(what: str, exact: Exact, right: Expected, case: WhiteningCase, precision: Precision) -> tuple[Array, Array]:
     """The bound of each value, and the scale that an ulp is taken at: the largest of a group, for single values may cancel."""
     groups = case.spec.groups
-    if what in _MOVING:
+    if what in MOVING:
         cut = exact.high.reshape(groups, -1)
         parts = [
             np.broadcast_to(

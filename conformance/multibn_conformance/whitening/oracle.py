@@ -16,6 +16,7 @@ from mpmath.ctx_mp import MPContext
 from multibn.layer.types import Array
 from multibn.whitening.spec import WhiteningSpec
 from multibn_conformance.oracle.exact import Exact
+from multibn_conformance.oracle.tape import Recorded, differentiate
 
 from .case import WhiteningCase, state
 
@@ -25,42 +26,39 @@ _numbers = np.frompyfunc(lambda value: _digits.mpf(value), 1, 1)
 _nearest = np.frompyfunc(float, 1, 1)
 
 
-class Node:
-    """A matrix of 80 digits in the course of a computation, and how it depends on others."""
-
-    def __init__(self, value: Array, *inputs: tuple[Node, Callable[[Array], Array]]) -> None:
-        self.value, self.inputs = value, inputs
+class Node(Recorded):
+    """A matrix of numbers of 80 digits."""
 
     def __add__(self, other: Node) -> Node:
-        return Node(self.value + other.value, (self, _fit(self)), (other, _fit(other)))
+        return Node(self.value + other.value, (self, lambda g: g), (other, lambda g: g))
 
     def __sub__(self, other: Node) -> Node:
         return self + other * constant(-np.ones((1, 1)))
 
     def __mul__(self, other: Node) -> Node:
-        """Each by each; a row, a column or a number is repeated."""
+        """Elementwise; a row, a column or a number is broadcast."""
         a, b = self.value, other.value
-        return Node(a * b, (self, lambda owed: _fit(self)(owed * b)), (other, lambda owed: _fit(other)(owed * a)))
+        return Node(a * b, (self, lambda g: g * b), (other, lambda g: g * a))
 
     def __matmul__(self, other: Node) -> Node:
         a, b = self.value, other.value
-        return Node(a.dot(b), (self, lambda owed: owed.dot(b.T)), (other, lambda owed: a.T.dot(owed)))
+        return Node(a.dot(b), (self, lambda g: g.dot(b.T)), (other, lambda g: a.T.dot(g)))
 
     @property
     def T(self) -> Node:
-        """Transposed."""
-        return Node(self.value.T, (self, lambda owed: owed.T))
+        """The transpose."""
+        return Node(self.value.T, (self, lambda g: g.T))
 
     def inverse(self) -> Node:
-        """Of a square matrix."""
+        """The inverse of a square matrix."""
         n = len(self.value)
         made = np.array((_digits.matrix(self.value.tolist()) ** -1).tolist(), object).reshape(n, n)
-        return Node(made, (self, lambda owed: -made.T.dot(owed).dot(made.T)))
+        return Node(made, (self, lambda g: -made.T.dot(g).dot(made.T)))
 
     def inverse_root(self) -> Node:
         """1/sqrt of a number, (1, 1)."""
         root = 1 / _digits.sqrt(self.value[0, 0])
-        return Node(np.array([[root]], object), (self, lambda owed: owed * root**3 / -2))
+        return Node(np.array([[root]], object), (self, lambda g: g * root**3 / -2))
 
 
 def constant(a: Array) -> Node:
@@ -68,42 +66,11 @@ def constant(a: Array) -> Node:
     return Node(np.asarray(_numbers(a.astype(np.float64)), object).reshape(a.shape))
 
 
-def _fit(node: Node) -> Callable[[Array], Array]:
-    """What is owed to a repeated row, column or number is the sum of what its copies are owed."""
-
-    def fit(owed: Array) -> Array:
-        for axis in (0, 1):
-            if node.value.shape[axis] == 1 and owed.shape[axis] != 1:
-                owed = owed.sum(axis=axis, keepdims=True)
-        return owed
-
-    return fit
-
-
 def _stack(rows: list[Node]) -> Node:
     def its(i: int) -> Callable[[Array], Array]:
-        return lambda owed: owed[i : i + 1]
+        return lambda g: g[i : i + 1]
 
     return Node(np.concatenate([row.value for row in rows]), *((row, its(i)) for i, row in enumerate(rows)))
-
-
-def differentiate(result: Node, owed: Array) -> dict[Node, Array]:
-    """The gradient of ``sum(owed * result)`` for every node that the result came from."""
-    order: dict[Node, None] = {}
-
-    def visit(node: Node) -> None:
-        for each, _ in node.inputs:
-            if each not in order:
-                visit(each)
-        order[node] = None
-
-    visit(result)
-    gradients = {result: owed}
-    for node in reversed(order):
-        for each, derivative in node.inputs:
-            part = derivative(gradients[node])
-            gradients[each] = gradients[each] + part if each in gradients else part
-    return gradients
 
 
 def whitening_matrix(covariance: Node, spec: WhiteningSpec) -> Node:

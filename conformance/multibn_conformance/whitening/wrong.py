@@ -48,7 +48,7 @@ class Right(WhiteningSubject):
             dgamma, dbeta = (slopes * (self.w @ self.deviations)).sum(axis=2), slopes.sum(axis=2)
             dx = np.swapaxes(self.w, 1, 2) @ (gamma * slopes)
             if self.from_batch:
-                dx = self.through(dx, self.owed(gamma * slopes @ np.swapaxes(self.deviations, 1, 2)))
+                dx = self.through(dx, self.cotangent(gamma * slopes @ np.swapaxes(self.deviations, 1, 2)))
         return self.as_input(dx).astype(dy.dtype), dgamma.reshape(-1), dbeta.reshape(-1)
 
     def type_of(self, x: Array) -> Any:
@@ -115,13 +115,13 @@ class Right(WhiteningSubject):
         """y."""
         return gamma * (self.w @ self.deviations) + beta
 
-    def owed(self, products: Array) -> Array:
+    def cotangent(self, products: Array) -> Array:
         """dL/dSigma, for dL/dW."""
         return whitening_matrix.adjoint(self.factors, products, self.spec)
 
-    def through(self, dx: Array, owed: Array) -> Array:
+    def through(self, dx: Array, cotangent: Array) -> Array:
         """What flows through covariance and mean comes to dx."""
-        dx = dx + 2 / self.m * owed @ self.deviations
+        dx = dx + 2 / self.m * cotangent @ self.deviations
         return dx - dx.mean(axis=2, keepdims=True)
 
 
@@ -323,9 +323,9 @@ class UpdatesInInference(Right):
 class DifferenceQuotients(Right):
     """Divides by the difference of eigenvalues for ZCA."""
 
-    def owed(self, products: Array) -> Array:
+    def cotangent(self, products: Array) -> Array:
         if self.spec.kind != "zca":
-            return super().owed(products)
+            return super().cotangent(products)
         vectors, values = self.factors[..., :-1], self.factors[..., -1]
         rows, f = np.swapaxes(vectors, 1, 2), 1 / np.sqrt(values + self.spec.eps)
         quotient = (f[..., :, None] - f[..., None, :]) / (values[..., :, None] - values[..., None, :])
@@ -339,9 +339,9 @@ class DifferenceQuotients(Right):
 class NearOnesFixed(Right):
     """Holds the eigenvectors of eigenvalues fixed that are within a hundredth of each other."""
 
-    def owed(self, products: Array) -> Array:
+    def cotangent(self, products: Array) -> Array:
         if self.spec.kind != "pca":
-            return super().owed(products)
+            return super().cotangent(products)
         values = self.factors[..., -1]
         near = np.abs(values[..., :, None] - values[..., None, :]) < 0.01 * values.max()
         inner = whitening_matrix._pca_inner(values + np.arange(values.shape[1], 0, -1) * 1e-9, np.sqrt(values + self.spec.eps),
@@ -355,7 +355,7 @@ class NearOnesFixed(Right):
 class ConstantStatistics(Right):
     """Takes mean, covariance and matrix for constants."""
 
-    def through(self, dx: Array, owed: Array) -> Array:
+    def through(self, dx: Array, cotangent: Array) -> Array:
         return dx
 
 
@@ -363,7 +363,7 @@ class ConstantStatistics(Right):
 class ConstantCovariance(Right):
     """Takes the matrix for a constant."""
 
-    def owed(self, products: Array) -> Array:
+    def cotangent(self, products: Array) -> Array:
         return products * 0
 
 
@@ -371,31 +371,31 @@ class ConstantCovariance(Right):
 class ConstantMean(Right):
     """Takes the mean for a constant."""
 
-    def through(self, dx: Array, owed: Array) -> Array:
-        return dx + 2 / self.m * owed @ self.deviations
+    def through(self, dx: Array, cotangent: Array) -> Array:
+        return dx + 2 / self.m * cotangent @ self.deviations
 
 
 @_breaks("WH-07")
 class HalfOfTheCovariance(Right):
     """Forgets that x comes twice in the covariance."""
 
-    def owed(self, products: Array) -> Array:
-        return super().owed(products) / 2
+    def cotangent(self, products: Array) -> Array:
+        return super().cotangent(products) / 2
 
 
 @_breaks("WH-07")
 class ConstantTrace(Right):
     """Takes the trace for a constant in Newton's gradient."""
 
-    def owed(self, products: Array) -> Array:
-        owed = super().owed(products)
+    def cotangent(self, products: Array) -> Array:
+        cotangent = super().cotangent(products)
         if self.spec.kind != "newton":
-            return owed
+            return cotangent
         vectors = self.factors[..., :-1]
         s = (vectors * (self.factors[..., -1] + self.spec.eps)[:, None, :]) @ np.swapaxes(vectors, 1, 2)
-        # W(kS) = W(S)/sqrt(k), so what flows through the trace is what makes <owed, S> equal -<products, W>/2
-        missing = (owed * s).sum(axis=(1, 2)) / np.trace(s, axis1=1, axis2=2)
-        return owed - missing[:, None, None] * np.eye(owed.shape[1])
+        # W(kS) = W(S)/sqrt(k), so what flows through the trace is what makes <cotangent, S> equal -<products, W>/2
+        missing = (cotangent * s).sum(axis=(1, 2)) / np.trace(s, axis1=1, axis2=2)
+        return cotangent - missing[:, None, None] * np.eye(cotangent.shape[1])
 
 
 @_breaks("WH-08")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from multibn.spec.batchnorm import BatchNormSpec
-from multibn_conformance.cases.case import ALL_GRADIENTS, HALF, MOVING, Case, Observed, back, case, train
+from multibn_conformance.cases.case import ALL_GRADIENTS, HALF_MOMENTUM, MOVING, Case, Observed, back, case, train
 from multibn_conformance.cases.inputs import Kind, Values
 
 
 def accuracy() -> list[Case]:
     """Values that are hard to be exact on."""
     cases = []
-    article = BatchNormSpec(eps=1e-12, momentum=HALF)
+    article = BatchNormSpec(eps=1e-12, momentum=HALF_MOMENTUM)
 
     def accurate(
         name: str,
@@ -68,7 +68,7 @@ def accuracy() -> list[Case]:
             "eps 1e-300 beside a variance of 1e-40.",
             "rounds eps to float32",
             Values((8, 3, 5, 5), 11, "float64", 0.0, 1e-20),
-            BatchNormSpec(eps=1e-300, momentum=HALF),
+            BatchNormSpec(eps=1e-300, momentum=HALF_MOMENTUM),
         ),
         accurate("long", "8192 values per channel.", "lets errors grow with m", Values((128, 1, 8, 8), 12, "float32", 3.0, 1.0)),
     ]

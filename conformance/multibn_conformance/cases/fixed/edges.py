@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from multibn.spec.batchnorm import BatchNormSpec
-from multibn_conformance.cases.case import ALL_GRADIENTS, HALF, MOVING, Case, Step, back, case, infer, train, usual
+from multibn_conformance.cases.case import ALL_GRADIENTS, HALF_MOMENTUM, MOVING, Case, Step, back, case, infer, train, usual
 from multibn_conformance.cases.inputs import Values
 
 
@@ -20,7 +20,7 @@ def types() -> list[Case]:
                 infer(usual(seed=2, dtype=dtype), "y"),
                 train(usual(dtype=dtype), "y", *MOVING),
                 back(usual(seed=1, dtype=dtype), *ALL_GRADIENTS),
-                spec=BatchNormSpec(momentum=HALF),
+                spec=BatchNormSpec(momentum=HALF_MOMENTUM),
                 dtype=dtype,
             )
         )
@@ -62,7 +62,7 @@ def edges() -> list[Case]:
                 train(poisoned, "y", *MOVING),
                 back(usual(seed=1), *ALL_GRADIENTS),
                 train(usual(seed=2), "y", *MOVING),
-                spec=BatchNormSpec(momentum=HALF),
+                spec=BatchNormSpec(momentum=HALF_MOMENTUM),
                 source="PyTorch, MXNet, Keras: running statistics turn NaN",
             ),
             case(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from multibn.spec.batchnorm import BatchNormSpec
-from multibn_conformance.cases.case import HALF, MOVING, Case, back, case, infer, train, usual
+from multibn_conformance.cases.case import HALF_MOMENTUM, MOVING, Case, back, case, infer, train, usual
 
 
 def formulas() -> list[Case]:
     """Statistics, eps, gamma and beta."""
-    half = BatchNormSpec(momentum=HALF)
+    half = BatchNormSpec(momentum=HALF_MOMENTUM)
     cases = [
         case(
             "BN-02",

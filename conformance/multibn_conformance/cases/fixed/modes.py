@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from multibn.spec.batchnorm import BatchNormSpec
-from multibn_conformance.cases.case import ALL_GRADIENTS, HALF, MOVING, SHAPES, Case, Step, back, case, infer, train, usual
+from multibn_conformance.cases.case import (
+    ALL_GRADIENTS,
+    HALF_MOMENTUM,
+    MOVING,
+    SHAPES,
+    Case,
+    Step,
+    back,
+    case,
+    infer,
+    train,
+    usual,
+)
 from multibn_conformance.cases.inputs import ZERO_GAMMA, Values
 
 
@@ -118,7 +130,7 @@ def modes() -> list[Case]:
         ),
     ]
     for update in (True, False):
-        spec = BatchNormSpec(momentum=HALF, normalize_with="moving", update_statistics=update)
+        spec = BatchNormSpec(momentum=HALF_MOMENTUM, normalize_with="moving", update_statistics=update)
         cases.append(
             case(
                 "BN-09",
@@ -155,7 +167,7 @@ def modes() -> list[Case]:
             "drops them, or learns them; freezes the statistics with them",
             train(usual(), "y", *MOVING),
             back(usual(seed=1), *ALL_GRADIENTS),
-            spec=BatchNormSpec(momentum=HALF, learn_affine=False),
+            spec=BatchNormSpec(momentum=HALF_MOMENTUM, learn_affine=False),
         ),
         case(
             "BN-09",

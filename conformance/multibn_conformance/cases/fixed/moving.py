@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from multibn.spec.batchnorm import BatchNormSpec
-from multibn_conformance.cases.case import HALF, SHAPES, Case, Observed, Step, back, case, train, usual
+from multibn_conformance.cases.case import HALF_MOMENTUM, SHAPES, Case, Observed, Step, back, case, train, usual
 from multibn_conformance.cases.inputs import Values
 
 
@@ -92,7 +92,7 @@ def moving() -> list[Case]:
                     "takes the other estimator",
                     train(values, "y", "moving_var"),
                     back(_again(values), "dx"),
-                    spec=BatchNormSpec(momentum=HALF, moving_variance=estimate),
+                    spec=BatchNormSpec(momentum=HALF_MOMENTUM, moving_variance=estimate),
                     dtype=values.dtype,
                 )
             )
@@ -103,7 +103,7 @@ def moving() -> list[Case]:
                 f"The moving variance over ten training steps, {estimate}.",
                 "takes the other estimator",
                 *ten_steps(4, "float32", ("moving_var",)),
-                spec=BatchNormSpec(momentum=HALF, moving_variance=estimate),
+                spec=BatchNormSpec(momentum=HALF_MOMENTUM, moving_variance=estimate),
             )
         )
     return cases

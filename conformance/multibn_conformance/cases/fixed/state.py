@@ -5,7 +5,7 @@ from __future__ import annotations
 from multibn.spec.batchnorm import BatchNormSpec
 from multibn_conformance.cases.case import (
     ALL_GRADIENTS,
-    HALF,
+    HALF_MOMENTUM,
     MOVING,
     SHAPES,
     Case,
@@ -50,7 +50,7 @@ def state() -> list[Case]:
             train(usual(seed=1)),
             Step("reload", None, ("unchanged",)),
             train(usual(seed=2), *MOVING),
-            spec=BatchNormSpec(momentum=HALF),
+            spec=BatchNormSpec(momentum=HALF_MOMENTUM),
         ),
         case(
             "BN-13",
