@@ -84,8 +84,8 @@ def test_what_is_wrong_here_is_as_wrong_there(name: str) -> None:
     [
         ("Hangs", TRAIN, "step 1 of 1 (train): forward did not come back within 0.3 s; its process was stopped."),
         ("Hangs", REFUSE, "step 1 of 1 (refuse): forward did not come back within 0.3 s; its process was stopped."),
-        ("Exits", TRAIN, "step 1 of 1 (train): forward raised SystemExit: 4. That ends a process, and is not how to refuse."),
-        ("Exits", REFUSE, "step 1 of 1 (refuse): forward raised SystemExit: 4. That ends a process, and is not how to refuse."),
+        ("Exits", TRAIN, "step 1 of 1 (train): forward raised SystemExit: 4. That ends a process; refuse with an Exception."),
+        ("Exits", REFUSE, "step 1 of 1 (refuse): forward raised SystemExit: 4. That ends a process; refuse with an Exception."),
         (
             "ExitsAtOnce",
             TRAIN,
@@ -100,14 +100,35 @@ def test_what_is_wrong_here_is_as_wrong_there(name: str) -> None:
         ),
         ("SpeaksOutOfTurn", TRAIN, "step 1 of 1 (train): forward wrote into the pipe to the suite; its process was stopped."),
         ("ClosesEverything", TRAIN, "step 1 of 1 (train): forward closed the pipe to the suite; its process was stopped."),
+        ("SendsOneByte", TRAIN, "step 1 of 1 (train): forward did not come back within 0.3 s; its process was stopped."),
+        ("SendsByteByByte", TRAIN, "step 1 of 1 (train): forward did not come back within 0.3 s; its process was stopped."),
+        ("Stops", TRAIN, "step 1 of 1 (train): forward did not come back within 0.3 s; its process was stopped."),
+        ("AnnouncesTooMuch", TRAIN, "step 1 of 1 (train): forward sent an answer of more than 256 MiB; its process was stopped."),
+        ("SendsDeepJson", TRAIN, "step 1 of 1 (train): forward wrote into the pipe to the suite; its process was stopped."),
+        ("SendsAList", TRAIN, "step 1 of 1 (train): forward wrote into the pipe to the suite; its process was stopped."),
+        ("SendsNull", TRAIN, "step 1 of 1 (train): forward wrote into the pipe to the suite; its process was stopped."),
+        ("SendsTwoKinds", TRAIN, "step 1 of 1 (train): forward wrote into the pipe to the suite; its process was stopped."),
+        ("SendsHalfAnError", TRAIN, "step 1 of 1 (train): forward wrote into the pipe to the suite; its process was stopped."),
+        ("SendsObjects", TRAIN, "step 1 of 1 (train): forward wrote into the pipe to the suite; its process was stopped."),
+        ("ChangesWhatIsNot", TRAIN, "step 1 of 1 (train): forward wrote into the pipe to the suite; its process was stopped."),
+        ("SendsHugeStrides", TRAIN, "step 1 of 1 (train), y: got type float64, should be float32."),
+        ("SendsAName", TRAIN, "step 1 of 1 (train) raised a\\x00\\udcff: \\x1b[31mred"),
+        ("Escapes", TRAIN, "step 1 of 1 (train) raised ValueError: \\x1b]0;title\\x07\\x1b[2J \\udcff \\u202e end"),
+        ("SaysTooMuch", TRAIN, f"step 1 of 1 (train) raised ValueError: {'y' * 4000}... (10000 characters)"),
+        ("NestsTooDeep", TRAIN, "step 1 of 1 (train), y: got tuple, should be a NumPy array."),
+        ("GivesAnEndlessInteger", TRAIN, "step 1 of 1 (train), y: got int, should be a NumPy array."),
+        ("GivesALyingArray", TRAIN, ""),
+        ("PrintsForever", TRAIN, "step 1 of 1 (train): forward printed more than 1 MiB; its process was stopped."),
         ("GivesATruth", TRAIN, "step 1 of 1 (train), y: got dict, should be a NumPy array."),
         ("GivesObjects", TRAIN, "step 1 of 1 (train), y: got ndarray of object, should be a NumPy array."),
         ("RaisesWithoutText", TRAIN, "step 1 of 1 (train) raised Silent: (its message cannot be read)"),
         ("HasNoMoving", INFER, "step 1 of 1 (infer): moving returned NoneType, should be a tuple (moving_mean, moving_var)."),
     ],
 )
-def test_what_happened_is_told(name: str, case: str, wanted: str) -> None:
-    assert message(name, case, timeout=0.3 if name == "Hangs" else None) == f"{case}: {wanted}"
+def test_the_message_says_what_happened(name: str, case: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "PRINTED", 1)
+    told = message(name, case, timeout=0.3 if "0.3 s" in wanted else None)
+    assert told == (f"{case}: {wanted}" if wanted else "")
 
 
 @pytest.mark.parametrize("name", ["Leaks", "LeaksInOneCall"])
@@ -202,28 +223,27 @@ def test_device_and_exact() -> None:
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (("zoo",), "a subject is named package.module:make, got 'zoo'. Name the module, a colon, and its function."),
-        (("zoo:a b",), "a subject is named package.module:make, got 'zoo:a b'. Name the module, a colon, and its function."),
+        (("zoo",), "--subject must be package.module:make, a module and its function, got 'zoo'."),
+        (("zoo:a b",), "--subject must be package.module:make, a module and its function, got 'zoo:a b'."),
         (
             ("no_such_module:make",),
-            "the subject no_such_module:make cannot be had: importing it raised ModuleNotFoundError: "
-            "No module named 'no_such_module'",
+            "cannot load subject no_such_module:make: importing it raised ModuleNotFoundError: No module named 'no_such_module'",
         ),
         (
             ("zoo:no_such",),
-            "the subject zoo:no_such cannot be had: importing it raised AttributeError: module 'zoo' has no attribute 'no_such'",
+            "cannot load subject zoo:no_such: importing it raised AttributeError: module 'zoo' has no attribute 'no_such'",
         ),
         (
             ("zoo:number",),
-            "the subject zoo:number cannot be had: importing it raised AttributeError: zoo:number is not callable, but int",
+            "cannot load subject zoo:number: importing it raised AttributeError: zoo:number is not callable, but int",
         ),
         (
             ("zoo:right", "--python", "/no/such/python"),
-            "--python /no/such/python cannot be started: No such file or directory. Give the path of a Python interpreter.",
+            "cannot start --python /no/such/python: No such file or directory. Give the path of a Python interpreter.",
         ),
         (
             ("zoo:right", "--python", "/bin/false"),
-            "the subject zoo:right cannot be had: importing it ended its process with exit code 1.",
+            "cannot load subject zoo:right: importing it ended its process with exit code 1.",
         ),
         (("zoo:right", "--timeout", "0"), "--timeout must be a number of seconds > 0, got 0.0."),
         (("zoo:right", "--precision", "half"), "--precision must be working or exact, got 'half'."),
@@ -283,7 +303,7 @@ def _environment(folder: Path) -> Path:
 
 
 def test_an_interpreter_without_numpy(bare: Path) -> None:
-    wanted = f"{bare} has no NumPy, which is all that it needs: {bare} -m pip install numpy"
+    wanted = f"{bare} has no NumPy, which the subject's process needs: {bare} -m pip install numpy"
     assert called("conform", "--subject", "zoo:right", "--python", str(bare)) == (2, "", f"multibn: {wanted}\n")
 
 
@@ -389,8 +409,9 @@ def test_the_worker_answers() -> None:
     assert told[0]["returned"]["NumPy"] == told[5]["returned"]["NumPy"] == np.__version__
     assert told[1] == told[4] == {"returned": None}
     assert np.array_equal(told[2]["returned"], np.zeros((2, 3)))
-    assert np.array_equal(told[2]["changed"][0], np.zeros((2, 3)))
-    assert told[3] == {"raised": ["AttributeError", "'WritesIntoItsInput' object has no attribute 'no_such'", True]}
+    assert np.array_equal(told[2]["changed"]["0"], np.zeros((2, 3)))
+    assert told[3]["raised"] == ["AttributeError", "'WritesIntoItsInput' object has no attribute 'no_such'", True]
+    assert np.array_equal(told[3]["changed"]["0"], np.zeros((2, 3)))
     for name, wanted in (("zoo:number", "AttributeError"), ("zoo:RaisesWithoutText", None)):
         requests, answers = io.BytesIO(), io.BytesIO()
         worker.serve(name, "cpu", requests, answers)

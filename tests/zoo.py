@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -120,6 +122,163 @@ class SpeaksOutOfTurn(ReferenceSubject):
     def forward(self, x: Any, training: bool) -> Any:
         os.write(int(sys.argv[4]), (7).to_bytes(8, "little") + b"nonsense")
         return super().forward(x, training)
+
+
+def _send(text: bytes, rest: bytes = b"") -> None:
+    """A message of the worker, written by the subject; then it never returns."""
+    os.write(int(sys.argv[4]), len(text).to_bytes(8, "little") + text + rest)
+    time.sleep(1000)
+
+
+class SendsOneByte(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        os.write(int(sys.argv[4]), b"\1")
+        return time.sleep(1000)
+
+
+class SendsByteByByte(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        os.write(int(sys.argv[4]), (1 << 20).to_bytes(8, "little"))
+        while True:
+            os.write(int(sys.argv[4]), b" ")
+            time.sleep(0.01)
+
+
+class AnnouncesTooMuch(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        os.write(int(sys.argv[4]), (1 << 60).to_bytes(8, "little"))
+        return time.sleep(1000)
+
+
+class SendsDeepJson(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        _send(b"[" * 60000)
+
+
+class SendsAList(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        _send(b"[]")
+
+
+class SendsNull(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        _send(b"null")
+
+
+class SendsTwoKinds(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        _send(b'{"dict": {"returned": {"a": 1, "b": 2}}}')
+
+
+class SendsHalfAnError(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        _send(b'{"dict": {"raised": {"list": ["ValueError"]}}}')
+
+
+class SendsObjects(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        _send(b'{"dict": {"returned": {"array": ["|O", [1], [8], 8]}}}', b"\0" * 8)
+
+
+class ChangesWhatIsNot(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        _send(b'{"dict": {"returned": null, "changed": {"dict": {"99": 1}}}}')
+
+
+class SendsHugeStrides(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        _send(b'{"dict": {"returned": {"array": ["<f8", [2], [1099511627776000], 16]}}}', b"\0" * 16)
+
+
+class SendsAName(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        _send(b'{"dict": {"raised": {"list": ["a\\u0000\\udcff", "\\u001b[31mred", true]}}}')
+
+
+class Stops(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Escapes(ReferenceSubject):
+    """Raises a message that would set a terminal's title, clear it and turn its text around."""
+
+    def forward(self, x: Any, training: bool) -> Any:
+        raise ValueError("\x1b]0;title\x07\x1b[2J \udcff \u202e end")
+
+
+class SaysTooMuch(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        raise ValueError("y" * 50_000_000)
+
+
+class NestsTooDeep(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        nested: Any = x
+        for _ in range(3000):
+            nested = (nested,)
+        return nested
+
+
+class GivesAnEndlessInteger(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        return 10**5000
+
+
+class GivesALyingArray(ReferenceSubject):
+    """A right answer, of a class that claims other bytes."""
+
+    def forward(self, x: Any, training: bool) -> Any:
+        class Lying(np.ndarray):  # type: ignore[type-arg]
+            def tobytes(self, *_: Any) -> bytes:
+                return b"12"
+
+        return super().forward(x, training).view(Lying)
+
+
+class PrintsForever(ReferenceSubject):
+    def forward(self, x: Any, training: bool) -> Any:
+        while True:
+            print("chatter " * 10_000, flush=True)
+
+
+class KeepsItsState(ReferenceSubject):
+    """Updates the very arrays that it was given to load."""
+
+    def load(self, *arrays: Any) -> None:
+        super().load(*arrays)
+        self._given = arrays[2:]
+
+    def forward(self, x: Any, training: bool) -> Any:
+        y = super().forward(x, training)
+        self._given[0][...], self._given[1][...] = self.moving_mean, self.moving_var
+        return y
+
+
+class KeepsItsInput(ReferenceSubject):
+    """Writes dx into the x that forward was given."""
+
+    def forward(self, x: Any, training: bool) -> Any:
+        self._x = x
+        return super().forward(x, training)
+
+    def backward(self, dy: Any) -> Any:
+        gradients = super().backward(dy)
+        self._x[...] = gradients[0]
+        return gradients
+
+
+class LeavesSomethingBehind(ReferenceSubject):
+    """Starts a process in a session of its own, and one whose parent is gone and whose environment is empty; then it hangs."""
+
+    def forward(self, x: Any, training: bool) -> Any:
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(1000)
+            os._exit(0)
+        subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(1000)"], env={}, start_new_session=True)
+        return time.sleep(1000)
 
 
 class Leaks(ReferenceSubject):

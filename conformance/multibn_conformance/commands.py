@@ -12,7 +12,10 @@ from rich.console import Console
 
 from multibn.usage import UsageError, needed
 
+from .subjects.ending import ending_on_signals
 
+
+@ending_on_signals()
 def conform(
     backend: Annotated[list[str] | None, typer.Option(help="Judge this backend; it must load. May be repeated.")] = None,
     device: Annotated[list[str] | None, typer.Option(help="Judge on this device; it must be there.")] = None,
@@ -107,6 +110,7 @@ def conform(
     raise typer.Exit(any(each.status == "fail" for each in judgements))
 
 
+@ending_on_signals()
 def identify(
     subject: Annotated[str, typer.Argument(metavar="MODULE:MAKE", help="A BatchNorm, as docs/judge-your-own.md describes it.")],
     python: Annotated[str | None, typer.Option(help="The interpreter that runs it.")] = None,

@@ -77,7 +77,7 @@ def judged(
                     Judged(own, device, process.versions, _judge_cases(own, cases, process.make, _command(own, python, device)))
                 )
         except (UsageError, Broken) as error:
-            said = str(error).removeprefix(f"the subject {own.subject} cannot be had: ").removeprefix("importing it raised ")
+            said = str(error).removeprefix(f"cannot load subject {own.subject}: ").removeprefix("importing it raised ")
             absent.append(Absent(f"{own.name}/{device}", said))
     return done, absent
 

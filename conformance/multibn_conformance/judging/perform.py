@@ -46,37 +46,68 @@ class Answer(NamedTuple):
     types: dict[str, str]
 
 
+class Lent:
+    """The arrays that subjects were given in a case. They must stay as they are, also after the call that got them."""
+
+    def __init__(self) -> None:
+        self._lent: list[tuple[str, Array, bytes]] = []
+
+    def copies(self, where: str, arrays: tuple[Array | None, ...]) -> list[Array | None]:
+        """Copies of the arrays to give away, None where there is none."""
+        made = [a if a is None else a.copy() for a in arrays]
+        for a in made:
+            if a is not None:
+                self.add(where, a)
+        return made
+
+    def add(self, where: str, a: Array) -> Array:
+        """Remember an array as it is now; ``where`` is the call that gets it."""
+        self._lent.append((where, a, a.tobytes()))
+        return a
+
+    def check(self, where: str) -> None:
+        """Raise ``Wrong`` if an array differs after the call at ``where``."""
+        for since, a, before in self._lent:
+            if a.tobytes() != before:
+                told = "the subject changed the array that it was given. It must leave its inputs as they are."
+                if since != where:
+                    told = f"the subject changed an array that it was given at {since}. It must copy what it keeps."
+                raise Wrong(f"{where}: {told}")
+
+
 def perform(case: Case, make: Make) -> Iterator[Answer]:
     """The answers of a new subject, step by step.
 
     Raises:
-        Wrong: the subject raises where it must not, or not where it must; changes its input; or does not keep its state
-            where the step observes that it is unchanged.
+        Wrong: the subject raises where it must not, or does not where it must; changes an array that it was given; or changes its
+            state where the step observes that it is unchanged.
     """
     subject = call_subject("making it", make, case.features, case.spec)
     arrays = state(case.features, case.dtype, 0, case.spec)
     refusable = case.verdict == "must raise"
-    call_subject("load", subject.load, *copies(arrays))
+    lent = Lent()
+    call_subject("load", subject.load, *lent.copies("load", arrays))
+    lent.check("load")
     moving, kind = arrays[2:], case.dtype
     others = []
     for number, step in enumerate(case.steps, 1):
         where = f"step {number} of {len(case.steps)} ({step.do})"
-        given = None if step.values is None else step.values.array()
-        before = None if given is None else given.copy()
+        given = None if step.values is None else lent.add(where, step.values.array())
         answers: dict[str, Array | None] = {}
         if step.do == "load":
             assert step.values is not None
             kind = step.values.dtype
             arrays = state(case.features, kind, step.values.seed, case.spec)
             moving = arrays[2:]
-            call_subject(where, subject.load, *copies(arrays))
+            call_subject(where, subject.load, *lent.copies(where, arrays))
         elif step.do == "reload":
             subject = call_subject(where, make, case.features, case.spec)
-            call_subject(where, subject.load, *copies((*arrays[:2], *moving)))
+            call_subject(where, subject.load, *lent.copies(where, (*arrays[:2], *moving)))
         elif step.do == "another":
             assert step.values is not None
             others.append(call_subject(where, make, case.features, case.spec))
-            call_subject(where, others[-1].load, *copies(state(case.features, kind, step.values.seed, case.spec)))
+            other = state(case.features, kind, step.values.seed, case.spec)
+            call_subject(where, others[-1].load, *lent.copies(where, other))
             call_subject(where, others[-1].forward, given, True)
         elif step.do == "refuse":
             _refused(where, subject, given)
@@ -87,8 +118,7 @@ def perform(case: Case, make: Make) -> Iterator[Answer]:
             answers.update(zip(("dx", "dgamma", "dbeta"), gradients, strict=True))
         else:
             answers["y"] = call_subject(where, subject.forward, given, step.do == "train")
-        if before is not None and given is not None and before.tobytes() != given.tobytes():
-            raise Wrong(f"{where}: the subject changed the array that it was given. It must leave its inputs as they are.")
+        lent.check(where)
         now = call_subject(f"{where}, reading the moving statistics", subject.moving)
         if not isinstance(now, tuple) or len(now) != 2:
             raise Wrong(f"{where}: moving returned {type(now).__name__}, should be a tuple (moving_mean, moving_var).")
@@ -127,11 +157,6 @@ def _refused(where: str, subject: Subject, x: Array | None) -> None:
             raise Wrong(f"{where}: {type(error).__name__} without a message, should be an error that says why.") from error
         return
     raise Wrong(f"{where}: got output of type {type(y).__name__}, should be an error, for input of shape {x.shape}, {x.dtype}.")
-
-
-def copies(arrays: tuple[Array | None, ...]) -> list[Array | None]:
-    """Copies of the arrays, None where there is none."""
-    return [a if a is None else a.copy() for a in arrays]
 
 
 def array_from(where: str, a: object) -> Array:

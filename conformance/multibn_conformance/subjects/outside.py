@@ -1,23 +1,23 @@
-"""A subject in a process of its own, of any interpreter: whatever it does there, the run goes on.
+"""A subject in a process of its own, run by any interpreter: the suite survives whatever the subject does there.
 
-A call that does not come back, because it takes too long, ends the process or fills the memory, raises ``Broken`` with what
-happened; the next subject that is made gets a new process.
+A call that takes too long, ends the process, fills the memory or answers with nonsense raises ``Broken`` with what happened; the
+next subject that is made gets a new process.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from multibn.spec.batchnorm import BatchNormSpec
 from multibn.usage import UsageError
 
 from . import worker
+from .ending import VARIABLE, end_marked, new_mark
+from .pipes import MOST, Pipes, TooLarge
+from .text import plain
 
 TIMEOUT = 20.0
 """Seconds that a call may take, unless ``--timeout`` says otherwise."""
@@ -34,33 +37,33 @@ START = 300.0
 """Seconds that an interpreter may take to start and to import the subject."""
 
 GROWTH = 512
-"""MiB that a process may grow to more than it had after its first subject was made (Linux only)."""
+"""MiB that a process may grow beyond its size after it made its first subject (Linux only)."""
+
+PRINTED = 256
+"""MiB that a process may print."""
 
 LEAST = 2.0
 """Seconds that a call may take at least, after one of its kind has hung."""
 
-_SLICE = 0.05
-
 
 class Outside:
-    """The process of a subject: started when it is needed, and again where it was broken.
+    """The process of a subject: started when it is needed, and started again after it broke.
 
     Args:
         name: ``package.module:make``, as the interpreter finds it from the working folder and its own path.
         python: the interpreter.
-        device: handed to ``make``.
-        timeout: seconds for a call. After a call of that kind has hung, others get ten times what the longest one took that
-            came back, 2 seconds at least: a subject that always hangs must not take for ever.
+        device: passed to ``make``.
+        timeout: seconds for a call. After a method has hung, its later calls get ten times what its longest successful call
+            took, 2 seconds at least: a subject that always hangs must not stop the run.
 
     Raises:
-        UsageError: when started for the first time, if that interpreter or that subject cannot be had.
+        UsageError: at the first start, if the interpreter does not run or the subject cannot be imported.
     """
 
     def __init__(self, name: str, python: str = sys.executable, device: str = "cpu", timeout: float = TIMEOUT) -> None:
         self.name, self.python, self.device, self.timeout = name, python, device, timeout
         self._process: subprocess.Popen[bytes] | None = None
-        self._requests: BinaryIO
-        self._answers: BinaryIO
+        self._pipes: Pipes
         self._base: int | None = None
         self._longest: dict[str, float] = {}
         self._hung: set[str] = set()
@@ -79,48 +82,41 @@ class Outside:
         self.stop()
 
     def make(self, num_features: int, spec: BatchNormSpec | None, *how: str) -> OutsideSubject:
-        """A new subject. It lives there as long as here.
+        """A new subject, which lives in the process as long as the returned object lives here.
 
         Args:
             how: of a backend, ``kind, device, implementation`` of ``worker.made_by``.
 
         Raises:
-            Broken: it does not come back.
+            Broken: the call does not come back.
         """
         if self._process is None:
             self._start()
         self.made += 1
         gone, self.gone = self.gone, []
-        self.call("make", num_features, None if spec is None else spec.to_dict(), gone, *how, of=self.made)
+        subject = OutsideSubject(self, self.made)
+        subject.call("make", num_features, None if spec is None else spec.to_dict(), gone, *how)
         if self._base is None:
             self._base = self._resident()
-            self.versions.update(self.call("versions"))
-        return OutsideSubject(self, self.made)
+            self.versions.update(_versions(subject.call("versions")))
+        return subject
 
-    def call(self, method: str, *arguments: Any, of: int = 0) -> Any:
-        """What the method returns there, or an exception of the same name and message. The arrays are changed if it changes them.
+    def exchange(self, method: str, arguments: tuple[Any, ...], number: int) -> dict[str, Any]:
+        """The worker's answer to a call of a method of the subject with this number.
 
         Raises:
-            Broken: it does not come back.
+            Broken: the call does not come back.
         """
         if self._process is None:
             raise Broken(f"{method} was not called: its process has ended before.")
-        limit = self._limit(method)
-        began = monotonic()
-        try:
-            worker.send(self._requests, (method, arguments, of))
-            answer = self._answer(method, limit)
-        except OSError:
-            raise self._ended(method) from None
+        began, limit = monotonic(), self._limit(method, self.timeout)
+        answer = self._answer(method, limit, (method, arguments, number))
         self._longest[method] = max(self._longest.get(method, 0.0), monotonic() - began)
         self._check_growth(method)
-        for old, new in zip(arguments, answer.get("changed", arguments), strict=True):
-            if isinstance(old, np.ndarray):
-                old[...] = new
-        return _unpacked(method, answer)
+        return answer
 
     def stop(self) -> None:
-        """End the process and all that it started; done too when this object or the program ends."""
+        """End the process and all that it started; also done when this object or the program ends."""
         if self._process is not None:
             self._process = None
             self._ending()
@@ -128,7 +124,9 @@ class Outside:
     def _start(self) -> dict[str, str]:
         (there, requests), (answers, here) = os.pipe(), os.pipe()
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        command = [self.python, str(Path(worker.__file__)), self.name, self.device, str(there), str(here)]
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+        command = [self.python, str(Path(worker.__file__)), self.name, self.device, str(there), str(here), str(parent)]
+        mark = new_mark()
         try:
             self._process = subprocess.Popen(
                 command,
@@ -137,56 +135,65 @@ class Outside:
                 stderr=self._printed,
                 pass_fds=(there, here),
                 start_new_session=True,
+                env={**os.environ, VARIABLE: mark},
             )
-        except OSError:
+        except BaseException:
             self._printed.close()
             for fd in (requests, answers):
                 os.close(fd)
+            end_marked(mark)
             raise
         finally:
             os.close(there)
             os.close(here)
-        self._requests, self._answers = os.fdopen(requests, "wb"), os.fdopen(answers, "rb")
-        self._ending = weakref.finalize(self, _end, self._process, self._requests, self._answers, self._printed)
+        self._method = "importing it"
+        alive = weakref.WeakMethod(self._alive)  # a strong reference would keep the process running
+        self._pipes = Pipes(requests, answers, lambda: (method := alive()) is not None and method())
+        self._ending = weakref.finalize(self, _end, self._process, mark, self._pipes, self._printed)
         self._base = None
         try:
-            versions: dict[str, str] = _unpacked("importing it", self._answer("importing it", START))
+            return _versions(_unpacked("importing it", self._answer("importing it", self._limit("importing it", START))))
         except Broken:
             raise
         except Exception as error:
             self.stop()
             raise Broken(f"importing it raised {type(error).__name__}: {error}") from error
-        return versions
 
-    def _answer(self, method: str, limit: float) -> dict[str, Any]:
-        """The next message, within so many seconds. A machine that was asleep meanwhile has not been waited for."""
-        assert self._process is not None
-        left, poll = limit, select.poll()
-        poll.register(self._answers, select.POLLIN)
-        while True:
-            began = monotonic()
-            ended = self._process.poll() is not None
-            if poll.poll(0 if ended else 1000 * min(_SLICE, left)):
-                break
-            if ended:
-                raise self._ended(method)
-            left -= min(monotonic() - began, 2 * _SLICE)
-            self._check_growth(method)
-            if left <= 0:
-                self._hung.add(method)
-                self.stop()
-                raise Broken(f"{method} did not come back within {limit:g} s; its process was stopped.")
+    def _answer(self, method: str, limit: float, request: Any = None) -> dict[str, Any]:
+        """The answer to a request, or to the start, within so many seconds."""
+        self._method = method
+        self._pipes.begin(limit)
         try:
-            answer: dict[str, Any] = worker.receive(self._answers)
-        except EOFError:
-            raise self._ended(method) from None
-        except ValueError:
+            if request is not None:
+                worker.send(self._pipes, request)
+            answer = worker.receive(self._pipes)
+        except Broken:
+            raise
+        except TimeoutError:
+            self._hung.add(method)
             self.stop()
-            raise Broken(f"{method} wrote into the pipe to the suite; its process was stopped.") from None
+            raise Broken(f"{method} did not come back within {limit:g} s; its process was stopped.") from None
+        except (EOFError, OSError):
+            raise self._ended(method) from None
+        except Exception as error:  # whatever was written there, such as JSON of any depth or an array that has no such shape
+            raise self._nonsense(method, error) from None
+        if not (isinstance(answer, dict) and ("returned" in answer or _raised(answer))):
+            raise self._nonsense(method)
         return answer
 
-    def _limit(self, method: str) -> float:
-        return min(self.timeout, max(LEAST, 10 * self._longest.get(method, 0.0))) if method in self._hung else self.timeout
+    def _nonsense(self, method: str, error: Exception | None = None) -> Broken:
+        self.stop()
+        if isinstance(error, TooLarge):
+            return Broken(f"{method} sent an answer of more than {MOST >> 20} MiB; its process was stopped.")
+        return Broken(f"{method} wrote into the pipe to the suite; its process was stopped.")
+
+    def _alive(self) -> bool:
+        assert self._process is not None
+        self._check_growth(self._method)
+        return self._process is not None and self._process.poll() is None
+
+    def _limit(self, method: str, most: float) -> float:
+        return min(most, max(LEAST, 10 * self._longest.get(method, 0.0))) if method in self._hung else most
 
     def _ended(self, method: str) -> Broken:
         """Why the process is no more."""
@@ -217,6 +224,9 @@ class Outside:
                 f"{method} leaks memory: the process has grown to {now} MiB, from {before} MiB after its first subject was made, "
                 f"by more than the {GROWTH} MiB that it may; it was stopped."
             )
+        if os.fstat(self._printed.fileno()).st_size > PRINTED << 20:
+            self.stop()
+            raise Broken(f"{method} printed more than {PRINTED} MiB; its process was stopped.")
 
     def _resident(self) -> int | None:
         """MiB in memory; None where the system does not tell."""
@@ -229,11 +239,12 @@ class Outside:
 
     def _no_start(self, error: Exception) -> str:
         """What is wrong with the call, and what to do."""
+        python = plain(self.python)
         if isinstance(error, OSError):
-            return f"--python {self.python} cannot be started: {error.strerror}. Give the path of a Python interpreter."
+            return f"cannot start --python {python}: {error.strerror}. Give the path of a Python interpreter."
         if "No module named 'numpy'" in str(error) or "No module named numpy" in str(error):
-            return f"{self.python} has no NumPy, which is all that it needs: {shlex.quote(self.python)} -m pip install numpy"
-        return f"the subject {self.name} cannot be had: {error}"
+            return f"{python} has no NumPy, which the subject's process needs: {shlex.quote(python)} -m pip install numpy"
+        return f"cannot load subject {self.name}: {error}"
 
 
 class LongLived(Outside):
@@ -255,52 +266,69 @@ class OutsideSubject:
 
     def __init__(self, outside: Outside, number: int) -> None:
         self._outside, self._number = outside, number
+        self._given: list[Array] = []
 
     def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
-        """See ``multibn.layer.Subject``, as for the others."""
-        self._call("load", gamma, beta, moving_mean, moving_var)
+        """See ``multibn.backend.Subject``, as for the other methods."""
+        self.call("load", gamma, beta, moving_mean, moving_var)
 
     def forward(self, x: Array, training: bool) -> Any:
-        """Whatever comes back."""
-        return self._call("forward", x, training)
+        """Return what the subject returns."""
+        return self.call("forward", x, training)
 
     def backward(self, dy: Array) -> Any:
-        """Whatever comes back."""
-        return self._call("backward", dy)
+        """Return what the subject returns."""
+        return self.call("backward", dy)
 
     def moving(self) -> Any:
-        """Whatever comes back."""
-        return self._call("moving")
+        """Return what the subject returns."""
+        return self.call("moving")
 
     def __del__(self) -> None:
         self._outside.gone.append(self._number)
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        return self._outside.call(method, *arguments, of=self._number)
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the method returns there, or an exception of the same name and message.
+
+        Arrays of this call and of earlier ones change here where the subject changed them there.
+
+        Raises:
+            Broken: the call does not come back.
+        """
+        self._given += [a for a in arguments if isinstance(a, np.ndarray)]
+        answer = self._outside.exchange(method, arguments, self._number)
+        try:
+            for index, new in answer.get("changed", {}).items():
+                self._given[int(index)][...] = new
+        except Exception:
+            raise self._outside._nonsense(method) from None
+        return _unpacked(method, answer)
 
 
 def started(name: str, python: str | None = None, timeout: float | None = None, device: str = "cpu") -> Outside:
-    """The process of a subject, by the options of the command line.
+    """Start the process of a subject, by the options of the command line.
 
     Raises:
-        UsageError: one of these is wrong, or the subject cannot be imported.
+        UsageError: an option is wrong, or the subject cannot be imported.
     """
     module, _, function = name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
-        raise UsageError(f"a subject is named package.module:make, got {name!r}. Name the module, a colon, and its function.")
+        raise UsageError(f"--subject must be package.module:make, a module and its function, got {name!r}.")
     limit = TIMEOUT if timeout is None else timeout
     if not 0 < limit < float("inf"):
         raise UsageError(f"--timeout must be a number of seconds > 0, got {timeout}.")
     return Outside(name, sys.executable if python is None else python, device, limit)
 
 
-def _end(process: subprocess.Popen[bytes], *files: IO[bytes]) -> None:
-    with suppress(ProcessLookupError):
+def _end(process: subprocess.Popen[bytes], mark: str, pipes: Pipes, printed: IO[bytes]) -> None:
+    """Kill the process and all that it started."""
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for file in files:
-        with suppress(OSError):  # what a broken pipe did not take
-            file.close()
+    end_marked(mark)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    pipes.close()
+    printed.close()
 
 
 def _signal(number: int) -> str:
@@ -310,12 +338,19 @@ def _signal(number: int) -> str:
         return str(number)
 
 
+def _raised(answer: dict[str, Any]) -> bool:
+    """Whether an answer tells an exception: its name, its message, and whether it is an ``Exception``."""
+    raised = answer.get("raised")
+    return isinstance(raised, list) and [type(each) for each in raised] == [str, str, bool]
+
+
 def _unpacked(method: str, answer: dict[str, Any]) -> Any:
     """What was returned, or the exception that was raised."""
     if "raised" in answer:
         name, message, usual = answer["raised"]
+        name, message = plain(name), plain(message)
         if not usual:
-            raise Broken(f"{method} raised {name}: {message}. That ends a process, and is not how to refuse.")
+            raise Broken(f"{method} raised {name}: {message}. That ends a process; refuse with an Exception.")
         raise type(name, (Exception,), {})(message)
     return _as_it_was(answer["returned"])
 
@@ -323,8 +358,13 @@ def _unpacked(method: str, answer: dict[str, Any]) -> Any:
 def _as_it_was(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_as_it_was(each) for each in value)
-    return type(value.name, (), {})() if isinstance(value, worker.Other) else value
+    return type(plain(value.name), (), {})() if isinstance(value, worker.Other) else value
+
+
+def _versions(told: Any) -> dict[str, str]:
+    """The versions that a process tells, whatever it tells."""
+    return {plain(name): plain(str(version)) for name, version in told.items()} if isinstance(told, dict) else {}
 
 
 class Broken(Exception):
-    """A call of a subject did not come back: its process was ended, or had to be."""
+    """A call of a subject did not come back: its process ended, or had to be stopped."""

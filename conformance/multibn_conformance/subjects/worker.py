@@ -7,10 +7,12 @@ What the subject prints goes elsewhere. A message is a length, JSON of that leng
 from __future__ import annotations
 
 import collections
+import ctypes
 import importlib
 import json
 import os
 import platform
+import signal
 import struct
 import sys
 from typing import Any, BinaryIO
@@ -21,15 +23,25 @@ FRAMEWORKS = ("torch", "mxnet", "tensorflow", "keras", "jax", "flax", "haiku", "
 """Whose versions are told, if the subject has loaded them."""
 
 
+LONGEST = 10000
+"""Characters of an exception's message that are sent."""
+
+MOST = 256 << 20
+"""Bytes that an array may span in memory to be rebuilt with its strides."""
+
+
 class Other:
-    """An answer that is no array, None or tuple of these: only the name of its type travels."""
+    """The name of the type of an answer that is not an array, None, a number, text, or a list, tuple or dict of these."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
-def send(pipe: BinaryIO, value: Any) -> None:
-    """Write one message: None, truths, numbers, strings, lists, tuples, dicts by string, and arrays, whose strides are kept."""
+def send(pipe: Any, value: Any) -> None:
+    """Write one message: None, booleans, numbers, strings, lists, tuples, dicts by string, and arrays, whose strides are kept.
+
+    Nothing is written where the value cannot be encoded, which raises an exception.
+    """
     buffers = []  # type: list[bytes]
     text = json.dumps(_encoded(value, buffers)).encode()
     pipe.write(struct.pack("<Q", len(text)) + text)
@@ -38,14 +50,14 @@ def send(pipe: BinaryIO, value: Any) -> None:
     pipe.flush()
 
 
-def receive(pipe: BinaryIO) -> Any:
-    """Read one message; EOFError if there is none, or not all of it."""
+def receive(pipe: Any) -> Any:
+    """Read one message. Raise EOFError if there is none, or only a part of it; other exceptions for what is not a message."""
     (length,) = struct.unpack("<Q", _exactly(pipe, 8))
     return _decoded(json.loads(_exactly(pipe, length)), pipe)
 
 
-def _exactly(pipe: BinaryIO, count: int) -> bytes:
-    data = pipe.read(count)
+def _exactly(pipe: Any, count: int) -> bytes:
+    data = pipe.read(count)  # type: bytes
     if len(data) < count:
         raise EOFError
     return data
@@ -58,13 +70,16 @@ def _encoded(value: Any, buffers: list[bytes]) -> Any:
         return {"dict": {key: _encoded(each, buffers) for key, each in value.items()}}
     if type(value) in (list, tuple):
         return {type(value).__name__: [_encoded(each, buffers) for each in value]}
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        buffers.append(value.tobytes())
-        return {"array": [value.dtype.str, value.shape, value.strides, len(buffers[-1])]}
-    return {"other": f"ndarray of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__}
+    if isinstance(value, np.ndarray):
+        a = np.asarray(value)  # not of a subclass, which may pretend anything
+        if a.dtype.kind in "biufc":
+            buffers.append(a.tobytes())
+            return {"array": [a.dtype.str, a.shape, a.strides, len(buffers[-1])]}
+        return {"other": f"ndarray of {a.dtype}"}
+    return {"other": value.name if isinstance(value, Other) else type(value).__name__}
 
 
-def _decoded(value: Any, pipe: BinaryIO) -> Any:
+def _decoded(value: Any, pipe: Any) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -75,15 +90,21 @@ def _decoded(value: Any, pipe: BinaryIO) -> Any:
         return made if kind == "list" else tuple(made)
     if kind == "array":
         dtype, shape, strides, length = content
+        if np.dtype(dtype).kind not in "biufc" or min(shape, default=0) < 0 or len(strides) != len(shape):
+            raise ValueError("not an array")
         return _laid_out(np.frombuffer(_exactly(pipe, length), dtype).reshape(shape), strides)
-    return Other(content)
+    if kind == "other" and isinstance(content, str):
+        return Other(content)
+    raise ValueError("not a message")
 
 
 def _laid_out(values: Any, strides: list[int]) -> Any:
-    """The values in memory of their own, with these strides, where each has its own place."""
+    """The values in memory of their own, with these strides unless values would overlap or span more than ``MOST`` bytes."""
     if values.size == 0 or any(step == 0 and n > 1 for n, step in _pairs(values.shape, strides)):
         return values.copy()
     reach = [(n - 1) * step for n, step in _pairs(values.shape, strides)]
+    if sum(abs(step) for step in reach) > MOST:
+        return values.copy()
     before = -sum(step for step in reach if step < 0)
     memory = np.zeros(before + sum(step for step in reach if step > 0) + values.itemsize, np.uint8)
     made = np.ndarray(values.shape, values.dtype, memory.data, before, strides)  # type: Any
@@ -163,8 +184,10 @@ def _versions() -> dict[str, str]:
 
 
 def serve(name: str, device: str, requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until the requests end. An answer is {"returned", "changed": the arrays of the call if the subject wrote into them}
-    or {"raised": name of the class, message, whether it is an Exception: SystemExit is none}.
+    """Answer until the requests end.
+
+    An answer is {"returned": a value} or {"raised": [name of the class, message, whether it is an Exception, unlike SystemExit]}.
+    "changed" holds the arrays that the subject changed, of all that its calls were given so far: each by its number, as text.
     """
     its = None
     try:
@@ -177,17 +200,20 @@ def serve(name: str, device: str, requests: BinaryIO, answers: BinaryIO) -> None
         return
     send(answers, {"returned": _versions()})
     subjects = {}  # type: dict[int, Any]
+    lent = {}  # type: dict[int, list[tuple[Any, bytes]]]
     while True:
         try:
             method, arguments, number = receive(requests)
         except EOFError:
             return
-        before = [a.copy() if isinstance(a, np.ndarray) else None for a in arguments]
+        given = lent.setdefault(number, [])
+        given += [(a, a.tobytes()) for a in arguments if isinstance(a, np.ndarray)]
         try:
             with np.errstate(all="ignore"):
                 if method == "make":
                     for gone in arguments[2]:
                         subjects.pop(gone, None)
+                        lent.pop(gone, None)
                     if its is None:
                         subjects[number] = make(arguments[0], spec_of(arguments[1]), device)
                     else:
@@ -202,20 +228,38 @@ def serve(name: str, device: str, requests: BinaryIO, answers: BinaryIO) -> None
             answer = {"returned": returned}  # type: dict[str, Any]
         except BaseException as error:
             answer = {"raised": _told(error)}
-        if any(old is not None and old.tobytes() != arguments[i].tobytes() for i, old in enumerate(before)):
-            answer["changed"] = arguments
-        send(answers, answer)
+        changed = {str(i): a for i, (a, before) in enumerate(given) if a.tobytes() != before}
+        if changed:
+            answer["changed"] = changed
+        try:
+            send(answers, answer)
+        except OSError:
+            raise
+        except Exception:  # nested too deeply, in itself, an integer too long to print
+            send(answers, {"returned": Other(type(answer["returned"]).__name__)})
 
 
 def _told(error: BaseException) -> list[Any]:
     try:
-        return [type(error).__name__, str(error), isinstance(error, Exception)]
+        return [type(error).__name__, str(error)[:LONGEST], isinstance(error, Exception)]
     except Exception:
         return [type(error).__name__, "(its message cannot be read)", True]
 
 
+def _die_with(parent: int) -> None:
+    """End this process when the suite's ends, however that ends (Linux only)."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError, TypeError):
+        return
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 if __name__ == "__main__":
     sys.path[0] = os.getcwd()  # instead of this file's folder, whose modules are none of the subject's
+    if int(sys.argv[5]):
+        _die_with(int(sys.argv[5]))
     fds = [int(each) for each in sys.argv[3:5]]
     for fd in fds:
         os.set_inheritable(fd, False)

@@ -12,7 +12,7 @@ from multibn.layer.types import PARAMETER_TYPE, Array
 from multibn.whitening.spec import CLAUSES, WhiteningSpec
 from multibn_conformance.judging.compare import Deviations, Error, both_none, type_and_shape, worst_of
 from multibn_conformance.judging.judge import Judgement, again
-from multibn_conformance.judging.perform import Wrong, array_from, call_subject, copies, same_bits
+from multibn_conformance.judging.perform import Lent, Wrong, array_from, call_subject, same_bits
 from multibn_conformance.oracle.bounds import ulp
 from multibn_conformance.oracle.exact import Exact
 from multibn_conformance.subjects.backends import Candidate
@@ -69,15 +69,15 @@ def perform(case: WhiteningCase, make: Make) -> Iterator[tuple[str, dict[str, Ar
     """
     subject = call_subject("making it", make, case.features, case.spec)
     arrays = state(case)
-    call_subject("load", subject.load, *copies(arrays))
+    lent = Lent()
+    call_subject("load", subject.load, *lent.copies("load", arrays))
+    lent.check("load")
     moving = arrays[2:]
     for number, step in enumerate(case.steps, 1):
         where = f"step {number} of {len(case.steps)} ({step.do})"
-        given = step.data.array()
-        before = given.copy()
+        given = lent.add(where, step.data.array())
         answers = _answers(where, step, subject, given)
-        if before.tobytes() != given.tobytes():
-            raise Wrong(f"{where}: the subject changed the array that it was given. It must leave its inputs as they are.")
+        lent.check(where)
         read = [array_from(f"{where}, {name}", a) for name, a in zip(MOVING, call_subject(where, subject.moving), strict=True)]
         if "unchanged" in step.observe or step.do.startswith("refuse"):
             for name, now, old in zip(MOVING, read, moving, strict=True):
