@@ -264,7 +264,7 @@ def _set(data: Any, step: int, **values: object) -> Any:
         (
             "BN-04-no-scale-no-center",
             lambda data: _set(data, 0, y={"dtype": "float32", "shape": [1], "file": "none.bin"}),
-            ["step 1 of 4 (infer), y: [Errno 2] No such file or directory: '{folder}/none.bin'"],
+            ["step 1 of 4 (infer), y: there is no file 'none.bin'."],
         ),
         (
             "BN-04-no-scale-no-center",
@@ -363,7 +363,7 @@ def test_wrong_calls(written: Path, right: Path, tmp_path: Path) -> None:
     example = nowhere / "BN-05-momentum-0.json"
     assert error("check", written, nowhere) == f"{nowhere} is not a folder. It must hold an answer for each case: {example}, ..."
     assert re.fullmatch(
-        rf"{nowhere}/index.json is not the index of vectors: .*No such file.*\. Write them: multibn vectors write {nowhere}",
+        rf"{nowhere}/index.json is not the index of vectors: there is no such file\. Write them: multibn vectors write {nowhere}",
         error("check", nowhere, right),
     )
     assert error("check", written, right, "--case", "BN-17").startswith("there is no case 'BN-17'; there are BN-01-refuses")

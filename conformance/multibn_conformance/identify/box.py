@@ -11,6 +11,7 @@ import numpy as np
 from multibn.backend import Subject
 from multibn.layer.types import PARAMETER_TYPE, Array
 from multibn_conformance.subjects.outside import Broken
+from multibn_conformance.subjects.text import plain
 
 Make = Callable[[int], Subject]
 """``make(num_features)`` gives a new subject with its own defaults."""
@@ -22,7 +23,10 @@ LOADED_MEAN, LOADED_VAR = 5.0, 900.0
 
 
 class Undetermined(Exception):
-    """Something cannot be told; the message is the reason."""
+    """A property cannot be determined; the message is the reason, in text that is safe to show."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(plain(reason))
 
 
 class Refused(Undetermined):

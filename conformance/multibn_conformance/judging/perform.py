@@ -13,12 +13,13 @@ from multibn.spec.batchnorm import BatchNormSpec
 from multibn_conformance.cases.case import MOVING, Case, Step
 from multibn_conformance.cases.inputs import state
 from multibn_conformance.subjects.outside import Broken
+from multibn_conformance.subjects.text import LONGEST, plain
 
 Make = Callable[[int, BatchNormSpec], Subject]
 
 
 class Wrong(Exception):
-    """A subject's answer is wrong; the message says how, ulp and ratio (to the bound) by how much.
+    """A subject's answer is wrong; the message says how, in text that is safe to show, ulp and ratio (to the bound) by how much.
 
     Where it is wrong in its values, ``where`` names the step and the result, ``got`` is what came and ``off`` how far it is off,
     float64 both.
@@ -33,7 +34,7 @@ class Wrong(Exception):
         got: Array | None = None,
         off: Array | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(plain(message, 2 * LONGEST))
         self.ulp, self.ratio, self.where, self.got, self.off = ulp, ratio, where, got, off
 
 

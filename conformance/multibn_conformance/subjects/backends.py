@@ -15,6 +15,7 @@ from multibn_conformance.usage import chosen
 
 from . import elsewhere
 from .elsewhere import GROUP
+from .text import plain
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,12 @@ def backends(names: Sequence[str] = (), pythons: Sequence[str] = ()) -> tuple[li
                 break
             except Exception as error:
                 reasons.append(
-                    f"{points[name].value} cannot be loaded: {type(error).__name__}: {error}" if python is None else str(error)
+                    f"cannot load {points[name].value}: {type(error).__name__}: {error}" if python is None else str(error)
                 )
         else:
-            reason = "; ".join(reasons)
+            reason = plain("; ".join(reasons))
             if name in names:
-                raise UsageError(f"backend {name!r} was asked for, but {reason}. Install what it needs.")
+                raise UsageError(f"cannot use backend {name!r}: {reason}. Install what it needs.")
             absent.append(Absent(name, reason))
     return loaded, absent
 

@@ -115,6 +115,14 @@ class Outside:
         self._check_growth(method)
         return answer
 
+    def call(self, method: str) -> Any:
+        """What a method of the process itself returns.
+
+        Raises:
+            Broken: the call does not come back.
+        """
+        return _unpacked(method, self.exchange(method, (), 0))
+
     def stop(self) -> None:
         """End the process and all that it started; also done when this object or the program ends."""
         if self._process is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,9 @@ from multibn.usage import UsageError
 from multibn_conformance.cases.case import MOVING, Case, Step
 from multibn_conformance.cases.fixed import CASES
 from multibn_conformance.judging.judge import Judgement, judge_maker, told
+from multibn_conformance.subjects.text import plain
 
+from .read import read_array, read_json
 from .write import FORMAT, fingerprint, left_out
 
 _RESULTS = {"train": ("y",), "infer": ("y",), "backward": ("dx", "dgamma", "dbeta")}
@@ -36,13 +37,15 @@ def read_index(folder: Path) -> dict[str, Case]:
     """
     path = folder / "index.json"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(folder, path.name)
         known = {each["id"]: each["fingerprint"] for each in index["cases"]} if index["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not the index of vectors: {error}. Write them: multibn vectors write {folder}") from error
+        told = "there is no such file" if isinstance(error, FileNotFoundError) else plain(str(error))
+        raise UsageError(f"{path} is not the index of vectors: {told}. Write them: multibn vectors write {folder}") from error
     if known is None or any(each not in CASES or fingerprint(CASES[each]) != known[each] for each in known):
+        version = plain(str(index.get("multibn")), 40)
         raise UsageError(
-            f"{folder} holds vectors of another version, multibn {index.get('multibn')}. Write them again, to a new folder: "
+            f"{folder} holds vectors of another version, multibn {version}. Write them again, to a new folder: "
             "multibn vectors write DIR"
         )
     return {each: CASES[each] for each in known}
@@ -58,17 +61,17 @@ def judge_answers(vectors: Path, answers: Path, cases: Sequence[Case], precision
         raise UsageError(
             f"{answers} is not a folder. It must hold an answer for each case: {answers / 'BN-05-momentum-0.json'}, ..."
         )
-    command = shlex.join(["multibn", "vectors", "check", str(vectors), str(answers), "--precision", precision, "--case"])
+    command = plain(shlex.join(["multibn", "vectors", "check", str(vectors), str(answers), "--precision", precision, "--case"]))
     return (_judged(answers, case, precision, command) for case in cases)
 
 
 def _judged(answers: Path, case: Case, precision: Precision, command: str) -> Judgement:
-    subject, snippet = str(answers), f"{command} {case.id}"
+    subject, snippet = plain(str(answers)), f"{command} {case.id}"
     if reason := left_out(case, precision):
         return Judgement(subject, case.id, case.clause, "skip", message=reason)
     steps, problems = _read(answers / f"{case.id}.json", case)
     if problems:
-        message = "\n".join((f"{case.id}: {problems[0]}", *problems[1:], *told(case)))
+        message = "\n".join((f"{case.id}: {plain(problems[0])}", *map(plain, problems[1:]), *told(case)))
         return Judgement(subject, case.id, case.clause, "fail", np.inf, np.inf, message, snippet)
     judgement = judge_maker(Played(case, steps).make, case, subject, precision)
     return replace(judgement, snippet=snippet) if judgement.snippet else judgement
@@ -129,11 +132,11 @@ class Other:
 def _read(path: Path, case: Case) -> tuple[list[dict[str, Any]], list[str]]:
     """The answers step by step, and everything that is wrong with the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        data = read_json(path.parent, path.name)
+    except FileNotFoundError:
         return [], [f"no answer: there is no file {path}."]
     except ValueError as error:
-        return [], [f"{path} is not JSON: {error}."]
+        return [], [f"{path} {error}."]
     given = data.get("steps") if isinstance(data, dict) else None
     if not isinstance(given, list) or len(given) != len(case.steps) or not all(isinstance(each, dict) for each in given):
         count = f"a list of {len(given)}" if isinstance(given, list) else type(given).__name__
@@ -149,7 +152,9 @@ def _read(path: Path, case: Case) -> tuple[list[dict[str, Any]], list[str]]:
 def _answer(step: Step, answer: Mapping[str, Any], where: str, folder: Path, problems: list[str]) -> dict[str, Any]:
     """What an answer gives; what it lacks, and what is wrong with its arrays, goes to the problems."""
     raised = "raised" in answer
-    found: dict[str, Any] = {"raised": str(answer["raised"])} if raised else {}
+    found: dict[str, Any] = {"raised": answer["raised"]} if raised else {}
+    if raised and not isinstance(answer["raised"], str):
+        problems.append(f"{where}, raised: must be the message of the error, got {type(answer['raised']).__name__}.")
     for name in (*(() if raised else _RESULTS.get(step.do, ())), *MOVING):
         if name not in answer:
             missing = f"{where}: no {name}. "
@@ -162,36 +167,7 @@ def _answer(step: Step, answer: Mapping[str, Any], where: str, folder: Path, pro
             found[name] = None
         else:
             try:
-                found[name] = _array(answer[name], folder)
-            except (ValueError, OSError) as error:
+                found[name] = read_array(answer[name], folder)
+            except ValueError as error:
                 problems.append(f"{where}, {name}: {error}")
-            except (TypeError, KeyError):
-                problems.append(f"{where}, {name}: {_WANTED}")
     return found
-
-
-_WANTED = 'must be null or {"dtype": "float32", "shape": [2, 3], "values": ["0x1.8p+1", ...]}.'
-
-
-def _array(given: Mapping[str, Any], folder: Path) -> Array:
-    dtype, shape = np.dtype(given["dtype"]), tuple(given["shape"])
-    size = int(np.prod(shape, dtype=np.int64))
-    values = np.fromfile(folder / given["file"], dtype.newbyteorder("<")) if "file" in given else given["values"]
-    if len(values) != size:
-        raise ValueError(f"{len(values)} values for shape {shape}, which has {size}.")
-    if isinstance(values, np.ndarray):
-        return values.astype(dtype).reshape(shape)
-    with np.errstate(all="ignore"):
-        return np.array([_number(each) for each in values], np.float64).astype(dtype).reshape(shape)
-
-
-def _number(value: object) -> float:
-    """A JSON number, or a text such as ``0x1.8p+1``, ``3.0``, ``nan`` or ``-inf``."""
-    try:
-        if isinstance(value, str):
-            return float.fromhex(value) if "x" in value.lower() else float(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError(f"{value!r} is not a number.")

@@ -16,6 +16,7 @@ from multibn_conformance.cases.fixed import CASES
 from multibn_conformance.cases.select import chosen_cases
 from multibn_conformance.reports import terminal as report
 from multibn_conformance.subjects.backends import Absent, Candidate
+from multibn_conformance.subjects.text import plain
 
 from .answers import judge_answers, read_index
 from .write import write as write_vectors
@@ -48,10 +49,11 @@ def check(folder: Path, answers: Path, ids: Sequence[str], precision: str, conso
     known = read_index(folder)
     cases = chosen_cases(known, ids, ())
     found = list(judge_answers(folder, answers, cases, promised))
-    backend = Backend("vectors", {"multibn": version("multibn")}, {str(answers): promised}, lambda: ("files",), _none)
+    name = plain(str(answers))
+    backend = Backend("vectors", {"multibn": version("multibn")}, {name: promised}, lambda: ("files",), _none)
     extra = sorted(path.stem for path in answers.glob("*.json") if path.stem not in known)
-    absent = [Absent(f"{answers / each}.json", f"there is no case {each} in {folder}") for each in extra]
-    report.show(found, [_Answers(backend, str(answers), "files")], absent, console)
+    absent = [Absent(plain(f"{answers / each}.json"), plain(f"{folder} has no case {each}")) for each in extra]
+    report.show(found, [_Answers(backend, name, "files")], absent, console)
     return all(each.status != "fail" for each in found)
 
 
