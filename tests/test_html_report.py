@@ -376,8 +376,8 @@ def test_a_subject_with_parameters_of_its_own_has_pictures_of_them(tmp_path: Pat
 @pytest.mark.parametrize(
     ("option", "path", "message"),
     [
-        ("--html", ".", "--html . is a folder. Give the name of a file."),
-        ("--json", "no/such/a.json", "--json no/such/a.json is in a folder that does not exist. Make no/such first."),
+        ("--html", ".", "cannot write --html .: it is a folder. Give the name of a file."),
+        ("--json", "no/such/a.json", "cannot write --json no/such/a.json: there is no folder no/such. Make it first."),
     ],
 )
 def test_a_file_that_cannot_be_written_is_told_before_the_run(option: str, path: str, message: str) -> None:

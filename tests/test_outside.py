@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 import venv
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +36,9 @@ from multibn_conformance.cases.inputs import Layout, Values
 from multibn_conformance.defects.catalogue import DEFECTS
 from multibn_conformance.judging.judge import judge, judge_maker
 from multibn_conformance.runs.external import judged
-from multibn_conformance.subjects import outside, worker
+from multibn_conformance.subjects import ending, outside, worker
 from multibn_conformance.subjects.outside import Broken, started
+from multibn_conformance.subjects.text import plain
 from multibn_conformance.usage import spec_from
 
 TESTS = Path(__file__).parent
@@ -541,3 +547,104 @@ def test_a_line_of_the_guide_that_is_wrong_is_caught(tmp_path: Path, monkeypatch
     code, out, _ = called("conform", "--subject", "plain:make", "--spec", "article", "--clause", "BN-05", "--clause", "BN-06")
     assert code == 1
     assert out.splitlines()[-1] == "does not conform: plain/make/cpu breaks BN-05, BN-06"
+
+
+def _alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def _started_by(pid: int) -> set[int]:
+    """The processes of subjects that a process started, with all that these started."""
+    marks = set()
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            marks |= {each for each in entry.read_bytes().split(b"\0") if each.startswith(f"{ending.VARIABLE}={pid}-".encode())}
+    found = {each for mark in marks for each in ending.marked(mark.decode().partition("=")[2])}
+    return found | ending._descendants(found)
+
+
+def _wait_until(true: Callable[[], bool]) -> bool:
+    for _ in range(600):
+        if true():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+needs_linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, to find processes by their mark")
+
+
+@needs_linux
+def test_what_left_its_session_ends_too() -> None:
+    """Also a process whose parent is gone, and one without the environment."""
+    others = _started_by(os.getpid())
+    told = message("LeavesSomethingBehind", TRAIN, timeout=1.5)
+    assert told == f"{TRAIN}: step 1 of 1 (train): forward did not come back within 1.5 s; its process was stopped."
+    assert _started_by(os.getpid()) <= others
+
+
+@needs_linux
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda each: each.name)
+def test_a_signal_ends_the_subject_too(number: signal.Signals) -> None:
+    arguments = ("conform", "--subject", "zoo:make_LeavesSomethingBehind", "--case", TRAIN, "--timeout", "300")
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from multibn.cli import main; main()"
+    suite = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=TESTS, stdout=subprocess.DEVNULL)
+    started: set[int] = set()
+    try:
+        assert _wait_until(lambda: len(_started_by(suite.pid)) == 3)
+        started = _started_by(suite.pid)
+        worker_itself = next(each for each in started if f"\n{each}\n" in _children(suite.pid))
+        suite.send_signal(number)
+        assert suite.wait(30) == -number
+        ends = {worker_itself} if number == signal.SIGKILL else started  # which leaves nobody to end the others
+        assert _wait_until(lambda: not any(map(_alive, ends)))
+    finally:
+        for each in (suite.pid, *started):
+            with suppress(OSError):
+                os.kill(each, signal.SIGKILL)
+        suite.wait(30)
+
+
+def _children(pid: int) -> str:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return "\n" + "\n".join(each for thread in threads for each in thread.read_text().split()) + "\n"
+
+
+def test_signals_are_as_before_after_a_command() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with ending.ending_on_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is ending._end_all
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is not ending._end_all
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "told"),
+    [
+        ("KeepsItsState", "BN-05-momentum-0", "step 1 of 10 (train): the subject changed an array that it was given at load."),
+        (
+            "KeepsItsInput",
+            "BN-08-training-rank-4-float32",
+            "the subject changed an array that it was given at step 1 of 2 (train).",
+        ),
+    ],
+)
+def test_what_was_given_earlier_must_stay(name: str, case: str, told: str) -> None:
+    """Here as in a process of its own."""
+    kind: type[ReferenceSubject] = getattr(zoo, name)
+    here = judge_maker(kind, CASES[case], "zoo/one/cpu", "working").message.splitlines()[0]
+    assert here.endswith(f"{told} It must copy what it keeps.")
+    assert message(name, case) == here
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("a\nb\tc é", "a\nb\tc é"), ("\x1b\0\ud800\u202e\u2028", "\\x1b\\x00\\ud800\\u202e\\u2028")]
+)
+def test_text_is_made_safe_to_show(text: str, shown: str) -> None:
+    assert plain(text) == shown
+    assert plain(shown * 100, 10) == f"{(shown * 100)[:10]}... ({len(shown) * 100} characters)"

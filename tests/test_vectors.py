@@ -345,7 +345,7 @@ def test_what_is_missing_broken_and_too_much_is_told(written: Path, right: Path,
     assert code == 1
     assert f"BN-05-momentum-none: no answer: there is no file {answers / 'BN-05-momentum-none.json'}." in out
     assert f"BN-10-float16: {answers / 'BN-10-float16.json'} is not JSON: Expecting property name" in out
-    assert f"skipped {answers / 'BN-99-other.json'}: there is no case BN-99-other in {written}" in out
+    assert f"skipped {answers / 'BN-99-other.json'}: {written} has no case BN-99-other" in out
     assert out.splitlines()[-1] == f"does not conform: {answers} breaks BN-05, BN-10"
 
 
@@ -355,9 +355,11 @@ def test_wrong_calls(written: Path, right: Path, tmp_path: Path) -> None:
         assert code == 2
         return err.removeprefix("multibn: ").removesuffix("\n")
 
-    assert error("write", written) == f"{written} holds something already. Give a new folder."
+    assert error("write", written) == f"{written} is not empty. Give a new folder."
     missing = tmp_path / "no" / "such"
-    assert error("write", missing) == f"{missing} is in a folder that does not exist. Make {missing.parent} first."
+    assert error("write", missing) == f"there is no folder {missing.parent} to make such in. Make it first."
+    long = tmp_path / ("x" * 300)
+    assert error("write", long) == f"cannot make the folder {long}: File name too long. Give another folder."
     assert error("check", written, right, "--precision", "high") == "--precision must be working or exact, got 'high'."
     nowhere = tmp_path / "nowhere"
     example = nowhere / "BN-05-momentum-0.json"
@@ -393,7 +395,7 @@ def test_played_answers_make_no_subjects_of_other_cases() -> None:
 
 def test_a_folder_cannot_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"^.*file holds something already\. Give a new folder\.$"):
+    with pytest.raises(UsageError, match=r"^.*file is not empty\. Give a new folder\.$"):
         vectors.write(tmp_path / "file", [])
 
 

@@ -113,13 +113,13 @@ def hostile(draw: random.Random, data: dict[str, Any]) -> bytes:
         container, key = draw.choice(list(places(data)) or [(data, "steps")])
         what = draw.random()
         if what < 0.6:
-            container[key] = draw.choice(VALUES)
+            container[key] = copy.deepcopy(draw.choice(VALUES))
         elif what < 0.8 and isinstance(container, dict):
-            container[draw.choice(KEYS)] = draw.choice(VALUES)
+            container[draw.choice(KEYS)] = copy.deepcopy(draw.choice(VALUES))
         elif what < 0.9:
             container.pop(key, None) if isinstance(container, dict) else container.pop(key)
         else:
-            container[key] = copy.deepcopy(draw.choice(list(places(data)))[0])
+            container[key] = copy.deepcopy(container)
     try:
         text = json.dumps(data if draw.random() < 0.98 else draw.choice(VALUES)).encode()
     except (ValueError, RecursionError):

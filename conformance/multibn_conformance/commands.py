@@ -13,6 +13,7 @@ from rich.console import Console
 from multibn.usage import UsageError, needed
 
 from .subjects.ending import ending_on_signals
+from .subjects.text import plain
 
 
 @ending_on_signals()
@@ -106,7 +107,7 @@ def conform(
         terminal.show(judgements, judged, absent, console)
     beside = whitening.run(judged, whitening_cases, console)
     judgements, published = [*judgements, *beside], [*cases, *(whitening_cases if beside else ())]
-    publish.publish(files, judgements, judged, absent, published, shlex.join(["multibn", *sys.argv[1:]]), spec)
+    publish.publish(files, judgements, judged, absent, published, plain(shlex.join(["multibn", *sys.argv[1:]])), spec)
     raise typer.Exit(any(each.status == "fail" for each in judgements))
 
 

@@ -242,3 +242,18 @@ class SharesItsState(Right):
 
     def moving(self) -> tuple[Array, Array]:
         return self.shared[0].copy(), self.shared[1].copy()
+
+
+@defect("BN-13", "torch.from_numpy: a buffer that shares the memory of the caller's array")
+class SharesWhatItLoads(Right):
+    """Updates its moving statistics in the arrays that it was given to load."""
+
+    def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
+        super().load(gamma, beta, moving_mean, moving_var)
+        self._shared = moving_mean, moving_var
+
+    def update(self, mean: Array, var: Array) -> None:
+        super().update(mean, var)
+        for shared, new in zip(self._shared, (self.moving_mean, self.moving_var), strict=True):
+            if shared is not None:
+                shared[...] = new

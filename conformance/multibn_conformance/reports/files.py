@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
@@ -13,20 +15,41 @@ from multibn.usage import UsageError
 from multibn_conformance.cases.case import Case
 from multibn_conformance.judging.judge import Judgement
 from multibn_conformance.subjects.backends import Absent, Candidate
+from multibn_conformance.subjects.text import plain
 from multibn_conformance.whitening.case import WhiteningCase
 
 
 def check_writable(files: Mapping[str, Path | None]) -> None:
-    """Before the run: whether each file, by the name of its option, can be written.
+    """Check before the run that each file, by the name of its option, can be written.
 
     Raises:
-        UsageError: its folder is missing, or it is a folder itself.
+        UsageError: a file cannot be written, or two options name the same one.
     """
-    for option, path in files.items():
-        if path is not None and path.is_dir():
-            raise UsageError(f"{option} {path} is a folder. Give the name of a file.")
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{option} {path} is in a folder that does not exist. Make {path.parent} first.")
+    given = {option: path for option, path in files.items() if path is not None}
+    for option, path in given.items():
+        if reason := _unwritable(path):
+            raise UsageError(f"cannot write {option} {plain(str(path))}: {reason}")
+        twice = [other for other, its in given.items() if its.resolve() == path.resolve()]
+        if len(twice) > 1 and path.resolve() != Path(os.devnull):
+            raise UsageError(f"{' and '.join(twice)} name the same file, {plain(str(path))}. Give each its own.")
+
+
+def _unwritable(path: Path) -> str | None:
+    """Why a file cannot be written, and what to do."""
+    try:
+        if path.is_dir():
+            return "it is a folder. Give the name of a file."
+        if not path.parent.is_dir():
+            return f"there is no folder {plain(str(path.parent))}. Make it first."
+        if path.is_file():
+            with path.open("ab"):
+                return None
+        if path.exists():  # a device or a pipe, which opening may change
+            return None if os.access(path, os.W_OK) else "permission denied. Give another file."
+        with TemporaryFile(dir=path.parent):
+            return None
+    except OSError as error:
+        return f"{error.strerror}. Give another file."
 
 
 def publish(
@@ -38,7 +61,11 @@ def publish(
     command: str,
     spec: str | None = None,
 ) -> None:
-    """Write ``--html``, ``--json`` and ``--junit``, those that are not None; ``spec``: the text of ``--spec``."""
+    """Write ``--html``, ``--json`` and ``--junit``, those that are not None; ``spec``: the text of ``--spec``.
+
+    Raises:
+        UsageError: a file can no longer be written.
+    """
     if not any(files.values()):
         return
     from multibn_conformance.usage import spec_from
@@ -52,7 +79,10 @@ def publish(
     writers: dict[str, Callable[[dict[str, Any]], str]] = {"--html": html_report, "--json": _json, "--junit": junit}
     for option, path in files.items():
         if path is not None:
-            path.write_text(writers[option](made), encoding="utf-8")
+            try:
+                path.write_text(writers[option](made), encoding="utf-8")
+            except OSError as error:
+                raise UsageError(f"cannot write {option} {plain(str(path))}: {error.strerror}. Give another file.") from error
 
 
 def _json(record: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from multibn.backend import Backend, Precision, Subject
 from multibn.spec.batchnorm import BatchNormSpec
@@ -21,6 +21,9 @@ from multibn_conformance.subjects.text import plain
 from .answers import judge_answers, read_index
 from .write import write as write_vectors
 
+EVERY = 25
+"""Cases after which progress is reported where there is no terminal for a bar."""
+
 
 def write(folder: Path, ids: Sequence[str], clauses: Sequence[str], console: Console) -> None:
     """Write vectors, and say what was written.
@@ -29,9 +32,20 @@ def write(folder: Path, ids: Sequence[str], clauses: Sequence[str], console: Con
         UsageError: an unknown case or clause, or a folder that cannot be written.
     """
     cases = chosen_cases(CASES, ids, clauses)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    shown = Console(stderr=True)
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
         task = progress.add_task("writing", total=len(cases))
-        left_out = write_vectors(folder, cases, lambda: progress.advance(task))
+        written = 0
+
+        def done() -> None:
+            nonlocal written
+            written += 1
+            progress.advance(task)
+            if written % EVERY == 0 and not shown.is_terminal:
+                shown.print(f"{written} of {len(cases)} cases written", soft_wrap=True)
+
+        left_out = write_vectors(folder, cases, done)
     if left_out:
         console.print(f"left out, since they need scikit-learn: {', '.join(left_out)}", soft_wrap=True)
     console.print(f"{len(cases) - len(left_out)} cases in {folder}; {folder / 'README.md'} says how to answer.", soft_wrap=True)

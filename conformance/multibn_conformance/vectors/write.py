@@ -32,15 +32,18 @@ def write(folder: Path, cases: Sequence[Case], done: Callable[[], object] = lamb
     """Write the cases to a new folder; ``done`` is called after each. Returns the ids of those that cannot be made here.
 
     Raises:
-        UsageError: the folder holds something already, or cannot be made.
+        UsageError: the folder is not empty, or cannot be made.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} holds something already. Give a new folder.")
-    if not folder.parent.is_dir():
-        raise UsageError(f"{folder} is in a folder that does not exist. Make {folder.parent} first.")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{folder} is not empty. Give a new folder.")
+        if not folder.parent.is_dir():
+            raise UsageError(f"there is no folder {folder.parent} to make {folder.name} in. Make it first.")
+        for inside in (folder, folder / "cases", folder / "schemas"):
+            inside.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror}. Give another folder.") from error
     index, missing = [], []
-    for inside in (folder, folder / "cases", folder / "schemas"):
-        inside.mkdir(exist_ok=True)
     for case in cases:
         if left_out(case, "exact") is None:
             file = f"cases/{case.id}.json"
