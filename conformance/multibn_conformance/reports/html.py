@@ -17,15 +17,21 @@ from . import charts
 STATUSES = {"fail": "fails", "pass": "passes", "differs": "differs where it may", "skip": "skipped"}
 """The status of a check, in words; the worst first."""
 
+DOUBTFUL = 100.0
+"""Ulp from which the page explains how such an error can pass."""
+
 
 def html_report(record: Mapping[str, Any]) -> str:
     """The page of a record."""
     loader = PackageLoader("multibn_conformance.reports", "page")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     texts = {name: Markup(loader.get_source(environment, f"report.{name}")[0]) for name in ("css", "js")}
+    cells = _cells(record)
     return environment.get_template("report.html.j2").render(
         record=record,
-        cells=_cells(record),
+        cells=cells,
+        blank=_blank(cells),
+        large=_large(cells),
         failures=_failures(record),
         left_out=_left_out(record),
         kappa_charts=charts.kappa_charts(record),
@@ -68,13 +74,29 @@ def _cells(record: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
             status = next((each for each in ("fail", "pass", "differs", "skip") if each in statuses), "skip")
             ulps = [row["ulp"] for each in found for row in each["results"] if row["type"] != "float64"]
             worst = max(ulps, default=None) if status == "pass" else None
+            parts = [row["part"] for each in found for row in each["results"] if row["part"] is not None]
             cells[clause][subject["name"]] = {
                 "status": status,
                 "count": len(found),
                 "failing": statuses.count("fail"),
                 "worst": short(worst) if worst else None,
+                "ulp": worst or 0.0,
+                "part": f"{100 * max(parts):.2g} %" if parts else None,
             }
     return cells
+
+
+def _blank(cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str | None:
+    """Why cells are blank: "whitening" where only clauses of whitening have blank cells, None where no cell is."""
+    clauses = {clause for clause, row in cells.items() for cell in row.values() if not cell["count"]}
+    return None if not clauses else "whitening" if all(clause.startswith("WH") for clause in clauses) else "other"
+
+
+def _large(cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str] | None:
+    """The largest error that passes, if it is so large that a reader may doubt the verdict."""
+    found = ((cell["ulp"], clause, subject, cell["worst"]) for clause, row in cells.items() for subject, cell in row.items())
+    ulp, clause, subject, worst = max(found, default=(0.0, "", "", None), key=lambda each: each[0])
+    return {"clause": clause, "subject": subject, "worst": worst} if ulp >= DOUBTFUL else None
 
 
 def short(value: float | None) -> str:
