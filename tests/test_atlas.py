@@ -169,7 +169,7 @@ def test_an_unknown_framework(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         make.main(["theano"])
     assert left.value.code == 2
-    told = "python -m multibn_conformance.atlas.make: error: there is no framework 'theano'; there are torch.nn, gluon.nn, "
+    told = "python -m multibn_conformance.atlas.make: error: unknown framework 'theano'; choose from torch.nn, gluon.nn, "
     assert told in capsys.readouterr().err
 
 

@@ -153,9 +153,7 @@ def _reference(subject: Any, x: Any, training: bool) -> Any:
 def test_all_of_the_third_party() -> None:
     code, out, _ = called("conform", "--case", "BN-07-one-value")
     assert code == 0
-    assert (
-        "skipped missing: no_such_module:BACKEND cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'" in out
-    )
+    assert "skipped missing: cannot load no_such_module:BACKEND: ModuleNotFoundError: No module named 'no_such_module'" in out
     assert out.splitlines()[-1] == "conforms: loose/right/chip:0, loose/right/cpu, right/right/cpu, wrong/wrong/cpu (4 checks)"
 
 
@@ -163,23 +161,23 @@ def test_all_of_the_third_party() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--backend", "keras"), "there is no backend 'keras'; there are right, wrong, loose, missing."),
+        (("--backend", "keras"), "unknown backend 'keras'; choose from right, wrong, loose, missing."),
         (
             ("--backend", "missing"),
-            "backend 'missing' was asked for, but no_such_module:BACKEND cannot be loaded: ModuleNotFoundError: "
+            "cannot use backend 'missing': cannot load no_such_module:BACKEND: ModuleNotFoundError: "
             "No module named 'no_such_module'. Install what it needs.",
         ),
-        (("--device", "cuda:0"), "there is no device 'cuda:0'; there are cpu, chip:0."),
-        (("--backend", "wrong", "--device", "cuda:0"), "there is no device 'cuda:0'; there is cpu."),
+        (("--device", "cuda:0"), "unknown device 'cuda:0'; choose from cpu, chip:0."),
+        (("--backend", "wrong", "--device", "cuda:0"), "unknown device 'cuda:0'; choose from cpu."),
         (
             ("--backend", "right", "--device", "chip:0"),
-            "nobody to judge: right/right/chip:0: exact implementations run on cpu.",
+            "no subjects found: right/right/chip:0: exact implementations run on cpu.",
         ),
-        (("--case", "BN-99-*"), f"there is no case 'BN-99-*'; there are {', '.join([*CASES, *WHITENING_CASES])}."),
-        (("--clause", "BN-99"), f"there is no clause 'BN-99'; there are {', '.join([*CLAUSES, *WHITENING])}."),
+        (("--case", "BN-99-*"), f"unknown case 'BN-99-*'; choose from {', '.join([*CASES, *WHITENING_CASES])}."),
+        (("--clause", "BN-99"), f"unknown clause 'BN-99'; choose from {', '.join([*CLAUSES, *WHITENING])}."),
         (
             ("--case", "BN-05-*", "--clause", "BN-06"),
-            "no case of BN-05-* is of clause BN-06. Leave one of the two choices out.",
+            "no case that matches BN-05-* belongs to BN-06. Drop --case or --clause.",
         ),
     ],
 )
@@ -187,10 +185,10 @@ def test_a_wrong_call(arguments: tuple[str, ...], message: str) -> None:
     assert called("conform", *arguments) == (2, "", f"multibn: {message}\n")
 
 
-def test_nobody_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_subjects_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subjects, "entry_points", lambda group: [])
-    assert called("conform") == (2, "", "multibn: nobody to judge: no backend.\n")
-    assert called("conform", "--backend", "torch") == (2, "", "multibn: there is no backend 'torch'; there are none.\n")
+    assert called("conform") == (2, "", "multibn: no subjects found: no backend.\n")
+    assert called("conform", "--backend", "torch") == (2, "", "multibn: unknown backend 'torch'; there is none.\n")
 
 
 @pytest.mark.usefixtures("third_party")
@@ -200,7 +198,7 @@ def test_nobody_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "a/b/c",
             "BN-07-one-value",
-            "there is no subject 'a/b/c'; there are right/right/cpu, wrong/wrong/cpu, loose/right/cpu, loose/right/chip:0.",
+            "unknown subject 'a/b/c'; choose from right/right/cpu, wrong/wrong/cpu, loose/right/cpu, loose/right/chip:0.",
         ),
         ("*", "BN-07-one-value", "reproduce runs one case on one subject; these are patterns of several."),
         ("wrong/wrong/cpu", "BN-0*", "reproduce runs one case on one subject; these are patterns of several."),
@@ -298,7 +296,7 @@ def test_pytest_with_a_backend_that_cannot_load_is_an_error(third_party: Path) -
     done = checked("--backend", "missing", path=third_party)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert done.stderr == (
-        "ERROR: backend 'missing' was asked for, but no_such_module:BACKEND cannot be loaded: ModuleNotFoundError: "
+        "ERROR: cannot use backend 'missing': cannot load no_such_module:BACKEND: ModuleNotFoundError: "
         "No module named 'no_such_module'. Install what it needs.\n\n"
     )
 

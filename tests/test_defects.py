@@ -178,7 +178,7 @@ def test_the_self_test_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.splitlines()[-3:] == [
         "1 of 1 wrong BatchNorms are caught by the clause that they break.",
         f"right/apart/cpu: {len(FEW)} fixed cases and 2 random ones: not accused",
-        "the suite catches what it must, and accuses nobody else",
+        "the suite catches every wrong BatchNorm and accuses no right one",
     ]
 
 
@@ -204,13 +204,13 @@ def test_the_self_test_fails_for_what_is_missed_unnamed_or_accused(monkeypatch: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--self-test", "--case", "BN-05-*"], "--self-test runs every case. Leave --case out."),
-        (["--self-test", "--clause", "BN-05", "--quick"], "--self-test runs every case. Leave --clause and --quick out."),
+        (["--self-test", "--case", "BN-05-*"], "--self-test runs every case. Drop --case."),
+        (["--self-test", "--clause", "BN-05", "--quick"], "--self-test runs every case. Drop --clause and --quick."),
         (
             ["--self-test", "--subject", "a:b"],
-            "--self-test judges the suite, by BatchNorms that it knows. Leave --subject out.",
+            "--self-test judges the suite itself. Drop --subject.",
         ),
-        (["--random", "5", "--quick"], "--random draws its own cases. Leave --quick out."),
+        (["--random", "5", "--quick"], "--random draws its own cases. Drop --quick."),
         (["--random", "0"], "--random must be a number of seeds > 0, got 0."),
     ],
 )

@@ -106,7 +106,7 @@ def candidates(*names: str) -> list[Candidate]:
 def made(*names: str) -> dict[str, Any]:
     chosen = candidates(*names)
     judgements = [judge(candidate, each) for candidate in chosen for each in CHOSEN]
-    absent = [Absent("third", "third:BACKEND cannot be loaded: ModuleNotFoundError: No module named 'third'")]
+    absent = [Absent("third", "cannot load third:BACKEND: ModuleNotFoundError: No module named 'third'")]
     return record(judgements, chosen, absent, CHOSEN, "multibn conform --html report.html")
 
 

@@ -257,10 +257,10 @@ def test_device_and_exact() -> None:
         ),
         (("zoo:right", "--timeout", "0"), "--timeout must be a number of seconds > 0, got 0.0."),
         (("zoo:right", "--precision", "half"), "--precision must be working or exact, got 'half'."),
-        (("zoo:right", "--backend", "numpy"), "a --subject is judged alone, on one --device and without --backend."),
+        (("zoo:right", "--backend", "numpy"), "--subject takes one --device and no --backend."),
         (
             ("zoo:right", "--device", "a", "--device", "b"),
-            "a --subject is judged alone, on one --device and without --backend.",
+            "--subject takes one --device and no --backend.",
         ),
         (
             ("zoo:right", "--spec", "keras"),
@@ -277,7 +277,7 @@ def test_device_and_exact() -> None:
         ),
         (
             ("zoo:right", "--spec", "torch", "--case", "BN-05-momentum-0"),
-            "no case that was chosen fits this --spec: they are about momentum=0.0, and the subject has 0.9. Choose others.",
+            "none of the chosen cases fits this --spec: they are about momentum=0.0, and the subject has 0.9. Choose others.",
         ),
     ],
 )
@@ -287,7 +287,7 @@ def test_a_wrong_call(arguments: tuple[str, ...], wanted: str) -> None:
 
 @pytest.mark.parametrize("option", ["--spec", "--python", "--precision", "--timeout"])
 def test_options_of_a_subject_need_one(option: str) -> None:
-    needed = f"{option} is about a --subject, and there is none. Name it: --subject package.module:make"
+    needed = f"{option} needs a --subject: --subject package.module:make"
     assert called("conform", option, "1") == (2, "", f"multibn: {needed}\n")
 
 

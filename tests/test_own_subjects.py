@@ -339,8 +339,8 @@ def test_run_says_whether_one_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert own_run.run([], (), None, (), console) is broken
 
 
-def test_nobody_to_judge() -> None:
-    message = "nobody to judge: paddle.nn/cpu: ModuleNotFoundError: No module named 'paddle'."
+def test_no_subjects_are_found() -> None:
+    message = "no subjects found: paddle.nn/cpu: ModuleNotFoundError: No module named 'paddle'."
     with pytest.raises(UsageError) as wrong:
         own_run.run([CASES["BN-07-one-value"]], ["paddle.nn"], None, (), Console(file=io.StringIO()))
     assert str(wrong.value) == message
@@ -350,7 +350,7 @@ def test_options_that_have_no_meaning_with_own() -> None:
     own_run.alone({"--spec": None})
     with pytest.raises(UsageError) as wrong:
         own_run.alone({"--spec": "torch", "--html": None, "--json": "x"})
-    assert str(wrong.value) == "--own judges the frameworks' own BatchNorms, each as it is: leave --spec and --json out."
+    assert str(wrong.value) == "--own judges the frameworks' own BatchNorms as they are. Drop --spec and --json."
 
 
 def test_the_command_line() -> None:
@@ -359,7 +359,7 @@ def test_the_command_line() -> None:
     assert done.output.splitlines()[-1] == "keeps its dialect: torch.nn/cpu"
     wrong = CliRunner().invoke(app, ["conform", "--own", "--spec", "torch"])
     assert wrong.exit_code == 2
-    assert "leave --spec out" in wrong.output
+    assert "Drop --spec." in wrong.output
 
 
 def test_random_cases_are_of_types_that_the_dialect_computes_in() -> None:

@@ -264,7 +264,7 @@ def _set(data: Any, step: int, **values: object) -> Any:
         (
             "BN-04-no-scale-no-center",
             lambda data: _set(data, 0, y={"dtype": "float32", "shape": [1], "file": "none.bin"}),
-            ["step 1 of 4 (infer), y: there is no file 'none.bin'."],
+            ["step 1 of 4 (infer), y: no file 'none.bin'."],
         ),
         (
             "BN-04-no-scale-no-center",
@@ -343,7 +343,7 @@ def test_what_is_missing_broken_and_too_much_is_told(written: Path, right: Path,
     (answers / "BN-99-other.json").write_text("{}")
     code, out, _ = called("check", str(written), str(answers))
     assert code == 1
-    assert f"BN-05-momentum-none: no answer: there is no file {answers / 'BN-05-momentum-none.json'}." in out
+    assert f"BN-05-momentum-none: no answer: no file {answers / 'BN-05-momentum-none.json'}." in out
     assert f"BN-10-float16: {answers / 'BN-10-float16.json'} is not JSON: Expecting property name" in out
     assert f"skipped {answers / 'BN-99-other.json'}: {written} has no case BN-99-other" in out
     assert out.splitlines()[-1] == f"does not conform: {answers} breaks BN-05, BN-10"
@@ -365,10 +365,10 @@ def test_wrong_calls(written: Path, right: Path, tmp_path: Path) -> None:
     example = nowhere / "BN-05-momentum-0.json"
     assert error("check", written, nowhere) == f"{nowhere} is not a folder. It must hold an answer for each case: {example}, ..."
     assert re.fullmatch(
-        rf"{nowhere}/index.json is not the index of vectors: there is no such file\. Write them: multibn vectors write {nowhere}",
+        rf"{nowhere}/index.json is not an index of vectors: no such file\. Write them: multibn vectors write {nowhere}",
         error("check", nowhere, right),
     )
-    assert error("check", written, right, "--case", "BN-17").startswith("there is no case 'BN-17'; there are BN-01-refuses")
+    assert error("check", written, right, "--case", "BN-17").startswith("unknown case 'BN-17'; choose from BN-01-refuses")
     index = json.loads((written / "index.json").read_text())
     other = tmp_path / "other"
     other.mkdir()

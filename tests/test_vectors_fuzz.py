@@ -174,7 +174,7 @@ def test_hostile_answers_get_one_message(folder: Path) -> None:
         ("fifo", "file 'fifo' is not a regular file."),
         ("folder", "file 'folder' is not a regular file."),
         ("sparse", f"file 'sparse' has {1 << 40} bytes, more than 144."),
-        ("none", "there is no file 'none'."),
+        ("none", "no file 'none'."),
         ("a\0b", "file 'a\\x00b' cannot be read: a name has no NUL."),
         (3, "file must be the name of a file, got 3."),
     ],

@@ -133,11 +133,11 @@ def test_the_command_line_chooses_and_refuses() -> None:
     for arguments, message in (
         (
             ["--clause", "WH-77"],
-            f"multibn: there is no clause 'WH-77'; there are {', '.join([*BATCHNORMS, *CLAUSES])}.\n",
+            f"multibn: unknown clause 'WH-77'; choose from {', '.join([*BATCHNORMS, *CLAUSES])}.\n",
         ),
         (
             ["--clause", "WH-01", "--subject", "a:b"],
-            "multibn: whitening is judged in the backends alone. Choose cases of BatchNorm.\n",
+            "multibn: --subject and --own judge no whitening layers. Choose cases of BatchNorm.\n",
         ),
     ):
         wrong = cli.invoke(app, ["conform", *arguments])

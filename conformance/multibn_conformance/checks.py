@@ -1,4 +1,4 @@
-"""The suite as pytest: one test for each subject and case, ``pytest conformance --backend torch``."""
+"""The suite as pytest tests, one for each subject and case: ``pytest conformance --backend torch``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_conforms(candidate: Candidate | Absent, case: Case) -> None:
-    """The subject gives what the case wants; who is not judged is told."""
+    """The subject passes the case; absent subjects are skipped with a reason."""
     if isinstance(candidate, Absent):
         pytest.skip(f"{candidate.name}: {candidate.reason}")
     judgement = judge(candidate, case)

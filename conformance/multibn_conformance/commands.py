@@ -18,35 +18,43 @@ from .subjects.text import plain
 
 @ending_on_signals()
 def conform(
-    backend: Annotated[list[str] | None, typer.Option(help="Judge this backend; it must load. May be repeated.")] = None,
-    device: Annotated[list[str] | None, typer.Option(help="Judge on this device; it must be there.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Judge this backend; fail if it does not load. May be repeated.")
+    ] = None,
+    device: Annotated[list[str] | None, typer.Option(help="Judge on this device; fail if it is absent. May be repeated.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="Run this case, or the cases that match this pattern.")] = None,
     clause: Annotated[list[str] | None, typer.Option(help="Run the cases of this clause, such as BN-05.")] = None,
-    subject: Annotated[str | None, typer.Option(metavar="MODULE:MAKE", help="Judge this one: docs/judge-your-own.md.")] = None,
+    subject: Annotated[
+        str | None, typer.Option(metavar="MODULE:MAKE", help="Judge this BatchNorm; see docs/judge-your-own.md.")
+    ] = None,
     spec: Annotated[str | None, typer.Option(help="The --subject's fixed parameters: a dialect's name or JSON.")] = None,
     python: Annotated[
         list[str] | None,
         typer.Option(help="An interpreter that runs the --subject, or the backends that this one cannot load. May be repeated."),
     ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that a call of the --subject may take; 20.")] = None,
-    precision: Annotated[str | None, typer.Option(help="What the --subject promises: working (its type's) or exact.")] = None,
-    own: Annotated[
-        bool, typer.Option("--own", help="Judge the frameworks' own (--backend: these), by their dialect too.")
-    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(help="Time limit for a call of the --subject, in seconds (default 20).")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="The arithmetic that the --subject promises: working (default) or exact.")
+    ] = None,
+    own: Annotated[bool, typer.Option("--own", help="Judge the frameworks' own BatchNorms, also by their dialects.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page to this file.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the report as JUnit XML to this file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Run the few cases that catch every known defect.")] = False,
-    random: Annotated[int | None, typer.Option(metavar="N", help="Run the cases of N seeds, not the fixed ones.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The first of these seeds.")] = 0,
+    random: Annotated[int | None, typer.Option(metavar="N", help="Run N random cases instead of the fixed ones.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the first random case.")] = 0,
     ranks: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Judge synchronised statistics (SY) over N processes.")
     ] = None,
-    self_test: Annotated[bool, typer.Option("--self-test", help="Judge the suite itself, by wrong BatchNorms.")] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Judge the suite itself: it must catch wrong BatchNorms.")
+    ] = False,
 ) -> None:
-    """Judge every BatchNorm that is installed, on every device present, by every clause.
+    """Judge every installed BatchNorm on every device, by every clause of the specification.
 
-    Exits with 0 if all conform, 1 if one does not, 2 if the call is wrong.
+    Exit code: 0 if all conform, 1 if one does not, 2 if the call is wrong.
     """
     with needed("conform", "conformance"):
         from .cases.fixed import CASES
@@ -78,7 +86,7 @@ def conform(
     case, clause, whitening_cases = split(case or (), clause or (), quick or random is not None)
     only_whitening = bool(whitening_cases and others and not (case or clause or quick))
     if only_whitening and (subject or own):
-        raise UsageError("whitening is judged in the backends alone. Choose cases of BatchNorm.")
+        raise UsageError("--subject and --own judge no whitening layers. Choose cases of BatchNorm.")
     cases = [] if only_whitening else chosen_cases(CASES, case, clause, quick)
     if own:
         from .frameworks import run as frameworks
@@ -93,7 +101,7 @@ def conform(
     else:
         judged, absent = candidates(backend or (), device or (), python or ())
     if not judged:
-        raise UsageError(f"nobody to judge: {'; '.join(f'{each.name}: {each.reason}' for each in absent) or 'no backend'}.")
+        raise UsageError(f"no subjects found: {'; '.join(f'{each.name}: {each.reason}' for each in absent) or 'no backend'}.")
     console = Console()
     if self_test:
         raise typer.Exit(not own_test.run(judged, random or own_test.SEEDS, seed, console))
@@ -114,13 +122,13 @@ def conform(
 @ending_on_signals()
 def identify(
     subject: Annotated[str, typer.Argument(metavar="MODULE:MAKE", help="A BatchNorm, as docs/judge-your-own.md describes it.")],
-    python: Annotated[str | None, typer.Option(help="The interpreter that runs it.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that a call of it may take; 20.")] = None,
-    device: Annotated[str, typer.Option(help="Handed to its make function.")] = "cpu",
+    python: Annotated[str | None, typer.Option(help="The Python interpreter that runs it.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Time limit for a call, in seconds (default 20).")] = None,
+    device: Annotated[str, typer.Option(help="The device, passed to its make function.")] = "cpu",
 ) -> None:
-    """Find out from the outside which dialect a BatchNorm speaks, and print its BatchNormSpec.
+    """Determine from its answers which dialect a BatchNorm follows, and print its BatchNormSpec.
 
-    Exits with 0 if all of the spec was found, 1 if not, 2 if the call is wrong.
+    Exit code: 0 if the whole spec was determined, 1 if not, 2 if the call is wrong.
     """
     with needed("identify", "conformance"):
         from .identify import identity as black_box
@@ -144,7 +152,7 @@ def write_vectors(
 ) -> None:
     """Write the fixed cases with their exact values to a new folder; its README.md says how to answer.
 
-    Exits with 0, 2 if the call is wrong.
+    Exit code: 0, or 2 if the call is wrong.
     """
     with needed("vectors", "conformance"):
         from .vectors import run
@@ -156,11 +164,11 @@ def check_vectors(
     folder: _Vectors,
     answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="The folder of the answers.")],
     case: Annotated[list[str] | None, typer.Option(help="Judge this case, or the cases that match this pattern.")] = None,
-    precision: Annotated[str, typer.Option(help="What the answers promise: working (their type's) or exact.")] = "working",
+    precision: Annotated[str, typer.Option(help="The arithmetic that the answers promise: working or exact.")] = "working",
 ) -> None:
     """Judge the answers to vectors.
 
-    Exits with 0 if all conform, 1 if one does not, 2 if the call is wrong.
+    Exit code: 0 if all conform, 1 if one does not, 2 if the call is wrong.
     """
     with needed("vectors", "conformance"):
         from .vectors import run

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """A wrong choice ends the run before it begins: it must not pass as no tests."""
+    """End the run with an error if an option is wrong, instead of collecting no tests."""
     if any(session.config.getoption(name) for name in OPTIONS):
         from multibn.usage import UsageError
 
@@ -47,10 +47,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def chosen_by(config: pytest.Config) -> tuple[list[Candidate], list[Absent], list[Case]]:
-    """Who is judged, who is not, and by which cases.
+    """The candidates, the absent ones, and the cases, by the options.
 
     Raises:
-        UsageError: an option names what there is not.
+        UsageError: an option names something unknown.
     """
     from .cases.fixed import CASES
     from .cases.select import chosen_cases

@@ -1,4 +1,4 @@
-"""Choose by name; an unknown name is an error that lists the known ones."""
+"""Choose by name; the error for an unknown name lists the known ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multibn.usage import UsageError
 
 
 def chosen(what: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The names in the known ones' order, all if none is given; a name may be a pattern such as ``BN-05-*``.
+    """The known names that match the names or patterns such as ``BN-05-*``, in the order of ``known``; all if none is given.
 
     Raises:
         UsageError: a name that matches none.
@@ -20,16 +20,18 @@ def chosen(what: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
     for name in names:
         if not any(fnmatchcase(each, name) for each in known):
             raise UsageError(
-                f"there is no {what} {name!r}; there {'is' if len(known) == 1 else 'are'} {', '.join(known) or 'none'}."
+                f"unknown {what} {name!r}; choose from {', '.join(known)}."
+                if known
+                else f"unknown {what} {name!r}; there is none."
             )
     return [each for each in known if not names or any(fnmatchcase(each, name) for name in names)]
 
 
 def spec_from(text: str) -> BatchNormSpec:
-    """The spec of ``--spec``: a dialect's name, or JSON such as ``{"eps": 1e-3}``.
+    """Parse ``--spec``: the name of a dialect, or JSON such as ``{"eps": 1e-3}``.
 
     Raises:
-        UsageError: it is neither, or has what a spec has not.
+        UsageError: the text is neither, or names an unknown parameter.
     """
     if text in DIALECTS:
         return DIALECTS[text].spec

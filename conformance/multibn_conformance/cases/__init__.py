@@ -1,1 +1,1 @@
-"""What is asked: the fixed cases, the random ones, and the inputs of both."""
+"""The cases: fixed and random ones, and their inputs."""

@@ -70,10 +70,10 @@ class Case:
 
 
 SHAPES = {2: (12, 3), 3: (5, 3, 7), 4: (4, 3, 3, 5), 5: (3, 3, 2, 3, 2)}
-"""An input of each rank; no m is a power of two, no two axes are alike that a wrong axis could hide behind."""
+"""An input shape for each rank: m is no power of two, and a mix-up of two axes changes the result."""
 
 HALF_MOMENTUM = 0.5
-"""A momentum that means the same the wrong way round."""
+"""A momentum that gives the same result if the weights of old and new are swapped."""
 
 ALL_GRADIENTS: tuple[Observed, ...] = ("dx", "dgamma", "dbeta")
 MOVING: tuple[Observed, ...] = ("moving_mean", "moving_var")

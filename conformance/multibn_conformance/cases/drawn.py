@@ -1,4 +1,4 @@
-"""The random tier: cases that Hypothesis draws, and shrinks where one fails. A seed is a case, the same one for every subject.
+"""The random tier: Hypothesis draws cases and shrinks those that fail. A seed stands for one case, the same for every subject.
 
 What is drawn is a ``Case`` like the fixed ones: shapes, layouts, parameters, and values that are hard to be right on.
 """
@@ -268,7 +268,7 @@ def drawn(number: int, strategy: st.SearchStrategy[Case] | None = None) -> Case:
 
 
 def code_of(subject: str, case: Case) -> str:
-    """Python that judges a subject by a case that no list has."""
+    """Python code that judges a subject by a case that is not in the catalogue."""
     return (
         "from multibn.spec import BatchNormSpec\n"
         "from multibn_conformance import reproduce\n"

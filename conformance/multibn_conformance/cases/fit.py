@@ -1,4 +1,4 @@
-"""Which cases fit a subject whose parameters are fixed, and these cases with its parameters in place of their own.
+"""Fit the cases to a subject with fixed parameters: choose those that apply, and run them with its parameters.
 
 Most cases are about something else than the parameters that they happen to have, and the oracle recomputes what they expect.
 """
@@ -32,10 +32,10 @@ EACH_VALUE = ("BN-04", "BN-06", "BN-11-nan-in-dy")
 
 
 def fitted(cases: Sequence[Case], spec: BatchNormSpec) -> tuple[list[Case], dict[str, list[str]]]:
-    """The cases that fit, with this spec; and why -> ids of those that do not.
+    """The cases that apply, with this spec; and reason -> ids of those that do not.
 
     Raises:
-        UsageError: none fits.
+        UsageError: no case applies.
     """
     fit: list[Case] = []
     others: dict[str, list[str]] = {}
@@ -46,7 +46,7 @@ def fitted(cases: Sequence[Case], spec: BatchNormSpec) -> tuple[list[Case], dict
         else:
             others.setdefault(reason, []).append(case.id)
     if not fit:
-        raise UsageError(f"no case that was chosen fits this --spec: they are {'; or '.join(others)}. Choose others.")
+        raise UsageError(f"none of the chosen cases fits this --spec: they are {'; or '.join(others)}. Choose others.")
     return fit, others
 
 

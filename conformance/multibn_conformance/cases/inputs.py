@@ -1,4 +1,4 @@
-"""Recipes of arrays: small frozen data, and the same bits wherever they are made."""
+"""Descriptions of arrays as small frozen data that give the same bits on every machine."""
 
 from __future__ import annotations
 

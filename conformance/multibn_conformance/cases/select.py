@@ -23,12 +23,12 @@ def chosen_cases(cases: Mapping[str, Case], ids: Sequence[str], clauses: Sequenc
     of_clauses = chosen("clause", clauses, sorted(known))
     found = [cases[each] for each in chosen("case", ids, list(cases)) if cases[each].clause in of_clauses]
     if not found:
-        raise UsageError(f"no case of {', '.join(ids)} is of clause {', '.join(clauses)}. Leave one of the two choices out.")
+        raise UsageError(f"no case that matches {', '.join(ids)} belongs to {', '.join(clauses)}. Drop --case or --clause.")
     return found
 
 
 def check_options(random: int | None, others: Sequence[str], self_test: bool, subject: bool) -> None:
-    """Whether what was asked for goes together.
+    """Check that the options can be combined.
 
     Args:
         random: the number of seeds.
@@ -36,12 +36,12 @@ def check_options(random: int | None, others: Sequence[str], self_test: bool, su
         self_test, subject: whether ``--self-test`` and ``--subject`` were given.
 
     Raises:
-        UsageError: it does not.
+        UsageError: they cannot.
     """
     if random is not None and random < 1:
         raise UsageError(f"--random must be a number of seeds > 0, got {random}.")
     if others and (self_test or random is not None):
         mode = "--self-test runs every case" if self_test else "--random draws its own cases"
-        raise UsageError(f"{mode}. Leave {' and '.join(others)} out.")
+        raise UsageError(f"{mode}. Drop {' and '.join(others)}.")
     if self_test and subject:
-        raise UsageError("--self-test judges the suite, by BatchNorms that it knows. Leave --subject out.")
+        raise UsageError("--self-test judges the suite itself. Drop --subject.")

@@ -1,4 +1,4 @@
-"""A framework's own BatchNorm judged twice: by this specification, case by case, and by its own dialect, which it must keep.
+"""Judge a framework's own BatchNorm twice: by this specification, and by its own dialect, which it must follow.
 
 Its dialect is each case with the parameters that it does not let choose, its moving statistics observed where it moves them, and
 the differences that it states, each of which must be seen.
@@ -86,7 +86,7 @@ def judge_twice(own: Own, case: Case, make: Make) -> DialectJudgement:
 
 
 def _keeping(judgement: Judgement, known: KnownDifference | None) -> tuple[Keeping, str]:
-    """Whether a dialect is kept, and the message if it is not."""
+    """Whether the subject follows its dialect, and the message if it does not."""
     if judgement.status == "skip" or unsupported(judgement) is not None:
         return "cannot", ""
     if known is None:
@@ -99,7 +99,7 @@ def _keeping(judgement: Judgement, known: KnownDifference | None) -> tuple[Keepi
 
 
 def _because(own: Own, case: Case, translated: Case) -> tuple[str, ...]:
-    """What of a dialect changes a case."""
+    """The sentences about the dialect that explain a difference in this case."""
     observed = {name for step in case.steps for name in step.observe}
     told = []
     if own.average and translated.spec.momentum != case.spec.momentum:
@@ -121,7 +121,7 @@ def _because(own: Own, case: Case, translated: Case) -> tuple[str, ...]:
 
 
 def unsupported(judgement: Judgement) -> str | None:
-    """Why the framework has no way to do what a case asks for, or None if it has."""
+    """Why the framework cannot run the case, or None if it can."""
     line = judgement.message.splitlines()[0] if judgement.status == "fail" else ""
     return line.partition(UNSUPPORTED)[2] if UNSUPPORTED in line else None
 
@@ -132,7 +132,7 @@ def known_difference(own: Own, case: Case) -> KnownDifference | None:
 
 
 def in_dialect(case: Case, own: Own) -> Case:
-    """The case as the dialect means it."""
+    """Translate the case into the dialect."""
     spec = _as_kept(replace(case.spec, **own.fixed), own.single, case.dtype)
     kernels = _fused(case, own)
     if kernels == {False}:

@@ -91,7 +91,7 @@ def _judge_cases(own: Own, cases: Sequence[Case] | range, make: Make, command: s
 
 
 def _command(own: Own, python: str, device: str) -> str:
-    """What judges it alone."""
+    """The command that judges this BatchNorm alone."""
     options = [f" --python {shlex.quote(python)}"] * (python != sys.executable) + [f" --device {device}"] * (device != "cpu")
     return f"multibn conform --own --backend {own.name}{''.join(options)}"
 
@@ -109,7 +109,7 @@ def differences(judged: Judged) -> list[tuple[str, list[str], int]]:
 
 
 def show(done: Sequence[Judged], absent: Sequence[Absent], console: Console) -> None:
-    """Print each one's differences, and whether it keeps its dialect."""
+    """Print the differences of each BatchNorm, and whether it follows its dialect."""
     for each in done:
         for broken in (case for case in each.cases if case.keeping == "breaks"):
             console.print(f"[red]{escape(each.name)}[/red] breaks its dialect: {escape(broken.message)}", soft_wrap=True)
@@ -134,14 +134,14 @@ def show(done: Sequence[Judged], absent: Sequence[Absent], console: Console) -> 
 
 
 def alone(options: Mapping[str, object]) -> None:
-    """Options that have no meaning with ``--own``.
+    """Refuse options that cannot be combined with ``--own``.
 
     Raises:
         UsageError: one of them was given.
     """
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise UsageError(f"--own judges the frameworks' own BatchNorms, each as it is: leave {' and '.join(given)} out.")
+        raise UsageError(f"--own judges the frameworks' own BatchNorms as they are. Drop {' and '.join(given)}.")
 
 
 def run(
@@ -150,7 +150,7 @@ def run(
     """Judge and show; whether one breaks its dialect.
 
     Raises:
-        UsageError: an unknown name, or nobody to judge.
+        UsageError: an unknown name, or no subject is found.
     """
     done: list[Judged] = []
     absent: list[Absent] = []
@@ -158,7 +158,7 @@ def run(
         some, others = judged(cases, names, python or sys.executable, device)
         done, absent = done + some, absent + others
     if not done:
-        raise UsageError(f"nobody to judge: {'; '.join(f'{each.name}: {each.reason}' for each in absent)}.")
+        raise UsageError(f"no subjects found: {'; '.join(f'{each.name}: {each.reason}' for each in absent)}.")
     show(done, absent, console)
     if isinstance(cases, range):
         told = ", ".join(f"{sum(case.keeping != 'cannot' for case in each.cases)} by {each.name}" for each in done)

@@ -1,1 +1,1 @@
-"""Probe a black box: which dialect does it speak?"""
+"""Determine the dialect of a black box from its answers."""

@@ -51,11 +51,11 @@ class Gradients(NamedTuple):
 
 
 class LoadedSubject:
-    """One subject that was made and loaded. Answers are float64 copies.
+    """A subject with a loaded state, whose answers are float64 copies.
 
     Raises:
         Refused: any of its methods raised an error.
-        Undetermined: an answer that is no array, or not of the right shape.
+        Undetermined: an answer is not an array, or has the wrong shape.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -66,7 +66,7 @@ class LoadedSubject:
         return _checked("forward", self.raw_forward(x, training), x.shape)
 
     def raw_forward(self, x: Array, training: bool) -> Any:
-        """Whatever forward returns."""
+        """Return what forward returns, unchecked."""
         self._shape = x.shape
         return _called("forward", self._subject.forward, x.copy(), training)
 
@@ -130,7 +130,7 @@ class Box:
             raise Undetermined("float64 is computed in a smaller type")
 
     def new(self) -> LoadedSubject:
-        """As it is made, nothing loaded."""
+        """Make a new subject and load nothing."""
         return LoadedSubject(_called("make", self._make, FEATURES))
 
     def fresh(

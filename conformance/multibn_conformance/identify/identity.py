@@ -1,7 +1,7 @@
-"""What dialect a black box speaks, found out from outside: ``multibn identify package.module:make``.
+"""Determine the dialect of a black box from its answers: ``multibn identify package.module:make``.
 
-Everything is measured through make, load, forward, backward and moving. What cannot be told is said, with the reason: nothing
-is guessed.
+Everything is measured through make, load, forward, backward and moving. What cannot be determined is reported
+with the reason; nothing is guessed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compare what came with what should have come, within the bound, or bit by bit."""
+"""Compare answers with the expected ones: within bounds, or bit by bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Error(NamedTuple):
 
 
 def tried(make: Make, case: Case, precision: Arithmetic) -> Error | Wrong | str:
-    """How far a new subject is off, what is wrong with it, or why the case is not run."""
+    """The worst error of a new subject, what is wrong with it, or why the case is skipped."""
     with np.errstate(all="ignore"):
         reason = skipped(case, precision)
         if reason is not None:
@@ -46,7 +46,7 @@ def tried(make: Make, case: Case, precision: Arithmetic) -> Error | Wrong | str:
 
 
 def skipped(case: Case, precision: Arithmetic) -> str | None:
-    """Why the case is not run, or None."""
+    """Why the case is skipped, or None."""
     if any(step.values and step.values.kind.startswith("digits") for step in case.steps) and find_spec("sklearn") is None:
         return "needs scikit-learn, for its digits: pip install 'multibn[conformance]'"
     if case.against == "bits":
@@ -132,7 +132,7 @@ def both_none(where: str, got: object, wanted: object) -> None:
 
 
 def type_and_shape(where: str, got: Array, dtype: str, shape: tuple[int, ...]) -> None:
-    """Before any value: a wrong layout must not read as a numeric error."""
+    """Compare type and shape before any value, so that a wrong layout does not read as a numeric error."""
     if got.dtype != dtype:
         raise Wrong(f"{where}: got type {got.dtype}, should be {dtype}.")
     if got.shape != shape:

@@ -1,4 +1,4 @@
-"""What a failure looks like: which known wrong BatchNorm gives the same values, or what loses as many digits."""
+"""Diagnose a failure: which known defect gives the same values, or which computation loses as many digits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from multibn_conformance.subjects.right import Right
 from .perform import Wrong
 
 ALIKE = 0.02
-"""Two answers are alike that lie closer to each other than this part of their distance from the right one."""
+"""Two answers count as equal if their distance is below this part of their distance from the right answer."""
 
 
 def hint(case: Case, wrong: Wrong, precision: Arithmetic) -> str:
-    """One line for the message, or nothing where nothing is known that gives these values."""
+    """One line for the message; empty where no known defect gives these values."""
     found = looks_like(case, wrong, precision)
     if found:
         told = "; or ".join(f"{each.change} ({each.id}: {each.bug})" for each in found[:3])

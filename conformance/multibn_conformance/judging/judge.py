@@ -1,4 +1,4 @@
-"""One case on one subject: compare what came with what should have come, within the bound, and say which."""
+"""Judge one case on one subject: compare the answers with the expected ones, within bounds, and describe a failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Status = Literal["pass", "fail", "skip", "differs"]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of one case on one subject.
+    """The result of one case on one subject.
 
     Args:
         subject: its name, as ``torch/kernel/cpu``.
@@ -43,7 +43,7 @@ class Judgement:
 
 
 def judge(candidate: Candidate, case: Case) -> Judgement:
-    """Run a case on a new subject. Whatever it does wrong, an exception of its own included, becomes the judgement."""
+    """Run a case on a new subject. A wrong answer, or an exception of the subject, becomes the judgement."""
     judgement = judge_maker(candidate.make, case, candidate.name, candidate.precision)
     return again(judgement, candidate.again("--case", case.id))
 
@@ -54,7 +54,7 @@ def again(judgement: Judgement, command: str | None) -> Judgement:
 
 
 def judge_maker(make: Make, case: Case, name: str, precision: Arithmetic, hints: bool = True) -> Judgement:
-    """The same for any maker of subjects; without hints, no known defect is tried to find out what a failure looks like."""
+    """Judge for any maker of subjects; ``hints``: whether to compare a failure with the known defects."""
     came = tried(make, case, precision)
     if isinstance(came, str):
         return Judgement(name, case.id, case.clause, "skip", message=came, dtype=case.dtype)

@@ -1,4 +1,4 @@
-"""What a subject gave beside the exact values: the numbers behind a judgement, for the report."""
+"""Measure a subject's answers against the exact values: the numbers behind a judgement, for the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a case's calls on a subject and collect its answers. What no BatchNorm may do is found here; values are not judged."""
+"""Run the calls of a case on a subject and collect the answers. Forbidden behaviour is found here; values are judged later."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is right: exact values by a second derivation, and how far an answer may be off."""
+"""The oracle: exact values by a second derivation, and the bounds within which an answer is right."""

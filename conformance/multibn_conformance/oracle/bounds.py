@@ -1,4 +1,4 @@
-"""How far a right answer may be from the exact one: every bound of the suite, each with its derivation.
+"""Error bounds: how far a right answer may be from the exact one, with the derivation of each bound.
 
 Two kinds of arithmetic are judged (``multibn.layer.Precision``), and a third one in frameworks that have it as their dialect.
 
@@ -228,7 +228,7 @@ def for_moving(updates: tuple[Update, ...], which: str, precision: Arithmetic) -
 
 
 def not_promised(f: Facts, precision: Arithmetic) -> str | None:
-    """Why nothing is promised for these values, or None."""
+    """Why no bound holds for these values, or None."""
     if precision == "exact":
         return None
     info, values = np.finfo(f.arithmetic), np.where(np.isfinite(f.x), f.x, 0)

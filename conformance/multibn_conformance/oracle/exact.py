@@ -1,4 +1,4 @@
-"""The exact values of the formulas, derived a second time: 60 digits, forward as the clauses say, backward by differentiating it.
+"""The exact values of the formulas, derived independently: forward by the clauses with 60 digits, backward by differentiating it.
 
 Nothing here comes from ``multibn.reference``, which is itself a subject, and no closed form of a gradient is written down: the
 forward records its operations, and each operation knows its own derivative.

@@ -1,1 +1,1 @@
-"""Judgements shown: on a terminal, as a page, as JSON and as JUnit XML."""
+"""Reports of judgements: on a terminal, as a page, as JSON and as JUnit XML."""

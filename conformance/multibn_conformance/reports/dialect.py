@@ -1,4 +1,4 @@
-"""The dialect of a subject for the report: what it does when it is made without a spec, found out from outside."""
+"""The dialect of a subject for the report, determined from its answers when it is made without a spec."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from multibn_conformance.subjects.backends import Candidate
 
 
 def dialect_of(candidate: Candidate) -> dict[str, Any]:
-    """Its parameters as code, the nearest dialect, what differs from it, and how each was found."""
+    """The parameters as code, the nearest dialect, the differences from it, and how each was determined."""
 
     def make(num_features: int) -> Subject:
         return candidate.backend.make(num_features, None, candidate.device, candidate.implementation)

@@ -1,4 +1,4 @@
-"""Writes a run to the files that were asked for: a page, JSON, JUnit."""
+"""Write the report of a run to files: HTML, JSON and JUnit XML."""
 
 from __future__ import annotations
 

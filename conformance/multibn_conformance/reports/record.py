@@ -203,7 +203,7 @@ _FORMS = (
 
 
 def _both(message: str) -> tuple[str | None, str | None]:
-    """What came and what should have come, where a message of the judge's says it."""
+    """The actual and the expected value in a message of the judge, where it names them."""
     for form in _FORMS:
         if found := form.search(message):
             return found["came"], found.groupdict().get("wanted", "no error")

@@ -80,7 +80,7 @@ def _short(ulp: float) -> str:
 
 
 def _left_out(judgements: Sequence[Judgement], absent: Sequence[Absent]) -> list[str]:
-    """Each reason once, with how often."""
+    """One line per reason, with the number of cases."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for each in judgements:
         if each.status in ("skip", "differs"):

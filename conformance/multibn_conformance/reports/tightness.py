@@ -1,4 +1,4 @@
-"""How near right implementations come to the bounds.
+"""How close right implementations come to the bounds.
 
 ``python -m multibn_conformance.reports.tightness docs/bounds.md`` writes the table.
 """

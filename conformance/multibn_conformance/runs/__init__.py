@@ -1,1 +1,1 @@
-"""What the commands run: backends, subjects outside, random seeds, whitening, and the suite itself."""
+"""The runs behind the commands: backends, external subjects, random seeds, whitening, and the self-test."""

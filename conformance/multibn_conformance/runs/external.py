@@ -1,4 +1,4 @@
-"""Anyone's BatchNorm, judged in a process of its own: ``multibn conform --subject package.module:make``."""
+"""Judge any BatchNorm in a process of its own: ``multibn conform --subject package.module:make``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from multibn_conformance.usage import spec_from
 
 
 class Judged(NamedTuple):
-    """Who is judged, by which cases, what is left out and why, and the command that does so."""
+    """A subject, the cases that judge it, the cases left out with the reasons, and the command that judges it again."""
 
     candidate: Candidate
     cases: list[Case]
@@ -41,7 +41,7 @@ def judged(
     backends: Sequence[str] = (),
     devices: Sequence[str] = (),
 ) -> Judged | None:
-    """The subject ``package.module:make``, started, and the cases that it is judged by; None if there is no name.
+    """Start the subject ``package.module:make`` and choose the cases that judge it; None without a name.
 
     Args:
         cases: those that were chosen.
@@ -56,13 +56,13 @@ def judged(
     if name is None:
         for option, value in {**options, "--timeout": timeout}.items():
             if value is not None:
-                raise UsageError(f"{option} is about a --subject, and there is none. Name it: --subject package.module:make")
+                raise UsageError(f"{option} needs a --subject: --subject package.module:make")
         return None
     python = options["--python"] = single(pythons)
     if precision not in (None, "working", "exact"):
         raise UsageError(f"--precision must be working or exact, got {precision!r}.")
     if backends or len(devices) > 1:
-        raise UsageError("a --subject is judged alone, on one --device and without --backend.")
+        raise UsageError("--subject takes one --device and no --backend.")
     device = devices[0] if devices else "cpu"
     if devices:
         options["--device"] = device

@@ -1,4 +1,4 @@
-"""The suite judged: it must catch every wrong BatchNorm by the clause that it breaks, name the bug, and accuse no right one."""
+"""Test the suite: it must catch every wrong BatchNorm by the clause that it breaks, name the bug, and accuse no right one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _clauses(cases: Sequence[Case], own: str) -> list[str]:
 
 
 def run(candidates: Sequence[Candidate], seeds: int, first: int, console: Console) -> bool:
-    """Print who is caught by what, and who is accused; whether all is as it must be.
+    """Print which case catches each defect and which right ones are accused; return whether the suite passes.
 
     Args:
         candidates: right ones, besides the suite's own.
@@ -111,7 +111,7 @@ def run(candidates: Sequence[Candidate], seeds: int, first: int, console: Consol
         for each in failures[:1]:
             console.print(f"[red]{escape(each.message)}[/red]\n{escape(each.snippet)}", soft_wrap=True)
     done = not (missed or unnamed or accused)
-    console.print("the suite catches what it must, and accuses nobody else" if done else "the suite fails its own test")
+    console.print("the suite catches every wrong BatchNorm and accuses no right one" if done else "the suite fails its own test")
     return done
 
 

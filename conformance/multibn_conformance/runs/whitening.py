@@ -15,7 +15,7 @@ from multibn_conformance.whitening.judge import judge
 
 
 def run(judged: Sequence[Candidate], cases: Sequence[WhiteningCase], console: Console) -> list[Judgement]:
-    """Judge those that whiten, and print what came of it; nothing if there is nobody or nothing."""
+    """Judge the candidates that have a whitening layer and print the report; do nothing without such candidates or cases."""
     able = [each for each in judged if each.whitens]
     if not able or not cases:
         return []

@@ -1,4 +1,4 @@
-"""Who is judged: every backend of the entry point group ``multibn.backends``, each implementation, on each device present."""
+"""Find the subjects: every backend of the entry point group ``multibn.backends``, each implementation, on each device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Candidate:
 
     @property
     def precision(self) -> Precision:
-        """What it promises."""
+        """The arithmetic that it promises."""
         return self.backend.implementations[self.implementation]
 
     @property
@@ -45,7 +45,7 @@ class Candidate:
         return self.backend.whitening is not None and self.implementation not in self.backend.no_whitening
 
     def make(self, num_features: int, spec: BatchNormSpec) -> Subject:
-        """A subject of its own."""
+        """Make a new subject."""
         return self.backend.make(num_features, spec, self.device, self.implementation)
 
     def again(self, *options: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Right BatchNorms, written in other ways than the layers: nobody may accuse them, and wrong ones are made from the first."""
+"""Right BatchNorms that share no code with the layers: no case may accuse them. The defects derive from ``Right``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that a subject from outside runs in. It needs Python 3.8 and NumPy, nothing of this project.
+"""The process that an external subject runs in. It needs Python 3.8 and NumPy, and nothing of this project.
 
 ``python worker.py package.module:make device reads writes`` answers requests from the pipe ``reads`` into the pipe ``writes``.
 What the subject prints goes elsewhere. A message is a length, JSON of that length, and the bytes of its arrays.
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 FRAMEWORKS = ("torch", "mxnet", "tensorflow", "keras", "jax", "flax", "haiku", "equinox", "onnx", "onnxruntime", "paddle")
-"""Whose versions are told, if the subject has loaded them."""
+"""Frameworks whose versions are reported if the subject has imported them."""
 
 
 LONGEST = 10000
@@ -117,7 +117,7 @@ def _pairs(shape: Any, strides: Any) -> Any:
 
 
 def spec_of(values: dict[str, Any] | None) -> Any:
-    """A BatchNormSpec of the multibn that is installed here; if none is, a named tuple with the same attributes."""
+    """A BatchNormSpec if multibn is installed in this interpreter, else a named tuple with the same attributes."""
     if values is None:
         return None
     try:
@@ -128,7 +128,7 @@ def spec_of(values: dict[str, Any] | None) -> Any:
 
 
 def found(name: str) -> Any:
-    """What ``package.module:make`` names. ImportError or AttributeError if it does not."""
+    """Import ``package.module:make``. Raise ImportError or AttributeError if that fails."""
     module, _, path = name.partition(":")
     value = importlib.import_module(module)
     for part in path.split("."):

@@ -1,4 +1,4 @@
-"""Judges answers to the vectors: ``multibn vectors check``. What the files say is played back as a subject, and judged as any."""
+"""Judge answers to vectors: ``multibn vectors check``. A subject replays the answers and is judged like any other."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def read_index(folder: Path) -> dict[str, Case]:
         index = read_json(folder, path.name)
         known = {each["id"]: each["fingerprint"] for each in index["cases"]} if index["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        told = "there is no such file" if isinstance(error, FileNotFoundError) else plain(str(error))
-        raise UsageError(f"{path} is not the index of vectors: {told}. Write them: multibn vectors write {folder}") from error
+        told = "no such file" if isinstance(error, FileNotFoundError) else plain(str(error))
+        raise UsageError(f"{path} is not an index of vectors: {told}. Write them: multibn vectors write {folder}") from error
     if known is None or any(each not in CASES or fingerprint(CASES[each]) != known[each] for each in known):
         version = plain(str(index.get("multibn")), 40)
         raise UsageError(
@@ -134,7 +134,7 @@ def _read(path: Path, case: Case) -> tuple[list[dict[str, Any]], list[str]]:
     try:
         data = read_json(path.parent, path.name)
     except FileNotFoundError:
-        return [], [f"no answer: there is no file {path}."]
+        return [], [f"no answer: no file {path}."]
     except ValueError as error:
         return [], [f"{path} {error}."]
     given = data.get("steps") if isinstance(data, dict) else None

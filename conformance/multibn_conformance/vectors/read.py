@@ -75,7 +75,7 @@ def _from_file(folder: Path, name: object, dtype: np.dtype[Any], shape: tuple[in
     try:
         data = _read(folder, name, size * dtype.itemsize)
     except FileNotFoundError:
-        raise ValueError(f"there is no file {_short(name)}.") from None
+        raise ValueError(f"no file {_short(name)}.") from None
     except ValueError as error:
         raise ValueError(f"file {_short(name)} {error}.") from None
     if len(data) != size * dtype.itemsize:

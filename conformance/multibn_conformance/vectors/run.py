@@ -72,7 +72,7 @@ def check(folder: Path, answers: Path, ids: Sequence[str], precision: str, conso
 
 
 class _Answers(Candidate):
-    """Named as its folder."""
+    """A candidate that is named after its folder."""
 
     @property
     def name(self) -> str:

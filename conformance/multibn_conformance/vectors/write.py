@@ -1,4 +1,4 @@
-"""The fixed cases as files, for code that Python cannot call: ``multibn vectors write`` and ``multibn vectors check``."""
+"""Write the fixed cases as files, for code that Python cannot call: ``multibn vectors write``."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def _text(data: object) -> str:
 
 
 def left_out(case: Case, precision: Precision) -> str | None:
-    """Why a case is not judged, or None."""
+    """Why a case is skipped, or None."""
     with np.errstate(all="ignore"):
         return skipped(case, precision)
 
 
 def fingerprint(case: Case) -> str:
-    """Another case under the same id, as another version may have, has another one."""
+    """A hash that tells whether the case of another version with the same id is the same case."""
     return sha256(repr(case).encode()).hexdigest()[:16]
 
 

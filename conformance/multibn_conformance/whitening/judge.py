@@ -1,4 +1,4 @@
-"""One case on one whitening layer: compare what came with what should have come, within the bound, and say which."""
+"""Judge one case on one whitening layer: compare the answers with the expected ones and describe a failure."""
 
 from __future__ import annotations
 
