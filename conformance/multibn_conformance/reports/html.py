@@ -99,7 +99,7 @@ def _large(cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, st
     """The largest error that passes, if it is so large that a reader may doubt the verdict."""
     found = ((cell["ulp"], clause, subject, cell["worst"]) for clause, row in cells.items() for subject, cell in row.items())
     ulp, clause, subject, worst = max(found, default=(0.0, "", "", None), key=lambda each: each[0])
-    return {"clause": clause, "subject": subject, "worst": worst} if ulp >= DOUBTFUL else None
+    return {"clause": clause, "subject": subject, "worst": str(worst)} if ulp >= DOUBTFUL else None
 
 
 def short(value: float | None) -> str:
