@@ -1,7 +1,7 @@
 """Hostile answers to vectors: each file gets a judgement with one message, whatever it holds; nothing outside its folder is read.
 
-``MULTIBN_FUZZ=100000 pytest -s tests/test_vectors_fuzz.py`` tries more files; ``MULTIBN_FUZZ_SEED`` gives others. ``--basetemp`` on a
-file system in memory, such as ``/dev/shm``, makes it several times faster.
+``MULTIBN_FUZZ=100000 pytest -s tests/test_vectors_fuzz.py`` tries more files; ``MULTIBN_FUZZ_SEED`` gives others.
+``--basetemp`` on a file system in memory, such as ``/dev/shm/fuzz``, makes it several times faster.
 """
 
 from __future__ import annotations
