@@ -1,4 +1,4 @@
-"""The atlas as a page: Markdown from the data that ``atlas`` wrote, nothing else."""
+"""The atlas as a page: Markdown made of the data in ``docs/atlas.json`` alone."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ HOW = """## How this was made
 `make atlas` installs the packages pinned in `conformance/multibn_conformance/frameworks/environments` into `.atlas`, runs each
 subject of `frameworks/layers` there in a process of its own, and writes this page. For each BatchNorm,
 
-1. `multibn identify` measures it with its own defaults, told nothing;
+1. `multibn identify` measures it with its own defaults;
 2. every fixed case is judged by this specification, with bounds for the arithmetic of the input's type (`docs/bounds.md`);
 3. every fixed case is judged by its own dialect: with the parameters that it does not let choose, with its moving statistics
-   observed where it moves them, and with the differences that are stated for it, each of which must be seen. All of them keep
-   their dialect, or the page says so;
-4. its habits are asked by short functions in `atlas/habits`.
+   observed where it moves them, and with its known differences, each of which must show up. The page names those that do
+   not follow their dialect;
+4. short functions in `atlas/habits` ask about its other habits.
 
 `multibn conform --own` does 2 and 3 for the frameworks that are installed beside it.
 """
@@ -84,7 +84,7 @@ def _found(key: str) -> Callable[[Framework], str]:
 
 
 def _short(key: str, words: dict[Any, str]) -> Callable[[Framework], str]:
-    """The value in few words; the finding itself where there are none for it."""
+    """A short form of the value, or the finding itself where there is no short form."""
 
     def cell(framework: Framework) -> str:
         found = framework["findings"][key]
@@ -106,7 +106,7 @@ SHORTER = (
     (r"stays in its channel, whose moving statistics become (\S+) and (\S+)", r"its channel's statistics \1, \2"),
     (r"^(refused: \w+): (?:\w+Error: )?(.{0,60}).*", r"\1: \2"),
 )
-"""What only a terminal, or the JSON file, has room for."""
+"""Words of a finding that the page leaves out."""
 
 
 def _words(finding: str) -> str:
@@ -138,7 +138,7 @@ def _estimator(framework: Framework) -> str:
 
 
 def _own_number(framework: Framework) -> str:
-    """Its own number, and whose weight that is, by what was measured."""
+    """The framework's own momentum, and whether it weighs the old or the new value, as measured."""
     numbers = dict(part.rsplit(" ", 1) for part in framework["defaults"].split(", ") if " " in part)
     text = numbers.get("momentum") or numbers.get("exponential_avg_factor")
     weight = framework["findings"]["momentum"]["value"]

@@ -248,13 +248,13 @@ def cases(
     types: Sequence[str] = TYPES,
     kinds: Sequence[Callable[[_Drawn], Case]] = (*ORACLE, _bits),
 ) -> Case:
-    """Any case of these types and kinds, with these parameters, or drawn ones."""
+    """A strategy for cases of these types and kinds, with the given parameters or drawn ones."""
     kind = draw(st.sampled_from(kinds))
     return kind(_Drawn(draw, spec, types))
 
 
 def drawn(number: int, strategy: st.SearchStrategy[Case] | None = None) -> Case:
-    """The case of a seed, not judged; drawn by ``cases()`` if not told how."""
+    """Draw the case of a seed without judging it; by ``cases()`` unless a strategy is given."""
     seen: list[Case] = []
 
     @seed(number)
@@ -279,7 +279,7 @@ def code_of(subject: str, case: Case) -> str:
 
 
 def _code(value: Any) -> str:
-    """Code that makes a value again; of a dataclass, what is not as by default."""
+    """Python code for a value; for a dataclass, the fields that differ from their defaults."""
     if is_dataclass(value):
         usual = {field.name: field.default for field in fields(value)}
         told = [f"{name}={_code(getattr(value, name))}" for name in usual if getattr(value, name) != usual[name]]

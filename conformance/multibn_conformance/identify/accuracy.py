@@ -1,4 +1,4 @@
-"""How many digits of the output are right, the further the values lie from 0."""
+"""The number of correct digits of the output as the values move away from 0."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _digits(box: Box, dtype: str, ratio: float, eps: float) -> float | None:
 
 
 def exact(x: Array, eps: float) -> Array:
-    """xhat, to float64's last digits: the sums are exact, and what the rounded mean misses is taken off each deviation."""
+    """xhat to the last digits of float64: exact sums, and each deviation corrected by the rounding error of the mean."""
     values = np.moveaxis(x.astype(np.float64), 1, 0)
     made = np.empty_like(values)
     for channel, row in enumerate(values):
@@ -60,7 +60,7 @@ def _short(digits: float | None) -> str:
 
 
 def _class(dtype: str, digits: list[float | None]) -> str:
-    """By the digits at mean/std 1, and those that go where it grows a hundredfold: 2 with kappa, 4 with its square."""
+    """Classify by the digits at mean/std 1, and those lost when it grows a hundredfold: 2 with kappa, 4 with its square."""
     if digits[0] is None:
         return "no output"
     right = [max(0.0, -1.0 if each is None else each) for each in digits]
@@ -78,4 +78,4 @@ _ARITHMETIC = {
     "float32": {"computed in float32": 5.5, "computed in half precision": 2.0},
     "float64": {"computed in float64": 8.0, "computed in float32": 5.5, "computed in half precision": 2.0},
 }
-"""What arithmetic the digits at mean/std 1 speak of."""
+"""The arithmetic that the digits at mean/std 1 indicate."""

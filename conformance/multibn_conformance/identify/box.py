@@ -19,7 +19,7 @@ Make = Callable[[int], Subject]
 FEATURES = 3
 RANKS = (4, 2, 3, 5)
 LOADED_MEAN, LOADED_VAR = 5.0, 900.0
-"""Moving statistics to load: far from any batch's, and from any eps."""
+"""Moving statistics to load, far from those of any batch and from any eps."""
 
 
 class Undetermined(Exception):
@@ -183,12 +183,12 @@ def axes(x: Array) -> tuple[int, ...]:
 
 
 def channels(a: Array | float, like: Array) -> Array:
-    """One value for each channel, to be put beside an input."""
+    """One value per channel, shaped to broadcast with an input."""
     return np.asarray(a).reshape(1, -1, *[1] * (like.ndim - 2))
 
 
 def near(a: Array, b: Array, tolerance: float) -> bool:
-    """Whether they differ by at most this part of the larger one's largest value."""
+    """Whether two arrays differ by at most ``tolerance`` times the largest absolute value of both."""
     size = max(np.max(np.abs(a), initial=0), np.max(np.abs(b), initial=0))
     return bool(np.all(np.isfinite(a)) and np.max(np.abs(a - b), initial=0) <= tolerance * size)
 

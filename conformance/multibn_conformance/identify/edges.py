@@ -85,7 +85,7 @@ def types(box: Box) -> Finding:
 
 
 def _why(refused: Refused) -> str:
-    """Class and message; of a long message its first line that is no traceback's."""
+    """The class and the message; of a long message, the first line that does not belong to a traceback."""
     kind, _, message = str(refused).removeprefix("forward raised ").partition(": ")
     told = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith(("Traceback", " "))]
     return f"{kind}: {told[0] if told else 'without a message'}"[:200]

@@ -86,7 +86,7 @@ class Identity:
 
 
 def identify(make: Make) -> Identity:
-    """Find out what ``make(num_features)`` gives, a ``multibn.layer.Subject`` with its own defaults. It raises nothing."""
+    """Determine the dialect of ``make(num_features)``, a ``multibn.backend.Subject`` with its own defaults. Raises nothing."""
     findings: dict[str, Finding] = {}
 
     def tell(key: str, probe: Callable[..., Finding], *arguments: Any) -> Finding:
@@ -129,7 +129,7 @@ def _needed(name: str, value: Any, default: Any) -> bool:
 
 
 def _spec(findings: dict[str, Finding]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The parameters of BatchNormSpec that the findings tell, and why others are not told."""
+    """The parameters of BatchNormSpec that follow from the findings, and why others do not."""
     values = {key: found.value for key, found in findings.items()}
     affine_values = values["gamma"], values["beta"]
     learned = {"acts": True, "acts, not learned": False}

@@ -11,10 +11,10 @@ from multibn.layer.types import Array
 from .box import LOADED_MEAN, LOADED_VAR, Box, Finding, LoadedSubject, Undetermined, short
 
 SINGLE = 64 * 2.0**-24
-"""How closely weights agree: many keep momentum in float32."""
+"""Relative tolerance for weights: many frameworks keep momentum in float32."""
 
 FAR = 1000.0
-"""A mean, and a spread, beside which nothing else counts."""
+"""A mean and a spread so large that everything else is negligible beside them."""
 
 
 def updates(box: Box) -> Finding:
@@ -138,7 +138,7 @@ def _one(a: Array) -> float | None:
 
 
 def _decimal(weight: float) -> float:
-    """1 - weight, as short as the measurement allows; the smaller of the two is the one that is known closely."""
+    """1 - weight, rounded as far as the measurement allows; the smaller of the two weights is measured more precisely."""
     other = 1 - weight
     if abs(other) < SINGLE:
         return 0.0
@@ -166,6 +166,6 @@ def _weights(box: Box, moves: str) -> list[float]:
 
 
 def _of_variance(box: Box, moves: str) -> float:
-    """The weight of the old variance, beside a batch of next to none."""
+    """The weight of the old variance, measured with a batch of almost no variance."""
     var = step(box, box.fresh(LOADED_MEAN, 1e6), box.alternating(8, 1e-3, LOADED_MEAN), moves)[1]
     return float(var[0] / 1e6)

@@ -1,4 +1,4 @@
-"""The dialect that comes nearest to what was found, and what differs from it."""
+"""The dialect nearest to the findings, and the differences from it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ ONE_VALUE = {
     "paddle": "input",
     "caffe": "beta",
 }
-"""What a dialect's notes say of one value per channel."""
+"""The behaviour for one value per channel in a dialect's notes."""
 
 
 class Nearest(NamedTuple):
-    """Names of the dialects that come nearest, and what differs from the first, a sentence each."""
+    """The names of the nearest dialects, and the differences from the first, one sentence each."""
 
     names: tuple[str, ...]
     differs: tuple[str, ...]

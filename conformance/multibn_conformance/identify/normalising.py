@@ -128,7 +128,7 @@ def _spans(found: Eps) -> str:
 
 
 def _divisor(box: Box, training: bool, std: float) -> float:
-    """What a deviation of this size is divided by, where all deviations have it."""
+    """The divisor of a deviation, measured with deviations of one size."""
     x = box.alternating(8, std)
     y = box.fresh(0.0, 1.0 if training else std**2).forward(x, training)
     slope = float((y[0, 0].flat[0] - y[-1, 0].flat[-1]) / 2)
@@ -137,7 +137,7 @@ def _divisor(box: Box, training: bool, std: float) -> float:
 
 
 def _measured(divisor: Callable[[float], float], box: Box, unbiased: bool) -> Eps:
-    """The divisor falls with the spread until eps holds it; there it is measured closely."""
+    """Measure the divisor where it no longer falls with the spread, because eps dominates."""
     smallest = float(np.sqrt(np.finfo(box.dtype).tiny)) * 10
     per_std = divisor(1e4) / 1e4
     if not any(abs(per_std - wanted) < CLOSE for wanted in ((1.0, np.sqrt(8 / 7)) if unbiased else (1.0,))):

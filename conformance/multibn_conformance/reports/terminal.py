@@ -1,4 +1,4 @@
-"""The run and its report on a terminal: a table of subject x clause with the worst error, what was skipped, and one last line."""
+"""The report on a terminal: failures, a table of subject x clause with the worst errors, what was skipped, and the verdict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from multibn_conformance.subjects.backends import Absent, Candidate
 
 
 def show(judgements: Sequence[Judgement], candidates: Sequence[Candidate], absent: Sequence[Absent], console: Console) -> None:
-    """Print failures, the table, what was skipped, and the last line."""
+    """Print the failures, the table, what was skipped, and the verdict."""
     failures = [each for each in judgements if each.status == "fail"]
     first = {(each.subject, each.clause): each for each in reversed(failures)}.values()
     for each in reversed(first):

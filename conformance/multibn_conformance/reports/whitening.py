@@ -20,7 +20,7 @@ WHAT = "whitening "
 
 
 def show(judgements: Sequence[Judgement], able: Sequence[Candidate], console: Console) -> None:
-    """Print failures, the table, what was skipped, and the last line."""
+    """Print the failures, the table, what was skipped, and the verdict."""
     failures = [each for each in judgements if each.status == "fail"]
     for each in {(each.subject, each.clause): each for each in reversed(failures)}.values():
         console.print(f"[red]{escape(each.subject)}[/red] fails {escape(each.message)}", soft_wrap=True)

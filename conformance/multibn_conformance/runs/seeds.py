@@ -24,7 +24,7 @@ from multibn_conformance.usage import spec_from
 def judge_seed(
     candidate: Candidate, number: int, spec: BatchNormSpec | None = None, command: str | None = None
 ) -> tuple[Case, Judgement]:
-    """The case of a seed, judged; where it fails, the simplest one found that does.
+    """Judge the case of a seed; return the simplest failing case that Hypothesis finds if it fails.
 
     Args:
         spec: parameters that the subject does not let choose.
@@ -62,7 +62,7 @@ def run(
     spec: str | None = None,
     command: str | None = None,
 ) -> tuple[list[Judgement], list[Case]]:
-    """Judge every candidate by the cases of ``count`` seeds; one that fails is not judged by more.
+    """Judge every candidate by the cases of ``count`` seeds, up to its first failure.
 
     The judgements in the order of the candidates, and the cases that they name; ``spec`` is the text of ``--spec``.
     """

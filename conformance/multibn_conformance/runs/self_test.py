@@ -26,7 +26,7 @@ from multibn_conformance.subjects.right import Right, WorkingTextbook
 from .seeds import run as run_seeds
 
 SEEDS = 100
-"""Random cases for each right one, unless ``--random`` says otherwise."""
+"""Random cases for each right BatchNorm, unless ``--random`` is given."""
 
 _RIGHT = Backend(
     "right",
@@ -37,7 +37,7 @@ _RIGHT = Backend(
 )
 
 RIGHT = [Candidate(_RIGHT, name, "cpu") for name in _RIGHT.implementations]
-"""Right BatchNorms of the suite's own: the one that the wrong ones are made from, and one written in another way."""
+"""The suite's own right BatchNorms: the base class of the defects, and an independent implementation."""
 
 
 @dataclass(frozen=True)

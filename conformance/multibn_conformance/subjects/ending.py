@@ -21,7 +21,7 @@ VARIABLE = "MULTIBN_SUBJECT"
 """The environment variable that holds the mark."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Those that end the program, and would leave its children behind."""
+"""Signals that end the program and would leave its children running."""
 
 _PROCESSES = Path("/proc")
 _ROUNDS = 200

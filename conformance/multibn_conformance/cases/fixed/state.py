@@ -22,7 +22,7 @@ from multibn_conformance.cases.inputs import Values
 
 
 def state() -> list[Case]:
-    """What is loaded, and read back."""
+    """Cases about loading state and reading it back."""
     return [
         case(
             "BN-13",
