@@ -20,6 +20,7 @@ from multibn.backend import Backend
 from multibn.cli import app
 from multibn.numpy_backend import BACKEND
 from multibn.spec.clauses import CLAUSES
+from multibn.sync.clauses import CLAUSES as SYNCHRONISED
 from multibn.usage import UsageError
 from multibn.whitening.spec import CLAUSES as WHITENING
 from multibn_conformance import reproduce
@@ -223,7 +224,8 @@ def test_what_the_oracle_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_clauses_and_dialects() -> None:
-    assert called("clauses") == (0, "".join(f"{number}  {text}\n" for number, text in {**CLAUSES, **WHITENING}.items()), "")
+    known = {**CLAUSES, **WHITENING, **SYNCHRONISED}
+    assert called("clauses") == (0, "".join(f"{number}  {text}\n" for number, text in known.items()), "")
     code, out, _ = called("dialects")
     assert code == 0
     assert "gluon" in out

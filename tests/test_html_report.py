@@ -172,7 +172,7 @@ def test_what_the_record_says_of_what_passes(failing: dict[str, Any]) -> None:
 def test_an_error_has_no_number(failing: dict[str, Any]) -> None:
     found = judged(failing, "stuck", "BN-03-eps-1e-5")
     assert (found["ulp"], found["part"]) == (None, None)
-    assert found["came"] == 'raised RuntimeError: </script><b id="injected">&\x00 not today'
+    assert found["came"] == 'raised RuntimeError: </script><b id="injected">&\\x00 not today'
     assert found["should_be"] == "no error"
     assert found["results"] == []
 
@@ -292,7 +292,7 @@ def test_junit(failing: dict[str, Any]) -> None:
     assert [test.get("name") for test in suite] == list(NAMES)
     failure = suite[0].find("failure")
     assert failure is not None
-    assert failure.get("message") == ('step 2 of 3 (backward) raised RuntimeError: </script><b id="injected">&\ufffd not today')
+    assert failure.get("message") == ('step 2 of 3 (backward) raised RuntimeError: </script><b id="injected">&\\x00 not today')
     assert str(failure.text).endswith("print(reproduce('second/stuck/cpu', 'BN-03-eps-1e-5'))")
     skipped = root[3][NAMES.index("BN-15-rank-2")].find("skipped")
     assert skipped is not None
