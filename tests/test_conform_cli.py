@@ -311,7 +311,7 @@ def test_pytest_without_mpmath_is_a_skip() -> None:
 
 def test_a_candidate_is_named_by_backend_implementation_and_device() -> None:
     backend = Backend("a", {}, {"b": "exact"}, lambda: ("c",), lambda *_: None)  # type: ignore[arg-type]
-    assert repr(subjects.Candidate(backend, "b", "c")) == "Candidate(implementation='b', device='c')"
+    assert repr(subjects.Candidate(backend, "b", "c")) == "Candidate(implementation='b', device='c', python=None)"
     assert subjects.Candidate(backend, "b", "c").name == "a/b/c"
 
 

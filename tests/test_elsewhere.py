@@ -118,7 +118,7 @@ def test_what_no_interpreter_loads_is_told(python: str) -> None:
     assert called("--python", python, "--backend", "absent", "--case", TRAIN) == (
         2,
         "",
-        f"multibn: backend 'absent' was asked for, but {python} {reason}. Install what it needs.\n",
+        f"multibn: cannot use backend 'absent': {python} {reason}. Install what it needs.\n",
     )
     code, out, _ = called("--python", python, "--case", TRAIN)
     assert code == 0

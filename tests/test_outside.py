@@ -285,7 +285,7 @@ def test_a_wrong_call(arguments: tuple[str, ...], wanted: str) -> None:
     assert called("conform", "--subject", *arguments) == (2, "", f"multibn: {wanted}\n")
 
 
-@pytest.mark.parametrize("option", ["--spec", "--python", "--precision", "--timeout"])
+@pytest.mark.parametrize("option", ["--spec", "--precision", "--timeout"])
 def test_options_of_a_subject_need_one(option: str) -> None:
     needed = f"{option} needs a --subject: --subject package.module:make"
     assert called("conform", option, "1") == (2, "", f"multibn: {needed}\n")
