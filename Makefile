@@ -52,6 +52,9 @@ docs/article.png: .venv/ready  # another; trains networks for some minutes
 	.venv/bin/multibn article --out build/article.html
 	$(PY) docs/article_screenshot.py build/article.html
 
+docs/trust.md: .venv/ready  # what came of wrong arguments, damaged files and random programs; about half an hour
+	$(PY) docs/make_trust.py 600
+
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
