@@ -86,9 +86,9 @@ unchanged. This page is written by `make docs/trust.md`, which runs the commands
 |---|---|---|
 {chr(10).join(lines)}
 
-Made on {found["made"]} with Python {found["python"]}. A cell hands a layer one wrong thing (None, another type, size, rank, device
-or layout, a subclass, freed or aliased memory, a change between forward and backward) in a process of its own. "raised" and "agreed"
-are the two right outcomes: an exception, or what the framework's own layer gives; a crash fails the cell.
+Made on {found["made"]} with Python {found["python"]}. A cell hands a layer one wrong thing (None, another type, size, rank,
+device or layout, a subclass, freed or aliased memory, a change between forward and backward) in a process of its own. "raised"
+and "agreed" are the two right outcomes: an exception, or what the framework's own layer gives; a crash fails the cell.
 
 Random programs: {programs}; the process grew by {soak["grown_mib"]} MiB, at most {soak["allowed_mib"]} are allowed.
 
