@@ -25,7 +25,7 @@ from multibn.numpy_backend import KernelSubject, _make_whitening
 class Forgets(KernelSubject):
     def forward(self, x, training):
         y = super().forward(x, training)
-        self.moving_mean[:] = 0
+        self.moving_var[:] = 0
         return y
 
 class Dies(KernelSubject):
