@@ -1,8 +1,8 @@
 """BatchNorm by PyTorch's own operators (ATen's Normalization.cpp, cuDNN), on any device, in the arithmetic of the input's type.
 
-PyTorch's operators always use the unbiased variance for moving statistics and do not support momentum None. So the layer's moving
-statistics are not passed to PyTorch's operators. With momentum 1, these return the batch statistics, with which ``_update`` updates
-the layer's moving statistics in place (BN-05).
+PyTorch's operators always use the unbiased variance for moving statistics and do not support momentum None. So the operators do
+not get the layer's moving statistics. Called with momentum 1, the operators return the batch statistics, with which ``_update``
+updates the layer's moving statistics in place (BN-05).
 """
 
 from __future__ import annotations
