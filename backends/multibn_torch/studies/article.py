@@ -42,7 +42,7 @@ class Net:
         return loss.item()
 
     def predict(self, x: Array) -> Array:
-        """Return the predicted labels, in inference mode."""
+        """Predict labels in inference mode, with the moving statistics."""
         with torch.no_grad():
             found: Array = self.net.eval()(torch.from_numpy(x)).argmax(dim=1).numpy()
         return found

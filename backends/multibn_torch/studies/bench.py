@@ -62,9 +62,9 @@ def contest_of_layers(given: Input) -> Contest:
 
 
 def contest_of_models(given: Input) -> Contest:
-    """Return a network after ``swap`` with fused ReLUs, unchanged, and without BatchNorm, with the same initial weights and images.
+    """Return a network after ``swap`` with fused ReLUs, unchanged, and without BatchNorm, on the same images.
 
-    If compiled: the network after ``swap`` without fused ReLUs, and unchanged.
+    All start from the same weights. If compiled: the network after ``swap`` without fused ReLUs, and unchanged.
     """
     torch.manual_seed(0)
     x, labels = torch.randn(given.shape), torch.randint(1000, given.shape[:1])
@@ -92,7 +92,7 @@ def contest_of_models(given: Input) -> Contest:
 
 
 def contest_of_memory(given: Input) -> Contest:
-    """Return a network after ``swap`` with fused ReLUs, inside ``recompute()`` and without, and the measurement of peak memory."""
+    """Return a network after ``swap`` with fused ReLUs, inside ``recompute()`` and without, and how to measure peak memory."""
     torch.manual_seed(0)
     x, labels = torch.randn(given.shape), torch.randint(1000, given.shape[:1])
     model = MODELS[given.model]()

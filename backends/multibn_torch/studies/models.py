@@ -67,7 +67,7 @@ class DenseBlock(nn.ModuleDict):
 
 
 def resnet18(classes: int = 1000) -> nn.Module:
-    """ResNet-18 (He et al. 2015, table 1)."""
+    """Make ResNet-18 (He et al. 2015, table 1)."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(3, 64, 7, 2, 3, bias=False),
         bn1=nn.BatchNorm2d(64),
@@ -89,7 +89,7 @@ def resnet18(classes: int = 1000) -> nn.Module:
 
 
 def densenet121(classes: int = 1000) -> nn.Module:
-    """DenseNet-121 (Huang et al. 2017, table 1): growth 32, transitions that halve the number of features."""
+    """Make DenseNet-121 (Huang et al. 2017, table 1): growth 32, transitions that halve the number of features."""
     features: OrderedDict[str, nn.Module] = OrderedDict(
         conv0=nn.Conv2d(3, 64, 7, 2, 3, bias=False),
         norm0=nn.BatchNorm2d(64),

@@ -29,7 +29,7 @@ NARROW = 64
 
 
 class Whiten(torch.autograd.Function):
-    """``apply(x, gamma, beta, (moving_mean, moving_covariance), spec, training, batches)``, differentiable once."""
+    """``apply(x, gamma, beta, (moving_mean, moving_covariance), spec, training, batches)``; raises on a second derivative."""
 
     @staticmethod
     def forward(
@@ -160,7 +160,7 @@ def _statistics(values: Tensor) -> tuple[Array, Array]:
 
 
 def _near(mean: Array, values: Tensor) -> tuple[Tensor, Array]:
-    """Return the mean rounded to the type of the statistics, (groups, d, 1), and its rounding error, to be corrected in float64."""
+    """Return the mean in the type of the statistics, (groups, d, 1), and its rounding error, to be corrected in float64."""
     near = torch.from_numpy(mean).to(PARAMETER[values.dtype])
     return near.view(*values.shape[1:3], 1), mean - near.numpy()
 
