@@ -293,7 +293,7 @@ class BatchNorm(Layer):
         return old if old is not None and self.momentum == momentum else super()._old()
 
     def extra_repr(self) -> str:
-        """The constructor's arguments, and the switches of BN-09 that are on."""
+        """The constructor's arguments, and what is frozen."""
         spec = replace(self.spec, update_statistics=True, learn_affine=True)
         init = "" if self.init == "standard" else f", init={self.init!r}"
         return f"{self.num_features}, {self.num_dims}, {spec_text(spec)}{init}{self.frozen_text()}{self._relu_text()}"

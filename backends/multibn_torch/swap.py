@@ -23,7 +23,7 @@ class Swapped(list[str]):
     Attributes:
         swapped: the same names.
         fused: names of the layers that now return max(y, 0).
-        skipped: name -> why ``swap`` did not swap this BatchNorm, or why it fused nothing in this submodule.
+        skipped: name -> why ``swap`` did not swap this BatchNorm, or why it did not fuse the layers of this submodule.
     """
 
     def __init__(self, swapped: list[str], fused: list[str], skipped: dict[str, str]) -> None:
@@ -138,7 +138,7 @@ class ReLU(torch.nn.ReLU):
 
 
 def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[torch.nn.Module, list[torch.nn.Module]]:
-    """Return layer -> its ReLU modules, for each layer whose only consumer, in every call, is a ReLU module.
+    """Map each layer whose only consumer, in every call, is a ReLU module to these ReLU modules.
 
     If ``torch.fx`` cannot trace a submodule, descend into its children. If that submodule calls BatchNorm layers directly, they
     are not fused, and ``skipped`` gets the reason.

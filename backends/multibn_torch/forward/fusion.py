@@ -85,7 +85,7 @@ def _spell_out(graph: fx.Graph, forward: fx.Node) -> bool:
     if use_batch or update or y is None or any(outputs[i].users for i in outputs if i) or mean is None or beta is None:
         return False  # Inductor would remove the addition of a beta of 0, which changes the sign of zeros
     if value.dtype not in (torch.float32, torch.float64) or not value.is_cpu:
-        return False  # Inductor rounds float64 to half precision via float32, so twice
+        return False  # Inductor rounds float64 to half precision via float32, which rounds twice
 
     def call(target: Any, *args: Any) -> fx.Node:
         node = graph.call_function(target, args)

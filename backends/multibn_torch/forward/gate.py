@@ -24,7 +24,7 @@ TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 class NotPlainError(RuntimeError):
-    """The kernel cannot use a tensor; nothing has changed."""
+    """The kernel cannot use a tensor; no state has changed."""
 
 
 def is_plain(t: Tensor) -> bool:

@@ -15,7 +15,8 @@ from . import masked
 def begin(layer: Any, x: Tensor, mask: Tensor | None = None) -> None:
     """Initialise gamma and beta so that the layer is the identity on x, if its state is still the initial one.
 
-    Checked once per layer, since the check synchronises with a GPU; ``load_state_dict`` and ``reset_parameters`` trigger it anew.
+    The state is checked once, since the check synchronises with a GPU, and again after ``load_state_dict`` and
+    ``reset_parameters``.
 
     Raises:
         RuntimeError: the program is being compiled.

@@ -1,4 +1,4 @@
-"""Warn when a batch contains NaN or Inf, so that the moving statistics of those channels were not updated (BN-11).
+"""Warn when a batch contains NaN or Inf; the moving statistics of those channels are not updated (BN-11).
 
 The kernel counts the channels that it did not update, so detection is free. Where PyTorch's operators compute on a CPU, checking
 one output value per channel is enough. The affected channels are searched for only after a detection. There is no check on
