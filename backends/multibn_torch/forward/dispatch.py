@@ -102,7 +102,7 @@ def _masked(
     function = partial(normalise, gamma=gamma, beta=beta, moving=moving, on_kernel=on_kernel, layer=layer)
     if not (how.use_batch or how.update):
         return masked.each_alone(x, mask, partial(function, how=how))
-    if torch.compiler.is_compiling() and on_kernel and not _exported():  # the number of unmasked values is not known yet
+    if torch.compiler.is_compiling() and on_kernel and not _exported():  # the number of valid values is not known yet
         return by_operator(x, gamma, beta, moving, how, mask)
     masked.check_one_for_all(mask)
     values = masked.pack(x, mask)
