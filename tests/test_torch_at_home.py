@@ -1,4 +1,4 @@
-"""What PyTorch programs do with a BatchNorm: checkpoint, cast, share, prune, fuse, send and distribute it."""
+"""The layers in typical PyTorch programs: checkpointing, casting, sharing, pruning, fusing, pickling and distributing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def same_state(a: Any, b: Any) -> None:
 
 
 def network(implementation: Any = "auto", **options: Any) -> Any:
-    """A block that is called twice, as shared layers are."""
+    """Make a network that calls its BatchNorm twice, as networks with shared layers do."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -58,7 +58,7 @@ def test_checkpointing_updates_once(momentum: Any, reentrant: bool, implementati
         xs.append(xs[0].detach().clone().requires_grad_())
         plain(xs[0]).pow(3).sum().backward()
         y = checkpoint(saving, xs[1], use_reentrant=reentrant)
-        same_state(plain, saving)  # in forward, not later
+        same_state(plain, saving)  # updated in forward, not later
         y.pow(3).sum().backward()
         same_state(plain, saving)
         assert torch.equal(xs[0].grad, xs[1].grad)
@@ -105,7 +105,7 @@ def test_two_forwards_before_a_backward(implementation: Any) -> None:
             y = layer(xs[0]).pow(3).sum() + layer(xs[1]).pow(3).sum()
         else:
             y = layer(xs[0]).pow(3).sum() + layer(xs[1]).pow(3).sum()
-            layer.running_mean.add_(1)  # as a broadcast of the statistics does
+            layer.running_mean.add_(1)  # as a broadcast of the buffers does
             layer.running_var.add_(1)
         for got, wanted in zip(torch.autograd.grad(y, xs), alone, strict=True):
             assert torch.equal(got, wanted)
@@ -142,7 +142,7 @@ def test_channels_last_is_not_copied(cls: Any, shape: Any, layout: Any, training
     layer = cls(shape[1]).train(training)
     x, dy = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
     x.requires_grad_()
-    layer(x).backward(dy)  # the kernel is loaded
+    layer(x).backward(dy)  # load the kernel
     x.grad = None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         y = layer(x)
@@ -250,7 +250,7 @@ def test_statistics_of_an_averaged_model(layer: Any) -> None:
 
 
 def python(tmp_path: Any, text: str, *arguments: str) -> str:
-    """What a program prints in a process of its own."""
+    """Run a program in a separate process; return its stdout."""
     path = tmp_path / "program.py"
     path.write_text(text)
     command = [sys.executable, "-W", "ignore", str(path), *arguments]

@@ -1,4 +1,4 @@
-"""Private parts of PyTorch are used in ``compat`` alone, and a release that lacks one says what stops working."""
+"""Only ``compat`` uses private parts of PyTorch, and its error for a missing part says what stops working."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from multibn_torch import compat
 
 FILES = sorted(Path(multibn_torch.__file__).parent.rglob("*.py"))
 MODULE = {"_parameters", "_buffers", "_apply", "_load_from_state_dict", "_version", "_replace"}
-"""What subclasses of ``nn.Module`` are told to use or override, and names that PyTorch and Python document."""
+"""Names that subclasses of ``nn.Module`` may use or override, and names that PyTorch and Python document."""
 
 
 def private(path: Path) -> set[str]:
-    """Private names of other objects than the package's own that a file uses."""
+    """Return the private names that a file accesses: attributes of any object, and imports from torch."""
     tree = ast.parse(path.read_text())
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used |= {
@@ -30,7 +30,7 @@ def private(path: Path) -> set[str]:
 
 
 def defined() -> set[str]:
-    """Names that the package itself gives."""
+    """Return the names that the package itself defines."""
     names = set()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -44,7 +44,7 @@ def defined() -> set[str]:
 
 
 NOT_YET = {"fold.py", "graphs.py", "sync/layer.py"}
-"""2026-11-29: files of other rooms that still use private parts themselves."""
+"""2026-11-29: files that still use private parts directly."""
 
 CHECKED = [path for path in FILES if path.name != "compat.py" and not any(path.as_posix().endswith(name) for name in NOT_YET)]
 

@@ -1,4 +1,4 @@
-"""What reads a PyTorch program instead of running it: compilers, exporters, tracers, tensors without memory."""
+"""The layers under tools that analyse a program instead of running it: compilers, exporters, tracers, fake tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import multibn_torch as ours
 from multibn_torch.forward.eager import kernel_forward
 from multibn_torch.forward.formulas import How, Moving
 
-pytestmark = [  # 2026-11-25: what torch 2.13 says of itself while it compiles and exports
+pytestmark = [  # 2026-11-25: torch 2.13 uses what it deprecates while it compiles and exports
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(copyreg|onnxscript|torch).*"),
@@ -44,7 +44,7 @@ def state(layer: Any) -> list[Any]:
 
 
 def steps(layer: Any, shape: Any, backend: str = "aot_eager", batches: int = 3, **keywords: Any) -> int:
-    """Train, then infer, compiled and not: the same bits. Returns how often it was compiled."""
+    """Check that training and inference give the same bits compiled and eager; return the number of compilations."""
     plain, counter = copy.deepcopy(layer), CompileCounterWithBackend(backend)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for _ in range(batches):
@@ -88,7 +88,7 @@ KINDS = [(dtype, layout) for dtype in (torch.float32, torch.bfloat16, torch.floa
 
 
 class Several(nn.Module):
-    """For each type and layout: a layer and a ReLU, and a layer with a skip connection and a ReLU; each has its own input."""
+    """Per type and layout: a layer with ReLU, and a layer with skip connection and ReLU, each with an input of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def bits(t: Any) -> Any:
 
 @pytest.fixture
 def fusions(monkeypatch: Any) -> Any:
-    """How often each fusion happens; nothing comes from the caches of earlier runs."""
+    """Count how often each fusion happens, with Inductor's caches disabled."""
     from multibn_torch.forward import fusion
 
     monkeypatch.setattr(fusion, "counts", dict.fromkeys(fusion.counts, 0))
@@ -133,7 +133,7 @@ def fusions(monkeypatch: Any) -> Any:
 
 
 def test_inductor_fuses_and_gives_the_bits_of_the_program_as_it_is_written(fusions: Any) -> None:
-    """Forward, gradients, statistics; training, then inference; three types, two layouts."""
+    """Compare outputs, gradients and statistics, in training, then inference, for three types and two layouts."""
     several = Several()
     plain = copy.deepcopy(several)
     counter = CompileCounterWithBackend("inductor")
@@ -225,10 +225,10 @@ def test_layouts_survive_compilation() -> None:
         assert y.stride() == wanted.stride()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # with PyTorch's layers too
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # PyTorch's layers do so too
 @pytest.mark.parametrize("fuse_relu", [True, False])
 def test_a_compiled_backward_gives_the_same_gradients(fuse_relu: bool) -> None:
-    """Compiled autograd traces the backward of a program that ran as it is written."""
+    """Trace the backward of an eager forward with compiled autograd."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     ours.swap(net, fuse_relu)
     plain, counter = copy.deepcopy(net), CompileCounterWithBackend("eager")

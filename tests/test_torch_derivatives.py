@@ -1,4 +1,4 @@
-"""Derivatives of any order and mode, and the transforms of torch.func, over layers that train."""
+"""Derivatives of any order and mode, and torch.func transforms, of layers in training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import multibn_torch as ours
 from multibn_torch.forward.formulas import How, Moving
 from multibn_torch.forward.operators import by_operator
 
-pytestmark = [  # 2026-11-25: torch 2.13's forward mode compiles its formulas with what it deprecates
+pytestmark = [  # 2026-11-25: torch 2.13's forward mode uses what torch deprecates
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
 IMPLEMENTATIONS: list[Any] = ["kernel", "framework"]
 ONE_ULP = {"rtol": 2.0**-22, "atol": 2.0**-22}
-"""Two results of about 1 that are each within BN-16 are neighbours at most; twice that for what follows them."""
+"""Two results near 1 that both satisfy BN-16 are at most adjacent floats; allow twice that for values derived from them."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def _seeded() -> None:
 
 
 def fixed(implementation: Any, mode: str, cls: Any = ours.BatchNorm1d) -> Any:
-    """A float64 layer that does not change."""
+    """Make a float64 layer that does not update its statistics."""
     layer = cls(3, implementation=implementation).double().train(mode != "inference")
     layer.update_statistics = False
     layer.normalize_with = "moving" if mode == "moving" else "batch"
@@ -52,7 +52,7 @@ def test_first_and_second_derivatives_in_every_mode(mode: str, implementation: A
 
 
 def by_hand(x: Any) -> Any:
-    """What ``nn.BatchNorm2d(3)`` computes, in operators whose derivatives nobody doubts."""
+    """Compute ``nn.BatchNorm2d(3)`` with elementary operators, whose derivatives are reliable."""
     mean = x.mean((0, 2, 3), keepdim=True)
     var = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
     return (x - mean) / (var + 1e-5).sqrt()
@@ -141,7 +141,7 @@ def test_vmap_takes_each_sample_as_a_batch(implementation: Any) -> None:
     def loss(parameters: Any, sample: Any) -> Any:
         return functional_call(layer, parameters, sample[None]).pow(2).sum()
 
-    gradients = vmap(grad(loss), in_dims=(None, 0))(dict(layer.named_parameters()), x[0])  # of each sample, in inference
+    gradients = vmap(grad(loss), in_dims=(None, 0))(dict(layer.named_parameters()), x[0])  # per-sample gradients, in inference
     torch.testing.assert_close(gradients["bias"], 2 * layer(x[0]))
 
 
@@ -175,7 +175,7 @@ def test_functional_call_updates_what_it_is_given(implementation: Any) -> None:
     layer: Any = ours.BatchNorm1d(3, implementation=implementation)
     before = copy.deepcopy(layer.state_dict())
     wide = {name: torch.stack([value, value], -1) for name, value in before.items()}
-    given = {name: value[..., 0] for name, value in wide.items()}  # every other value in memory
+    given = {name: value[..., 0] for name, value in wide.items()}  # a view of every other value
     x = torch.randn(6, 3)
     functional_call(layer, given, x)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())

@@ -1,4 +1,4 @@
-"""The PyTorch layers: what a program does with torch.nn's works with ours, and means what the specification says."""
+"""The PyTorch layers: programs written for torch.nn's layers work with ours, and the results follow the specification."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMPLEMENTATIONS: list[Any] = ["kernel", "framework"]
 
 
 def close(a: Any, b: Any, scale: Any = 1.0) -> None:
-    """Equal within the rounding of a short float32 sum: 64 steps of 2^-24 each, of values of this scale."""
+    """Assert equality up to the rounding of a short float32 sum: 64 steps of 2^-24 each, relative to ``scale``."""
     np.testing.assert_allclose(a.detach().numpy(), b.detach().numpy(), rtol=0, atol=64 * 2**-24 * scale)
 
 
@@ -100,7 +100,7 @@ def test_kernel_gives_the_references_bits_in_training_and_inference() -> None:
 
 @pytest.mark.parametrize("shape", [(8, 64, 5, 5), (16, 64, 7, 7), (16, 128, 14, 14)])
 def test_bits_do_not_depend_on_who_does_the_work(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller alone, or several threads."""
+    """Compare the caller's thread alone with several threads."""
     torch.manual_seed(11)
     x, dy = torch.randn(shape), torch.randn(shape)
     found = []
@@ -171,9 +171,8 @@ def test_half_input_keeps_single_state(half: Any, implementation: Any) -> None:
     assert y.dtype == dx.dtype == half
     single = ours.BatchNorm2d(3)
     y_single, dx_single = step(single, x.float(), dy.float())
-    if (
-        implementation == "kernel"
-    ):  # y is rounded once from float64, here twice: half an ulp, and the two roundings may differ by one
+    if implementation == "kernel":
+        # y is rounded once from float64 to half precision, y_single to float32: they differ by half an ulp and little more
         one_ulp = 2.0 ** (-7 if half == torch.bfloat16 else -10)
         assert torch.allclose(y.float(), y_single, rtol=0.501 * one_ulp, atol=1e-7)
         assert torch.equal(layer.running_var, single.running_var)
@@ -344,7 +343,7 @@ def test_text_says_what_the_layer_is() -> None:
 def test_momentum_may_be_changed_later() -> None:
     layer: Any = ours.BatchNorm(3, 4, BatchNormSpec(momentum=0.1))
     assert layer.spec.momentum == 0.1
-    layer.momentum = 0.25  # PyTorch's convention: weight of the new value
+    layer.momentum = 0.25  # PyTorch's momentum is the weight of the new value
     assert layer.spec.momentum == 0.75
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm of padded batches: exact where values count, and padding counts for nothing."""
+"""BatchNorm of masked batches: exact results at valid positions, independent of the padding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMPLEMENTATIONS: list[Any] = ["kernel", "framework"]
 
 
 class Padded:
-    """``BatchNorm`` that is shown every input of the suite among garbage as padding, and tells what it makes of the rest."""
+    """Subject that scatters each input of the suite among garbage padding, and returns the results at the valid positions."""
 
     def __init__(self, num_features: int, spec: BatchNormSpec) -> None:
         self.subject = ours.BACKEND.make(num_features, spec, "cpu", "kernel")
@@ -69,14 +69,14 @@ class Padded:
 
 
 def judged() -> Iterator[Any]:
-    """Every case but those for the bits of one shape, which a packed input has not, and those that refuse a rank."""
+    """Yield all cases except those on the bits of a given shape, which packing changes, and those on invalid ranks."""
     for case in CASES.values():
         ranks = {len(step.values.shape) for step in case.steps if step.values is not None}
         if case.against == "oracle" and min(ranks, default=2) >= 2:
             yield pytest.param(case, id=case.id)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # 1e30 as float16 is inf: garbage too
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # 1e30 is inf in float16: garbage too
 @pytest.mark.filterwarnings("ignore::multibn.layer.PoisonedBatch")
 @pytest.mark.parametrize("case", list(judged()))
 def test_values_among_padding_are_judged_like_all_others(case: Any) -> None:
@@ -109,7 +109,7 @@ def test_the_bits_are_those_of_the_packed_values(training: bool, implementation:
         if training:
             for got, right in zip((y.movedim(1, -1)[mask], dx.movedim(1, -1)[mask], *state), wanted, strict=True):
                 assert torch.equal(got, right)
-        else:  # each value for itself; sums over all places, in another order
+        else:  # y is elementwise; sums of gradients run over all positions, in another order
             for got, right in zip((y.movedim(1, -1)[mask], dx.movedim(1, -1)[mask], *state), wanted, strict=True):
                 torch.testing.assert_close(got, right)
         assert y.is_contiguous()

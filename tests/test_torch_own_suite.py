@@ -1,9 +1,8 @@
-"""PyTorch's own test suite for BatchNorm, with our layers in place of its own.
+"""PyTorch's own test suite for BatchNorm, run on our layers.
 
 The samples and errors are those of ``ModuleInfo`` and ``OpInfo`` in torch.testing._internal; the properties are those that
-PyTorch's test_modules.py and test_ops.py ask of them, judged with PyTorch's own tolerances beside what PyTorch's own compute in
-float64. What differs on purpose stands in
-torch_differences.py; nothing else may.
+PyTorch's test_modules.py and test_ops.py check, within PyTorch's own tolerances of what PyTorch's own layers compute in float64.
+torch_differences.py lists the intended differences; all others fail.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     ),
     "_batch_norm_with_update": lambda weight, bias, mean, var, *rest: (mean, var, weight, bias, True, *rest),
 }  # fmt: skip
-"""Operator -> its arguments, put in the order (mean, var, weight, bias, training, momentum, eps)."""
+"""Operator -> function that reorders its arguments to (mean, var, weight, bias, training, momentum, eps)."""
 
 Named = tuple[str, Callable[[], None]]
 close = torch.testing.assert_close
@@ -46,12 +45,12 @@ TOLERANCE = {
     torch.float32: (1.3e-6, 1e-5),
     torch.float64: (1e-7, 1e-7),
 }
-"""Those of ``close`` for a type: gradients of parameters, which are float32 for halves (BN-10), are judged like the rest."""
+"""Default rtol and atol of ``close`` per input type; also for gradients of parameters, which are float32 for halves (BN-10)."""
 
 
 @cache
 def suite() -> tuple[list[Any], list[Any]]:
-    """The entries about BatchNorm: ModuleInfo, OpInfo."""
+    """Return PyTorch's ModuleInfo and OpInfo entries for BatchNorm."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
@@ -65,7 +64,7 @@ def short(dtype: Any) -> str:
 
 
 def step(layer: Any, x: Any, **how: Any) -> list[Any]:
-    """y, dx and the gradients of the parameters."""
+    """Return y, dx and the gradients of the parameters."""
     x = x.detach().clone(**how).requires_grad_()
     y = layer(x)
     parameters = list(layer.parameters())
@@ -73,7 +72,7 @@ def step(layer: Any, x: Any, **how: Any) -> list[Any]:
 
 
 def of_modules(info: Any) -> Iterator[Named]:
-    """The tests of a ModuleInfo, by name."""
+    """Yield the named tests of a ModuleInfo."""
     cls, name = MODULES[info.name], info.name
     for training in (True, False):
         for dtype in info.dtypes:
@@ -154,7 +153,7 @@ def memory_format(*given: Any) -> None:
 def derivatives(*given: Any) -> None:
     mine, _, x = both(*given)
     if x.dtype == torch.float64 and x.numel():
-        mine.update_statistics = False  # else the function would change while it is differentiated
+        mine.update_statistics = False  # an update would change the function during differentiation
         x = (x if x.dim() == 2 else x[..., :2]).detach().clone().requires_grad_()
         assert torch.autograd.gradcheck(mine, x)
         assert torch.autograd.gradgradcheck(mine, x)
@@ -178,7 +177,7 @@ def refuses(cls: Any, wrong: Any) -> None:
 
 
 def of_operators(info: Any) -> Iterator[Named]:
-    """The tests of an OpInfo, by name: what the function does to the samples, a layer with their state does."""
+    """Yield the named tests of an OpInfo: a layer with the samples' state must compute what the operator computes."""
     for dtype in sorted(info.dtypes, key=str):
         torch.manual_seed(0)
         for i, sample in enumerate(info.sample_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False)):
@@ -216,7 +215,7 @@ def operates(
 
 
 def judge(tests: Iterator[Named]) -> None:
-    """Each test passes, or ends as its difference says; all that do neither are told together."""
+    """Check that each test passes, or fails as its listed difference expects; report all other outcomes together."""
     wrong = []
     for name, run in tests:
         expected = [each for each in DIFFERENCES if fnmatchcase(name, each.where.replace("[", "[[]"))]

@@ -1,4 +1,4 @@
-"""A poisoned batch: the moving statistics do not take it in, and a warning says so, once, with the name of the layer (BN-11)."""
+"""A batch with NaN or Inf: the moving statistics are not updated, and one warning per layer names the layer (BN-11)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_it_is_said_once_and_spoils_nothing(value: float, implementation: Any, g
     with torch.set_grad_enabled(grad), pytest.warns(PoisonedBatch) as warned:
         layer(batch(value))
     assert [str(warning.message) for warning in warned] == [ONE]
-    layer(batch(value))  # a second warning would be an error
+    layer(batch(value))  # a second warning would raise
     assert all(torch.equal(layer.running_mean[c], before["running_mean"][c]) == (c == 2) for c in range(4))
     assert all(torch.equal(layer.running_var[c], before["running_var"][c]) == (c == 2) for c in range(4))
     layer(batch(0.0))
@@ -100,7 +100,7 @@ def test_programs_that_are_transformed_or_traced_are_left_alone() -> None:
     layer.train()
     make_fx(lambda x: layer(x))(batch(float("nan")))
     torch.func.vmap(lambda x: layer.eval()(x))(batch(float("nan")).unsqueeze(0))
-    torch.compile(model()[0], backend="eager", fullgraph=True)(batch(float("nan")))  # a warning would be an error
+    torch.compile(model()[0], backend="eager", fullgraph=True)(batch(float("nan")))  # a warning would raise
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])

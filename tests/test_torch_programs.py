@@ -1,4 +1,4 @@
-"""Programs that others wrote, with our layers in place of PyTorch's: swapped, trained on real digits, saved, loaded, asked."""
+"""Third-party models with our layers swapped in: trained on real digits, saved, loaded and used for inference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS, BATCH, RATE = 20, 32, 0.01
 
 
 def digits(step: int) -> tuple[Any, Any]:
-    """A batch of scikit-learn's handwritten digits: images (N, 1, 8, 8) from 0 to 1, labels (N,)."""
+    """Return a batch of scikit-learn's handwritten digits: images (N, 1, 8, 8) from 0 to 1, labels (N,)."""
     from sklearn.datasets import load_digits  # type: ignore[import-untyped,unused-ignore]
 
     data, some = load_digits(), slice(step * BATCH, (step + 1) * BATCH)
@@ -41,13 +41,13 @@ def mobilenet() -> Any:
 
 
 def enlarged(step: int) -> tuple[Any, Any]:
-    """The batch in float64 and four times as large, (N, 1, 32, 32)."""
+    """Return the batch in float64, enlarged four times to (N, 1, 32, 32)."""
     images, labels = map(torch.from_numpy, digits(step))
     return images.double().repeat_interleave(4, 2).repeat_interleave(4, 3), labels
 
 
 def train(model: Any, steps: int = STEPS) -> list[float]:
-    """The losses."""
+    """Train a model; return the loss of each step."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=RATE), []
     for step in range(steps):
         images, labels = enlarged(step)
@@ -61,7 +61,7 @@ def train(model: Any, steps: int = STEPS) -> list[float]:
 
 @pytest.mark.parametrize(("make", "layers"), [(resnet, 15), (mobilenet, 52)])
 def test_a_hugging_face_model_swaps_trains_saves_loads_and_infers(make: Any, layers: int, tmp_path: Path) -> None:
-    """In float64, where the first steps do not yet show how each rounds."""
+    """Train in float64, in which rounding differences do not yet show in the first steps."""
     torch.manual_seed(0)
     own = make().double().train()
     model = copy.deepcopy(own)
@@ -69,7 +69,7 @@ def test_a_hugging_face_model_swaps_trains_saves_loads_and_infers(make: Any, lay
     assert ours.swap(model) == batch_norms
     assert len(batch_norms) == layers
     losses = train(model)
-    assert losses[:5] == pytest.approx(train(own, 5), rel=1e-6)  # each further step of a MobileNet is ten times as sensitive
+    assert losses[:5] == pytest.approx(train(own, 5), rel=1e-6)  # each further step of a MobileNet amplifies rounding tenfold
     assert np.mean(losses[-5:]) < losses[0]
     assert all(model.get_submodule(name).num_batches_tracked == STEPS for name in batch_norms)
 
@@ -78,13 +78,13 @@ def test_a_hugging_face_model_swaps_trains_saves_loads_and_infers(make: Any, lay
     images = enlarged(STEPS)[0]
     with torch.no_grad():
         logits = model(images).logits
-        torch.testing.assert_close(loaded(images).logits, logits, rtol=1e-6, atol=1e-6)  # the checkpoint is PyTorch's
+        torch.testing.assert_close(loaded(images).logits, logits, rtol=1e-6, atol=1e-6)  # the checkpoint has PyTorch's format
         assert ours.swap(loaded) == batch_norms
         assert torch.equal(loaded(images).logits, logits)
 
 
 class Block(torch.nn.Module):  # type: ignore[misc,name-defined]
-    """Gluon's BasicBlockV2."""
+    """Gluon's BasicBlockV2, in PyTorch."""
 
     def __init__(self, given: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ CHANNELS = (8, 8, 16)
 
 
 def twin() -> Any:
-    """Gluon's ResNetV2 with BasicBlockV2, one block a stage, thumbnail: it begins with a BatchNorm on the data."""
+    """Make Gluon's thumbnail ResNetV2 in PyTorch: BasicBlockV2, one per stage, after a BatchNorm of the data."""
     nn = torch.nn
     first, *others = CHANNELS
     blocks = [Block(given, c, 1 if i == 0 else 2) for i, (given, c) in enumerate(zip(CHANNELS, others, strict=False))]
@@ -114,7 +114,7 @@ def twin() -> Any:
 
 
 def states_of_torch(weights: list[Any]) -> list[Any]:
-    """The moving statistics of all layers, in order, after 20 steps from these weights."""
+    """Return the moving statistics of all layers, in order, after 20 training steps from these weights."""
     model = twin()
     ours.swap(model)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def states_of_torch(weights: list[Any]) -> list[Any]:
             parameter.copy_(torch.from_numpy(weight))
     layers = [module for module in model.modules() if isinstance(module, ours.BatchNorm2d)]
     for layer in layers:
-        layer.moving_variance = "biased"  # as Gluon's
+        layer.moving_variance = "biased"  # Gluon's convention
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for step in range(STEPS):
         images, labels = map(torch.from_numpy, digits(step))
@@ -133,11 +133,11 @@ def states_of_torch(weights: list[Any]) -> list[Any]:
 
 
 def test_the_same_network_in_gluon_comes_to_the_same_statistics() -> None:
-    """Bit for bit in the layer that sees the data. Behind it are convolutions, which each framework rounds in its own way.
+    """Compare bit for bit in the first layer; later layers follow convolutions, which each framework rounds differently.
 
-    Their sums have at most 16*9 products, so that rounding takes them about sqrt(144) * 2^-24 away. What is seen of that after 20
-    steps of training depends on the network. So it is measured: the PyTorch network is trained again from weights that are off by
-    so much, at random, three times. Gluon's must not be further away than the furthest of these.
+    A convolution sums at most 16*9 products, so its rounding error is about sqrt(144) * 2^-24. How far this error grows in 20
+    steps of training depends on the network, so measure it: train the PyTorch network three more times, from weights with random
+    relative errors of that size. Gluon's statistics must not deviate more than the largest of these three deviations.
     """
     mx = pytest.importorskip("mxnet", reason="MXNet is not installed")
     from mxnet.gluon.model_zoo.vision.resnet import BasicBlockV2, ResNetV2
@@ -172,5 +172,5 @@ def test_the_same_network_in_gluon_comes_to_the_same_statistics() -> None:
     ]
     for i, (theirs, mine) in enumerate(zip(gluon[1:], plain[1:], strict=True), 1):
         bound = max(float(np.abs(other[i] - mine).max()) for other in others)
-        assert 0 < bound < 1e-3  # or it would say nothing
+        assert 0 < bound < 1e-3  # else the bound is meaningless
         assert np.abs(theirs - mine).max() <= bound

@@ -1,4 +1,4 @@
-"""``recompute``: the same bits from less memory, and never a gradient of something that was changed in between."""
+"""``recompute``: the same bits with less memory, and an exception if a tensor was changed between forward and backward."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_an_output_that_changes_before_it_is_used_is_stored_as_it_was_used() -> 
 
 
 def test_an_output_that_changes_after_it_was_used_does_not_change_the_gradient() -> None:
-    """Without ``recompute`` PyTorch refuses; here the output is made again as it was."""
+    """PyTorch raises without ``recompute``; with it, backward recomputes the original output."""
     layers: Any = [ours.BatchNorm2d(4) for _ in range(2)]
     convolutions = [nn.Conv2d(4, 4, 3) for _ in range(2)]
     convolutions[1].load_state_dict(convolutions[0].state_dict())

@@ -1,4 +1,4 @@
-"""A ReLU in the layer's own pass: the same bits as the layer and a ReLU after it, wherever the program runs."""
+"""A ReLU fused into the layer: the same bits as a layer followed by a ReLU, in eager, compiled and transformed programs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_nan_stays_and_zero_has_no_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_constant_channels_have_no_gradient_where_y_is_0(dtype: Any) -> None:
-    """In training, in rows long enough for vectors."""
+    """Train with rows long enough for the vectorised loops."""
     two = net(16).to(dtype)
     with torch.no_grad():
         two[0].bias.zero_()
@@ -78,7 +78,7 @@ def test_constant_channels_have_no_gradient_where_y_is_0(dtype: Any) -> None:
 
 
 def test_values_that_vanish_in_the_type_of_y_have_no_gradient() -> None:
-    """y is 0 once it is rounded, though it is not before."""
+    """y is nonzero in float64 and rounds to 0."""
     two = net(1).eval()
     with torch.no_grad():
         two[0].bias.zero_()
@@ -148,7 +148,7 @@ def test_relus_are_fused_in_a_model_that_is_swapped_already() -> None:
 
 
 class Block(nn.Module):  # type: ignore[misc,name-defined]
-    """One ReLU for a layer and for a sum, a layer whose output two take, one that two ReLUs would have to follow."""
+    """A ReLU shared by a layer and a sum; a layer with two consumers; a layer called twice, once with a ReLU after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def test_only_where_a_relu_alone_takes_the_output() -> None:
 
 
 class Untraceable(nn.Module):  # type: ignore[misc,name-defined]
-    """A part that can be traced, and a layer that it calls itself."""
+    """An untraceable module with a traceable submodule and a layer that it calls directly."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The three switches of BN-09 in PyTorch: each does its own, on a layer and on a model, whatever the mode, and has a way back."""
+"""The three switches of BN-09 in PyTorch: independent, reversible, on layers and models, in either mode."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_each_switch_does_its_own_and_stays(on: Any, then: Callable[[Any], Any])
     assert layer.frozen == ("statistics",) * statistics + ("affine",) * affine
     x = torch.randn(5, 4, 3, 3) + 3
     y = layer(x)
-    assert (y.mean() > 2) == moving  # the moving mean is 0, that of the batch 3
+    assert (y.mean() > 2) == moving  # the moving mean is 0, the batch mean 3
     assert bool(layer.running_mean.any()) != statistics
     assert int(layer.num_batches_tracked) == int(not statistics)
     assert [p.requires_grad for p in layer.parameters()] == [not affine] * 2

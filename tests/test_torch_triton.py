@@ -1,4 +1,4 @@
-"""The GPU kernel without a GPU: in Triton's interpreter, and with CUDA tensors that have no memory."""
+"""The GPU kernel without a GPU: in Triton's interpreter, and with fake CUDA tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from multibn_torch.triton_kernel import plan
 
 @pytest.mark.parametrize("name", ["triton_interpreted", "triton_layers"])
 def test_in_the_interpreter(name: str) -> None:
-    """In a process of its own, for Triton reads TRITON_INTERPRET while it is imported."""
+    """Run in a separate process, since Triton reads TRITON_INTERPRET at import."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{Path(__file__).parent / name}.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", "PYTEST_XDIST_AUTO_NUM_WORKERS": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
@@ -40,7 +40,7 @@ def test_in_the_interpreter(name: str) -> None:
 
 
 def test_make_gpu_runs_with_pytorch_and_numpy_alone(tmp_path: Path) -> None:
-    """In the interpreter, where Numba and all else that such a machine may lack cannot be imported."""
+    """Run in the interpreter, with imports of Numba and everything else that a GPU machine may lack blocked."""
     absent = ("numba", "llvmlite", "rich", "typer", "hypothesis", "sklearn", "scipy", "jinja2", "matplotlib", "pytest")
     program = f"""
 import runpy, sys
@@ -77,7 +77,7 @@ def test_the_cut_is_that_of_the_cpu_kernel() -> None:
 
 
 def test_tiles_fit() -> None:
-    """Tiles are powers of two and cover all channels, blocks and values, and no program has more than it can hold."""
+    """Tiles are powers of two, cover all channels, blocks and values, and fit in a program."""
     draw = random.Random(0)
     for _ in range(2000):
         n, channels, s = (int(2 ** draw.uniform(0, most)) for most in (20, 12, 14))
@@ -96,7 +96,7 @@ def test_tiles_fit() -> None:
 
 
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers which of PyTorch's operators ran."""
+    """Record which of PyTorch's operators ran."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -110,7 +110,7 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_nothing_waits_and_all_memory_is_pytorchs(momentum: float | None, layout: Any) -> None:
-    """What a CUDA graph needs: no operator that reads a value, copies between devices or synchronises; memory by empty alone."""
+    """CUDA graphs require: no operator that reads a value, copies between devices or synchronises; allocation by empty only."""
     with FakeTensorMode(), recorded() as launches, Operators() as ran:
         x = torch.empty(8, 3, 5, 6, device="cuda", dtype=torch.bfloat16).to(memory_format=layout)
         gamma, beta, mean, var = (torch.empty(3, device="cuda") for _ in range(4))
@@ -132,7 +132,7 @@ def test_nothing_waits_and_all_memory_is_pytorchs(momentum: float | None, layout
 
 
 def test_a_value_that_is_read_would_be_found(monkeypatch: Any) -> None:
-    """The test above fails where a launch, or anything, reads from the device."""
+    """Check that the test above would fail if any code reads from the device."""
     monkeypatch.setattr(triton_kernel, "_float64_bits", lambda value: torch.empty((), device="cuda").item())
     with FakeTensorMode():
         x: Any = torch.empty(8, 3, 5, device="cuda")
@@ -143,11 +143,11 @@ def test_a_value_that_is_read_would_be_found(monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("implementation", ["kernel", "framework", "auto"])
 def test_what_a_compiler_sees_of_a_layer_on_a_gpu(implementation: Any) -> None:
-    """Operators, with the shapes, layouts and devices of their results. "auto" is not the kernel's, which was not measured."""
+    """Check operators, shapes, layouts and devices. "auto" does not select the kernel on GPU, where it was not measured."""
     with FakeTensorMode(), torch.no_grad():  # PyTorch without CUDA cannot run autograd on CUDA tensors
         layer: Any = ours.BatchNorm2d(3, device="cuda", implementation=implementation)
         x: Any = torch.empty(2, 3, 4, 5, device="cuda").to(memory_format=torch.channels_last)
-        layer.eval()  # it cannot copy to CUDA tensors either, as an update does
+        layer.eval()  # nor copy to CUDA tensors, as an update does
         y = layer(x)
         assert (y.device, y.stride()) == (x.device, x.stride())
         code = make_fx(layer)(x).code

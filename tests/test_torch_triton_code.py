@@ -1,4 +1,4 @@
-"""What the GPU kernel is compiled to for sm_80 and sm_90, without a GPU: IEEE float64 arithmetic, nothing contracted (BN-15)."""
+"""The GPU kernel's compiled code for sm_80 and sm_90, without a GPU: IEEE float64 arithmetic, no contraction (BN-15)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _own_cache(tmp_path_factory: Any) -> Any:
 
 
 def tool(name: str) -> str:
-    """The path of one of NVIDIA's tools, which Triton brings."""
+    """Return the path of an NVIDIA tool that Triton bundles."""
     beside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
@@ -47,7 +47,7 @@ def tool(name: str) -> str:
 
 
 def launches(shape: tuple[int, int, int], dtype: str, affine: bool = True, rectify: bool = True) -> list[Launch]:
-    """Those of a forward and a backward."""
+    """Return the kernel launches of a forward and a backward."""
     with FakeTensorMode(), recorded() as made:
         x = torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
         parameter, other = (torch.empty(shape[1], dtype=getattr(torch, PARAMETER_TYPE[dtype]), device="cuda") for _ in range(2))
@@ -62,7 +62,7 @@ def launches(shape: tuple[int, int, int], dtype: str, affine: bool = True, recti
 
 
 def compiled(launch: Launch, capability: int, **options: Any) -> Any:
-    """What Triton would compile for a launch."""
+    """Compile a launch as Triton would."""
     names, constants = launch.kernel.arg_names, {k: v for k, v in launch.options.items() if k in launch.kernel.arg_names}
     signature, attributes = {}, {}
     for i, name in enumerate(names):
@@ -83,7 +83,7 @@ def compiled(launch: Launch, capability: int, **options: Any) -> Any:
 
 @cache
 def code(layout: str, dtype: str, capability: int) -> dict[str, Any]:
-    """Kernel -> what it is compiled to."""
+    """Return kernel name -> compiled kernel."""
     made = launches(SHAPES[layout], dtype)
     assert [launch.kernel.__name__ for launch in made] == list(KERNELS)
     return {launch.kernel.__name__: compiled(launch, capability) for launch in made}
@@ -96,7 +96,7 @@ def machine_code(cubin: bytes, folder: Path) -> str:
 
 
 def arithmetic(ptx: str) -> Counter[str]:
-    """How often PTX has each instruction that computes with floating-point numbers."""
+    """Count each floating-point instruction in PTX."""
     found = re.findall(
         r"^\s+(?:@\S+ )?((?:add|sub|mul|mad|fma|div|sqrt|rsqrt|rcp|cvt)\.\S*\bb?f(?:16|32|64)\S*)", ptx, re.MULTILINE
     )
@@ -104,13 +104,13 @@ def arithmetic(ptx: str) -> Counter[str]:
 
 
 def division_free(ptx: str) -> str:
-    """PTX with each division and root replaced by an instruction that becomes a single one."""
+    """Replace each division and square root in PTX by an instruction that assembles to a single one."""
     ptx = re.sub(r"div\.rn\.f64", "add.rn.f64", ptx)
     return re.sub(r"sqrt\.rn\.f64", "neg.f64", ptx)
 
 
 def assembled(ptx: str, folder: Path) -> bytes:
-    """PTX as machine code, with the options that Triton gives."""
+    """Assemble PTX to machine code with Triton's options."""
     source, target = folder / "kernel.ptx", folder / "assembled.cubin"
     source.write_text(ptx)
     (architecture,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
@@ -141,15 +141,15 @@ def test_nothing_is_contracted(layout: str, dtype: str, capability: int, tmp_pat
 
         machine = machine_code(kernel.asm["cubin"], tmp_path)
         assert len(re.findall(r"\bDADD\b", machine)) > 0, name
-        assert set(re.findall(r"\b(\w+)\S*\.FTZ", machine)) <= {"F2I"}, name  # in divisions of integers
-        if found["div.rn.f64"]:  # which are made of fused multiply-adds, and rounded right
+        assert set(re.findall(r"\b(\w+)\S*\.FTZ", machine)) <= {"F2I"}, name  # in integer divisions
+        if found["div.rn.f64"]:  # division uses fused multiply-adds, and rounds correctly
             assert re.search(r"\bDFMA\b", machine), name
             machine = machine_code(assembled(division_free(ptx), tmp_path), tmp_path)
         assert not re.search(r"\b(DFMA|FFMA|MUFU\.R\w+64H)\b", machine), name
 
 
 def test_a_contraction_would_be_found(tmp_path: Path) -> None:
-    """The test above fails for what Triton makes by default."""
+    """Check that the test above would fail for Triton's default options."""
     for launch in launches(SHAPES["NCHW"], "float32")[:3]:
         kernel = compiled(launch, 90, enable_fp_fusion=True)
         assert arithmetic(kernel.asm["ptx"])["fma.rn.f64"]
@@ -160,19 +160,19 @@ def test_a_contraction_would_be_found(tmp_path: Path) -> None:
     ("layout", "dtype", "instruction"), [("channels-last", "float16", "F2F.F16.F64"), ("NCHW", "float32", "F2F.F32.F64")]
 )
 def test_a_result_is_converted_by_one_instruction(layout: str, dtype: str, instruction: str, tmp_path: Path) -> None:
-    """So that it is rounded once."""
+    """One instruction rounds only once."""
     kernel = code(layout, dtype, 90)["normalise"]
     assert instruction in machine_code(kernel.asm["cubin"], tmp_path)
 
 
 def test_an_absent_beta_is_added_all_the_same() -> None:
-    """-0.0 + 0.0 is 0.0, as on the CPU."""
+    """Adding 0 turns -0.0 into 0.0, as on the CPU."""
     normalise = launches(SHAPES["NCHW"], "float32", affine=False, rectify=False)[2]
     found = arithmetic(compiled(normalise, 90).asm["ptx"])
     assert found["add.rn.f64"] == found["sub.rn.f64"] == found["mul.rn.f64"] > 0
 
 
 def test_a_kernel_serves_many_shapes() -> None:
-    """No size is a constant of a kernel, so that another batch size does not compile it anew."""
+    """No size is a compile-time constant, so a new batch size does not recompile the kernel."""
     keys = [[launch.options for launch in launches((n, 64, s), "float32")] for n, s in ((33, 3136), (48, 3136), (63, 2200))]
     assert keys == [keys[0]] * 3

@@ -1,4 +1,4 @@
-"""Whatever a program hands to the PyTorch layers: the right numbers, or an exception that leaves the state as it was."""
+"""Unusual arguments for the PyTorch layers: correct results, or an exception that leaves the state unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_no_cell_of_the_grid_crashes_or_is_wrong() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("missing", ["running_mean", "running_var"])
 def test_one_of_the_moving_statistics_is_missing(missing: str, training: bool) -> None:
-    """Nothing shared is written to: other layers compute what they did before."""
+    """No shared memory is written to: other layers still compute the same."""
     x = torch.randn(8, 16, 8, 8) * 7
     wanted = ours.BatchNorm2d(16, affine=False)(x)
     layer: Any = ours.BatchNorm2d(16).train(training)

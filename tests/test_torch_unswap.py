@@ -1,4 +1,4 @@
-"""``unswap`` gives the very objects back, so that what looks for PyTorch's classes works; what is not swapped is named."""
+"""``unswap`` restores the same objects, so that tools that match PyTorch's classes work; ``swap`` lists what it skips."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_relus_are_fused_in_the_parts_that_can_be_traced(make: Any) -> None:
     model = copy.deepcopy(plain)
     ours.swap(plain)
     result = ours.swap(model, fuse_relu=True)
-    if make is not mobilenet:  # whose activations are ReLU6
+    if make is not mobilenet:  # MobileNet's activations are ReLU6
         assert result.fused
     torch.manual_seed(2)
     wanted = plain(x).logits
@@ -81,7 +81,7 @@ def test_fusing_and_scripting_work_again(way: str) -> None:
     wanted = model(x)
     if way == "fx":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch 2.13 itself uses what it deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch 2.13 uses what it deprecates
             from torch.fx.experimental.optimization import fuse
 
         changed = fuse(model)
@@ -109,7 +109,7 @@ def test_a_layer_that_does_more_is_not_taken_back() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_quantization_folds_the_layer_again(training: bool) -> None:
-    """FX, in training (QAT) and after it (PTQ)."""
+    """Quantize with FX, during training (QAT) and after it (PTQ)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch 2.13 deprecates its own quantization
         from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping

@@ -1,4 +1,4 @@
-"""BatchNorm for PyTorch, after the specification of multibn."""
+"""BatchNorm for PyTorch, as multibn's specification defines it."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""PyTorch as the conformance suite sees it."""
+"""Adapter of the PyTorch layers for the conformance suite."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .whitening.subject import TorchWhitening
 
 
 class TorchSubject:
-    """``BatchNorm`` behind NumPy arrays."""
+    """``BatchNorm`` with NumPy arrays as inputs and outputs."""
 
     def __init__(self, num_features: int, spec: BatchNormSpec | None, device: str, implementation: Any) -> None:
         self._device = torch.device(device)
         self._layer: Layer = BatchNorm(num_features, 4, spec, implementation=implementation).to(self._device)
 
     def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
-        """Set the state; the layer becomes float64 if the arrays are."""
+        """Set the state, and convert the layer to float64 if the arrays are float64, else to float32."""
         given = {"weight": gamma, "bias": beta, "running_mean": moving_mean, "running_var": moving_var}
         arrays = [a for a in given.values() if a is not None]
         self._layer.to(torch.float64 if any(a.dtype == "float64" for a in arrays) else torch.float32)
@@ -37,7 +37,7 @@ class TorchSubject:
             self._layer.num_batches_tracked.zero_()  # type: ignore[union-attr]
 
     def forward(self, x: Array, training: bool) -> Array:
-        """y for x, whatever its rank."""
+        """Return y for x of any rank."""
         self._layer.ranks = (x.ndim,)
         self._layer.train(training)
         self._layer.zero_grad()
@@ -45,12 +45,12 @@ class TorchSubject:
         if self._x.is_floating_point():
             self._x.requires_grad_()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PoisonedBatch)  # some cases are poisoned on purpose
+            warnings.simplefilter("ignore", PoisonedBatch)  # some cases contain NaN or Inf on purpose
             self._y = self._layer(self._x)
         return self._array(self._y)
 
     def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
-        """Gradients of the last forward."""
+        """Return the gradients of the last forward: dx, dgamma and dbeta."""
         self._y.backward(self._tensor(dy))
         gradients = [p if p is None else p.grad for p in (self._layer.weight, self._layer.bias)]
         dgamma, dbeta = (g if g is None else self._array(g) for g in gradients)
@@ -58,11 +58,11 @@ class TorchSubject:
         return self._array(self._x.grad), dgamma, dbeta
 
     def moving(self) -> tuple[Array, Array]:
-        """Copies of the moving statistics."""
+        """Return copies of the moving statistics."""
         return self._array(self._layer.running_mean), self._array(self._layer.running_var)  # type: ignore[arg-type]
 
     def _tensor(self, a: Array) -> torch.Tensor:
-        a = a if all(stride >= 0 for stride in a.strides) else a.copy()  # PyTorch has no negative strides
+        a = a if all(stride >= 0 for stride in a.strides) else a.copy()  # PyTorch does not support negative strides
         return torch.from_numpy(a).to(self._device)
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""The private parts of PyTorch that this package uses, and nothing else does: a release that lacks one says so here.
+"""The private parts of PyTorch that this package uses; no other module accesses them, so a missing part raises here.
 
-``PARTS`` names each with what stops working without it. Required parts are looked up at import; an optional part is ``None``
-where PyTorch lacks it, and its user does without.
+``PARTS`` lists each part with what stops working without it. Required parts are looked up at import; an optional part is ``None``
+if PyTorch lacks it, and the caller works without it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Part(NamedTuple):
     """A private name of PyTorch."""
 
     path: str
-    """Below ``torch``."""
+    """Dotted path, relative to ``torch``."""
     use: str
     """What stops working without it."""
     required: bool = True
@@ -41,10 +41,10 @@ PARTS = {
 
 
 def lookup(name: str) -> Any:
-    """The private part of that name in ``PARTS``.
+    """Return the private part with this name in ``PARTS``.
 
     Raises:
-        ImportError: this release of PyTorch lacks it, and it is required.
+        ImportError: the part is required and this release of PyTorch lacks it.
     """
     part = PARTS[name]
     try:
@@ -76,19 +76,20 @@ BatchNormBase = batchnorm._BatchNorm
 
 
 def transformed() -> bool:
-    """Whether forward-mode differentiation or another transform of ``torch.func`` is active."""
+    """Return whether forward-mode differentiation or another ``torch.func`` transform is active."""
     return forward_ad._current_level >= 0 or bool(transforms_active())
 
 
 def recomputed() -> bool:
-    """Whether this forward runs inside a backward: activation checkpointing runs it a second time (BN-05)."""
+    """Return whether this forward runs inside a backward, as activation checkpointing recomputes it (BN-05)."""
     return bool(graph_task() != -1)
 
 
 def run_as_written(function: Any) -> None:
-    """Tell a compiler that meets the function, as compiled autograd does, to run it and all it calls; else it warns of each step.
+    """Exclude a function, and all that it calls, from Dynamo; else compiled autograd traces into it and warns repeatedly.
 
-    ``torch.compiler.disable`` does the same by a function around it, at each call. Older releases lack this, and warn.
+    ``torch.compiler.disable`` does the same with a wrapper, which costs time in each call. Older releases of PyTorch lack this
+    private part, and warn.
     """
     function._torchdynamo_disable = True
     frames = lookup("eval_frame")
@@ -98,9 +99,10 @@ def run_as_written(function: Any) -> None:
 
 
 def direct_apply(function: Any) -> Any:
-    """``apply`` of a ``torch.autograd.Function`` that never sees a transform of ``torch.func``.
+    """Return ``apply`` of a ``torch.autograd.Function``, for calls that are never under a ``torch.func`` transform.
 
-    PyTorch asks in each call, forward and backward, which kind of a function this is, for longer than a small batch takes.
+    In each call, forward and backward, PyTorch's own ``apply`` checks the kind of the function, which takes longer than a small
+    batch.
     """
     function._backward_cls.apply = function.backward
     return super(torch.autograd.Function, function).apply

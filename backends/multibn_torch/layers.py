@@ -1,4 +1,4 @@
-"""BatchNorm as PyTorch modules: the article's block, and layers that stand in for PyTorch's own."""
+"""BatchNorm as PyTorch modules: the article's block, and drop-in replacements for PyTorch's own layers."""
 
 from __future__ import annotations
 
@@ -30,33 +30,36 @@ ERRORS: dict[str, type[Exception]] = {
     "parameter type": RuntimeError,
     "one value": ValueError,
 }
-"""The classes that ``torch.nn.functional.batch_norm`` raises."""
+"""Kind of problem -> exception class, the same as ``torch.nn.functional.batch_norm`` raises."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class Layer(Switches, BatchNormBase):
-    """What the layers share: forward, the state's types, the text.
+    """Base class of the layers: forward, types of the state, repr.
 
-    ``implementation``: "kernel" (our kernel: the same bits on a CPU and, by Triton, on a CUDA device), "framework" (PyTorch's own
-    operators, any device), or "auto": the kernel where it was measured to be at least as fast, so on a CPU; else the operators.
-    ``init``: "identity" lets the first training batch pass unchanged: ``multibn.identity``. ``name`` is the layer's name in the
-    model, for messages; ``swap`` tells it. ``fuse_relu``: the layer returns max(y, 0), at the cost of y alone; ``swap`` sets it
-    where a ReLU follows, which then has nothing left to do.
+    Attributes:
+        implementation: "kernel" (multibn's kernel: the same bits on CPU and, through Triton, on CUDA), "framework" (PyTorch's
+            own operators, any device), or "auto": the kernel where measurements show it at least as fast, which is on CPU; the
+            operators elsewhere.
+        init: "identity" initialises gamma and beta so that the first training batch passes unchanged; see ``multibn.identity``.
+        name: the layer's name in the model, for messages; set by ``swap``.
+        fuse_relu: return max(y, 0), at the cost of y alone; set by ``swap`` where a ReLU follows, so that the ReLU passes its
+            input through.
     """
 
     ranks: tuple[int, ...]
     implementation: Implementation = "auto"
     init: identity.Init = "standard"
     _began = False
-    _examined: Any = None  # where the kernel's gate found its tensors plain
+    _examined: Any = None  # addresses at which the kernel's gate last checked the tensors
     name: str = ""
     fuse_relu = False
     moving_variance: Literal["biased", "unbiased"] = "unbiased"
 
     @property
     def spec(self) -> BatchNormSpec:
-        """What this layer computes, as it stands now."""
+        """The specification that this layer currently computes."""
         return BatchNormSpec(
             eps=self.eps,
             momentum=BatchNormSpec.momentum if self.momentum == 0 else self._old(),
@@ -83,22 +86,23 @@ class Layer(Switches, BatchNormBase):
         self._set_init(init)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """y for x of shape (N, C, ...), in the layer's mode (BN-01 to BN-12).
+        """Return y for x, in the layer's mode (BN-01 to BN-12).
 
         Args:
-            input: x.
-            mask: (N, ...), boolean: only values where it is True count, and y is 0 elsewhere; for sequences of several lengths.
+            input: x, of shape (N, C, ...).
+            mask: (N, ...), boolean, for sequences of different lengths: the layer ignores x where the mask is False and returns 0
+                there.
 
         Raises:
             ValueError: wrong rank, or one value per channel in training; a mask of the wrong shape.
             RuntimeError: wrong number of channels, or parameters of the wrong type, shape or device; a mask on another device.
-            NotImplementedError: a type of input that is not floating point.
-            TypeError: a mask that is not boolean.
+            NotImplementedError: the input's type is not floating point.
+            TypeError: the mask is not boolean.
         """
         if isinstance(input, Proxy):
             return as_leaf(self, input, mask)
-        parameters, buffers = self._parameters, self._buffers  # much faster than attributes
-        # pruning and parametrization take them out of the dict
+        parameters, buffers = self._parameters, self._buffers  # much faster than attribute access
+        # pruning and parametrization remove weight and bias from the dict
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -107,7 +111,7 @@ class Layer(Switches, BatchNormBase):
         use_batch = mean is None or (training and self.normalize_with == "batch")
         needs_batch = (update or use_batch) and mask is None
         size, kind, on_cpu = self.num_features, PARAMETER.get(input.dtype), input.is_cpu
-        if tracing_state() is None and not (  # a tracer warns of every comparison
+        if tracing_state() is None and not (  # torch.jit.trace warns about every comparison
             input.dim() in self.ranks
             and input.shape[1] == size
             and (input.numel() > size or not needs_batch)
@@ -115,11 +119,11 @@ class Layer(Switches, BatchNormBase):
             and (bias is None or (bias.dtype == kind and bias.numel() == size))
             and (mean is None or (mean.dtype == kind and mean.numel() == size))
             and (var is None or (var.dtype == kind and var.numel() == size))
-            and (on_cpu or all(t is None or t.is_cpu is on_cpu for t in (weight, bias, mean, var)))  # the kernel's gate looks too
+            and (on_cpu or all(t is None or t.is_cpu is on_cpu for t in (weight, bias, mean, var)))  # the gate checks CPU state
             and (mean is None) is (var is None)
         ):
             self._refuse(input, needs_batch)
-            update = False  # nothing was wrong: the input is empty (BN-12)
+            update = False  # no problem found, so the input is empty (BN-12)
         if self.init == "identity" and training and use_batch:
             begin(self, input, mask)
         on_kernel = on_cpu if self.implementation == "auto" else self.implementation == "kernel"
@@ -129,7 +133,7 @@ class Layer(Switches, BatchNormBase):
         return way(input, weight, bias, moving, how, on_kernel, mask, self)
 
     def extra_repr(self) -> str:
-        """PyTorch's text, and what differs from PyTorch."""
+        """PyTorch's repr, plus every setting that differs from PyTorch's defaults."""
         text = str(super().extra_repr())  # type: ignore[no-untyped-call]
         text += "" if self.normalize_with == "batch" else f", normalize_with={self.normalize_with!r}"
         text += self.frozen_text()
@@ -141,7 +145,7 @@ class Layer(Switches, BatchNormBase):
         return ", fuse_relu=True" if self.fuse_relu else ""
 
     def reset_parameters(self) -> None:
-        """As it was made, so that init="identity" begins anew."""
+        """Reset parameters and statistics to their initial values; init="identity" applies again to the next training batch."""
         super().reset_parameters()
         self._began = False
 
@@ -155,11 +159,11 @@ class Layer(Switches, BatchNormBase):
             self.init = init
 
     def _old(self) -> float | None:
-        """Weight of the old moving statistics, None for equal weights; PyTorch's momentum is the weight of the new ones."""
+        """Return the weight of the old moving statistics, None for equal weights; PyTorch's momentum weights the batch."""
         return None if self.momentum is None else 1.0 - self.momentum
 
     def _refuse(self, x: Tensor, needs_batch: bool) -> None:
-        """Say what is wrong with x."""
+        """Raise the exception for what is wrong with x or the state, if anything."""
         names = ("weight", "bias", "running_mean", "running_var")
         state = {name: t for name in names if (t := getattr(self, name)) is not None}
         problem = objection(
@@ -184,7 +188,7 @@ class Layer(Switches, BatchNormBase):
                 )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Statistics and parameters stay float32 when the model becomes half (BN-10)."""
+        """Apply fn, but keep statistics and parameters in float32 when the model is cast to half precision (BN-10)."""
 
         def keep(t: Tensor) -> Tensor:
             new = fn(t)
@@ -194,19 +198,19 @@ class Layer(Switches, BatchNormBase):
 
 
 def check(layer: Any) -> None:
-    """Raise ValueError or TypeError if a layer with PyTorch's attributes has parameters that the specification forbids."""
+    """Raise ValueError or TypeError if the eps or momentum of a PyTorch layer violates the specification."""
     momentum = None if layer.momentum is None else layer.momentum and 1.0 - layer.momentum
     BatchNormSpec(eps=layer.eps, momentum=momentum)
 
 
 def keep_single(layer: torch.nn.Module) -> None:
-    """Make half-precision parameters and statistics float32 (BN-10)."""
+    """Convert half-precision parameters and statistics to float32 (BN-10)."""
     if any(t.dtype in _HALF for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
         layer._apply(lambda t: t)  # type: ignore[no-untyped-call]
 
 
 def as_leaf(layer: Layer, x: Proxy, mask: Proxy | None) -> Proxy:
-    """The layer as one call in a graph of ``torch.fx``, as PyTorch's own are."""
+    """Record the layer as one call_module node in a ``torch.fx`` graph, as ``torch.fx`` does for PyTorch's own layers."""
     keywords = {} if mask is None else {"mask": mask}
     tracer: Any = x.tracer
     y: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), keywords)
@@ -214,39 +218,39 @@ def as_leaf(layer: Layer, x: Proxy, mask: Proxy | None) -> Proxy:
 
 
 def type_name(t: Tensor) -> str:
-    """NumPy\'s name of a tensor\'s type, as ``float32``."""
+    """Return NumPy's name for a tensor's type, such as ``float32``."""
     return str(t.dtype).removeprefix("torch.")
 
 
 class BatchNorm1d(Layer, torch.nn.BatchNorm1d):
-    """Takes the place of ``torch.nn.BatchNorm1d``: its arguments, its checkpoints; input (N, C) or (N, C, L)."""
+    """Drop-in replacement for ``torch.nn.BatchNorm1d``: same arguments, same checkpoints; input (N, C) or (N, C, L)."""
 
     ranks = (2, 3)
 
 
 class BatchNorm2d(Layer, torch.nn.BatchNorm2d):
-    """Takes the place of ``torch.nn.BatchNorm2d``: its arguments, its checkpoints; input (N, C, H, W)."""
+    """Drop-in replacement for ``torch.nn.BatchNorm2d``: same arguments, same checkpoints; input (N, C, H, W)."""
 
     ranks = (4,)
 
 
 class BatchNorm3d(Layer, torch.nn.BatchNorm3d):
-    """Takes the place of ``torch.nn.BatchNorm3d``: its arguments, its checkpoints; input (N, C, D, H, W)."""
+    """Drop-in replacement for ``torch.nn.BatchNorm3d``: same arguments, same checkpoints; input (N, C, D, H, W)."""
 
     ranks = (5,)
 
 
 class BatchNorm(Layer):
-    """The article's block, in PyTorch.
+    """The article's block, as a PyTorch module.
 
     Args:
         num_features: C, the size of the channel axis.
         num_dims: rank of the input: 2 for fully connected layers (N, C), 4 for convolutions (N, C, H, W); 3 and 5 too.
-        spec: what it computes; ``BatchNormSpec.article()`` is the article's own.
+        spec: what the layer computes; ``BatchNormSpec.article()`` is the article's version.
         implementation, init: see ``Layer``.
         device, dtype: of the state; float32, or float64 for float64 input (BN-10).
 
-    State, under PyTorch's names: weight (gamma, ones), bias (beta, zeros), running_mean (zeros), running_var (ones),
+    The state has PyTorch's names: weight (gamma, ones), bias (beta, zeros), running_mean (zeros), running_var (ones),
     num_batches_tracked. ``gamma``, ``beta``, ``moving_mean`` and ``moving_var`` are the article's names for the same tensors.
 
     Raises:
@@ -285,7 +289,7 @@ class BatchNorm(Layer):
         self._set_init(init)
 
     def _old(self) -> float | None:
-        momentum, old = self._given  # 1 - (1 - old) is not always old
+        momentum, old = self._given  # 1 - (1 - old) may round to another value than old
         return old if old is not None and self.momentum == momentum else super()._old()
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Moving statistics that are those of the whole data."""
+"""Set the moving statistics to those of the whole dataset."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ from .compat import BatchNormBase
 def recalibrate(
     model: torch.nn.Module, batches: Iterable[Any], *, one_by_one: bool = False, group: Group | None = None
 ) -> list[str]:
-    """Make the moving statistics of every BatchNorm those of the whole data, in place; return the layers' names, in order of use.
+    """Set the moving statistics of every BatchNorm to those of the whole dataset, in place; return the names in call order.
 
-    Each layer gets exact mean and variance (biased or not, as the layer has it) of all values that reach it in inference, the
-    layers before it having theirs already. So the data goes through the model once for each BatchNorm, and how it is cut into
-    batches, in which order, is no part of the meaning.
+    Each layer gets the exact mean and variance (biased or unbiased, as the layer is configured) of all values that it receives
+    in inference once the layers before it have their new statistics. This takes one pass over the data per BatchNorm. The result
+    does not depend on how the data is split into batches, nor on their order.
 
-    Bits: statistics are rounded once, from exact sums. So where the same bits reach a layer, it gets the same bits. The
-    model's own operators, such as a matrix product, may round otherwise in a batch of another size; with ``one_by_one`` each
-    sample goes alone, which is slower, and the result has the same bits whatever the batches were.
+    Reproducibility: each statistic is an exact sum, rounded once, so the same input bits give the same statistics. The model's
+    other operators, such as matrix products, may round differently at another batch size; with ``one_by_one`` the model gets one
+    sample at a time, which is slower, and the result has the same bits for any batch size.
 
-    PyTorch's own layers count too. A layer that is used several times gets the statistics of all its inputs, its own being as
-    they were meanwhile. Layers without moving statistics, or that nothing reaches, are left alone, as is all else:
-    parameters, num_batches_tracked, the mode of each module. Where this raises, nothing has changed.
+    PyTorch's own BatchNorm layers are included. A layer that the model calls several times gets the statistics of all its inputs,
+    computed while the layer still uses its old ones. Layers without moving statistics and layers that the model does not call
+    stay as they are, as do parameters, num_batches_tracked and the mode of each module. If this function raises, nothing has
+    changed.
 
     Args:
         model: called with each batch.
-        batches: a list or data loader; each batch a tensor, or a tuple or list that begins with it.
-        one_by_one: send the samples, along axis 0, through the model one at a time.
-        group: the ranks over which the data is spread, such as ``TorchGroup()``; each calls this with its own batches, perhaps
-            none, and all get the same statistics.
+        batches: a list or data loader; each batch is a tensor, or a tuple or list whose first item is one.
+        one_by_one: pass the samples, along axis 0, through the model one at a time.
+        group: the ranks that share the data, such as ``TorchGroup()``; each rank calls this with its own batches, possibly none,
+            and all ranks get the same statistics.
 
     Raises:
-        TypeError: batches can be gone through only once.
-        ValueError: a layer gets fewer than 2 values per channel in all (BN-12).
+        TypeError: batches can be iterated only once.
+        ValueError: a layer gets fewer than 2 values per channel in total (BN-12).
         multibn.sync.SyncError: another rank raised, or has another model.
     """
     check_batches(batches)
@@ -77,7 +78,7 @@ def recalibrate(
 
 
 def _settle(layer: Any, data: WholeData) -> None:
-    """PyTorch's own layers are unbiased."""
+    """Store the statistics in a layer; PyTorch's own layers store the unbiased variance."""
     unbiased = getattr(layer, "moving_variance", "unbiased") == "unbiased"
     mean, var = data.settle(layer.running_mean.cpu().numpy(), layer.running_var.cpu().numpy(), unbiased)
     layer.running_mean.copy_(torch.from_numpy(mean))

@@ -1,4 +1,4 @@
-"""Put our layers in place of PyTorch's in a model."""
+"""Replace PyTorch's BatchNorm layers of a model with multibn's, and undo it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _OURS: dict[type[torch.nn.Module], type[Layer]] = {
 
 
 class Swapped(list[str]):
-    """Names of the layers that ``swap`` made ours, in order, with what else it did.
+    """The result of ``swap``: a list of the names of the swapped layers, in order.
 
     Attributes:
         swapped: the same names.
-        fused: names of the layers that return max(y, 0) now.
-        skipped: name -> why a BatchNorm of the model was left alone, or why nothing in a part of it was fused.
+        fused: names of the layers that now return max(y, 0).
+        skipped: name -> why ``swap`` did not swap this BatchNorm, or why it did not fuse the layers of this submodule.
     """
 
     def __init__(self, swapped: list[str], fused: list[str], skipped: dict[str, str]) -> None:
@@ -32,22 +32,22 @@ class Swapped(list[str]):
 
 
 def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
-    """Make every BatchNorm1d/2d/3d of the model ours, in place, and return the names of those that were not.
+    """Replace every ``torch.nn.BatchNorm1d/2d/3d`` of a model with multibn's layer, in place; return the swapped layers' names.
 
-    Each layer stays the same object with the very same parameters, statistics, hooks and mode; only its class changes, so
-    whatever refers to it (a shared layer, an optimizer, a name in the checkpoint) goes on working. ``unswap`` undoes it. Other
-    BatchNorms (subclasses such as SyncBatchNorm, lazy and scripted ones) may compute something else and are left alone; the
-    result names them in ``skipped``, with the reason.
+    Each layer stays the same object with the same parameters, statistics, hooks and mode. Only its class changes, so references
+    to the layer (shared modules, optimizers, names in checkpoints) remain valid. ``unswap`` undoes the swap. ``swap`` does not
+    change other BatchNorms (subclasses such as SyncBatchNorm, lazy and scripted layers), which may compute something else; the
+    result lists them in ``skipped``, with the reason.
 
     Args:
-        fuse_relu: where nothing but a ``torch.nn.ReLU`` takes a layer's output, the layer returns max(y, 0) and the ReLU hands it
-            on: the same numbers, faster. What follows what is found by ``torch.fx``, in the whole model or, where it cannot be
-            traced, in each part that can; such a part must be called as a whole, not its layers from outside. A hook on such a
-            layer sees max(y, 0).
+        fuse_relu: where a ``torch.nn.ReLU`` is the only consumer of a layer's output, the layer returns max(y, 0) and the ReLU
+            passes it through: the same numbers, faster. ``swap`` finds these pairs with ``torch.fx``, in the whole model or, if
+            ``torch.fx`` cannot trace the model, in each submodule that it can trace. Call such a submodule as a whole; do not
+            call its layers from outside. A forward hook on a fused layer sees max(y, 0).
 
     Raises:
         TypeError: model is not a module.
-        ValueError: a layer has parameters that the specification forbids, such as eps 0; nothing is swapped then.
+        ValueError: a layer has parameters that the specification forbids, such as eps 0; no layer has been swapped then.
 
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
     >>> result = swap(model, fuse_relu=True)
@@ -79,13 +79,13 @@ def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
 
 
 def unswap(model: torch.nn.Module) -> list[str]:
-    """Undo ``swap``, in place: the very same objects are PyTorch's own layers again; return the names of those that were ours.
+    """Undo ``swap`` in place: turn the same objects back into PyTorch's own layers; return the names of the layers changed.
 
-    Call it before code that looks for PyTorch's classes themselves: fusing convolution and BatchNorm, quantization,
+    Call ``unswap`` before tools that match PyTorch's exact classes: fusion of convolution and BatchNorm, quantization,
     ``torch.jit.script``.
 
     Raises:
-        ValueError: a layer does what PyTorch's cannot, such as frozen statistics; none is changed then.
+        ValueError: a layer uses a feature that PyTorch's layer lacks, such as frozen statistics; no layer has changed then.
     """
     theirs = {cls: own for own, cls in _OURS.items()}
     found = {name: module for name, module in model.named_modules() if type(module) in theirs}
@@ -107,11 +107,11 @@ def unswap(model: torch.nn.Module) -> list[str]:
 
 
 _BEYOND = {"normalize_with": "batch", "update_statistics": True, "moving_variance": "unbiased"}
-"""What a layer of ours can do and PyTorch's cannot -> the value with which it does what PyTorch's does."""
+"""Attribute for a feature that PyTorch's layers lack -> the value at which a layer behaves like PyTorch's."""
 
 
 def _why_not(module: torch.nn.Module) -> str:
-    """Why a BatchNorm is not swapped; empty for one that is, and for all else."""
+    """Return why ``swap`` skips this BatchNorm; empty if it does not, or if the module is not a BatchNorm."""
     cls = type(module)
     if cls in _OURS or isinstance(module, Layer):
         return ""
@@ -128,20 +128,20 @@ def _why_not(module: torch.nn.Module) -> str:
 
 
 class ReLU(torch.nn.ReLU):
-    """``torch.nn.ReLU`` that hands on what a layer before it has rectified already."""
+    """``torch.nn.ReLU`` that passes its input through if a layer with ``fuse_relu`` has already rectified it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """max(input, 0)."""
+        """Return max(input, 0)."""
         if type(input) is Tensor and not torch.compiler.is_compiling() and not input.is_inference() and rectified(input):
             return input
         return super().forward(input)
 
 
 def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[torch.nn.Module, list[torch.nn.Module]]:
-    """The layers whose output goes to a ReLU and nowhere else, whenever they are called, with those ReLUs that are modules.
+    """Map each layer whose only consumer, in every call, is a ReLU module to these ReLU modules.
 
-    A part of the model that cannot be traced is looked at in its own parts; it is named in ``skipped`` where it calls a layer
-    itself, which is then not fused.
+    If ``torch.fx`` cannot trace a submodule, descend into its children. If that submodule calls BatchNorm layers directly, they
+    are not fused, and ``skipped`` gets the reason.
     """
     relus: dict[torch.nn.Module, list[torch.nn.Module]] = {}
     alone: set[torch.nn.Module] = set()
@@ -151,7 +151,7 @@ def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[t
         if not any(type(module) in (*_OURS, *_OURS.values()) for module in part.modules()):
             continue
         if type(part) in (*_OURS, *_OURS.values()):
-            alone.add(part)  # called by what cannot be traced
+            alone.add(part)  # called by a module that torch.fx cannot trace
             continue
         try:
             graph = part.graph if isinstance(part, fx.GraphModule) else fx.symbolic_trace(part).graph
@@ -168,7 +168,7 @@ def _look(
     graph: fx.Graph, modules: dict[str, torch.nn.Module], relus: dict[torch.nn.Module, list[torch.nn.Module]],
     alone: set[torch.nn.Module],
 ) -> None:  # fmt: skip
-    """Sort the layers of a graph into those that a ReLU alone follows, and others."""
+    """Add each layer of a graph to ``relus`` if a ReLU module is the only consumer of its output, else to ``alone``."""
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
         if module is None or type(module) not in (*_OURS, *_OURS.values()):

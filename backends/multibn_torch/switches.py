@@ -1,7 +1,7 @@
 """The three switches of BN-09, on a layer and on all layers of a model.
 
-They are independent of each other and of the mode: ``train()`` and ``eval()`` leave them as they are, copies have them.
-With all three on, a layer does in training what it does in inference.
+The switches are independent of each other and of the mode: ``train()`` and ``eval()`` do not change them, and copies of a layer
+keep them. With all three on, a layer behaves in training as in inference.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ _NO_STATISTICS = (
 
 
 class Switches(torch.nn.Module):
-    """The methods, for layers with PyTorch's state."""
+    """Mixin with the switches, for layers with PyTorch's state."""
 
     normalize_with: Literal["batch", "moving"] = "batch"
     update_statistics: bool = True
 
     def freeze_statistics(self, on: bool = True) -> None:
-        """Leave the moving statistics and num_batches_tracked as they are in training too; ``on=False``: update them again."""
+        """Stop updating the moving statistics and num_batches_tracked in training; pass ``on=False`` to undo."""
         self.update_statistics = not on
 
     def freeze_affine(self, on: bool = True) -> None:
-        """Learn neither gamma nor beta, and forget gradients that they have; ``on=False``: learn both."""
+        """Stop learning gamma and beta, and discard their gradients; pass ``on=False`` to learn both again."""
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(not on)
             if on:
-                parameter.grad = None  # an optimizer would take another step with it
+                parameter.grad = None  # else an optimizer would apply the gradient in its next step
 
     def use_moving_statistics(self, on: bool = True) -> None:
-        """Normalise with the moving statistics in training too; ``on=False``: with those of the batch.
+        """Normalise with the moving statistics in training too; pass ``on=False`` for those of the batch.
 
         Raises:
-            ValueError: it has none.
+            ValueError: the layer has no moving statistics.
         """
         if on and self.running_mean is None:
             raise ValueError(_NO_STATISTICS)
@@ -45,21 +45,21 @@ class Switches(torch.nn.Module):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """What does not change in training: "statistics", "affine"; the latter if neither gamma nor beta learns."""
+        """What training does not change: "statistics", and "affine" if neither gamma nor beta requires a gradient."""
         parameters = list(self.parameters(recurse=False))
         affine = bool(parameters) and not any(p.requires_grad for p in parameters)
         return ("statistics",) * (not self.update_statistics) + ("affine",) * affine
 
     def frozen_text(self) -> str:
-        """The same for the text of a layer."""
+        """Return ``frozen`` as part of the layer's repr."""
         return f", frozen={'+'.join(self.frozen)}" if self.frozen else ""
 
 
 def freeze_statistics(model: torch.nn.Module, on: bool = True) -> list[str]:
-    """``Layer.freeze_statistics`` of all our layers in a model, whose names are returned.
+    """Call ``freeze_statistics`` on all multibn layers of a model; return their names.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the model has no multibn layers.
 
     >>> from multibn_torch import BatchNorm2d
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), BatchNorm2d(8))
@@ -75,10 +75,10 @@ def freeze_statistics(model: torch.nn.Module, on: bool = True) -> list[str]:
 
 
 def freeze_affine(model: torch.nn.Module, on: bool = True) -> list[str]:
-    """``Layer.freeze_affine`` of all our layers in a model, whose names are returned.
+    """Call ``freeze_affine`` on all multibn layers of a model; return their names.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the model has no multibn layers.
     """
     layers = _ours(model)
     for layer in layers.values():
@@ -87,10 +87,10 @@ def freeze_affine(model: torch.nn.Module, on: bool = True) -> list[str]:
 
 
 def use_moving_statistics(model: torch.nn.Module, on: bool = True) -> list[str]:
-    """``Layer.use_moving_statistics`` of all our layers in a model, whose names are returned.
+    """Call ``use_moving_statistics`` on all multibn layers of a model; return their names.
 
     Raises:
-        ValueError: it has none, or one of them has no moving statistics; none is changed then.
+        ValueError: the model has no multibn layers, or one has no moving statistics; no layer has changed then.
     """
     layers = _ours(model)
     for name, layer in layers.items():

@@ -1,1 +1,1 @@
-"""The forward of a layer: dispatch, and each way of computing it."""
+"""The forward of a layer: dispatch and the implementations."""

@@ -1,4 +1,4 @@
-"""Load ``fusion``, which uses private parts of Inductor. Where a release of PyTorch lacks one, compiled programs are slower."""
+"""Load ``fusion``, which uses private parts of Inductor; if PyTorch lacks one, compiled programs run without fusion, slower."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextlib import suppress
 
 
 def install_passes() -> None:
-    """Let the compiler that is tracing, if it is Inductor, run ``fusion`` and leave the user's own passes in place."""
-    if "torch._inductor.config" not in sys.modules:  # nothing compiles, or not with Inductor
+    """Install the passes of ``fusion`` if Inductor is the compiler; keep the user's own passes."""
+    if "torch._inductor.config" not in sys.modules:  # no compilation, or another compiler
         return
     with suppress(ImportError):
         from . import fusion

@@ -1,4 +1,4 @@
-"""The way that a forward takes: whoever runs, transforms, compiles, traces or exports the program, it means the same."""
+"""Dispatch each forward: eager, compiled, traced, exported or transformed. All compute the same function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def normalise(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
     mask: Tensor | None = None, layer: nonfinite.Named | None = None,
 ) -> Tensor:  # fmt: skip
-    """y; the moving statistics are updated in place, once for each forward that is not a checkpoint's second one (BN-05)."""
+    """Return y; update the moving statistics in place, but not when activation checkpointing recomputes a forward (BN-05)."""
     if mask is not None:
         return _masked(x, gamma, beta, moving, how, on_kernel, mask, layer)
     if torch.compiler.is_compiling() or tracing_state() is not None:
@@ -52,13 +52,13 @@ def rectify(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
     mask: Tensor | None = None, layer: nonfinite.Named | None = None,
 ) -> Tensor:  # fmt: skip
-    """``normalise``, then a ReLU: in one pass over the data where the program runs as it is written."""
+    """Return max(``normalise``, 0); in eager mode on the kernel, compute both in one pass over the data."""
     observed = torch.compiler.is_compiling() or tracing_state() is not None or transformed() or _looked_at(x)
     if observed or mask is not None or not on_kernel:
         return torch.relu(normalise(x, gamma, beta, moving, how, on_kernel, mask, layer))
     how = again(how) if how.update and recomputed() else how
     y = _by_kernel_or_operators(x, gamma, beta, moving, how, layer, True)
-    if not y.is_inference():  # which has no version
+    if not y.is_inference():  # inference tensors have no version counter
         setattr(y, _RECTIFIED, y._version)
     return y
 
@@ -66,7 +66,7 @@ def rectify(
 def _by_kernel_or_operators(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, layer: nonfinite.Named | None, rectify: bool
 ) -> Tensor:
-    """``by_kernel``; by PyTorch's own operators where the kernel cannot use one of the tensors, which work on it or raise."""
+    """Call ``by_kernel``, or PyTorch's own operators if the kernel cannot use a tensor; those support the tensor or raise."""
     try:
         return by_kernel(x, gamma, beta, moving, how, layer, rectify)
     except NotPlainError:
@@ -82,11 +82,11 @@ def _by_kernel_or_operators(
 
 
 _RECTIFIED = "_multibn_rectified"
-"""Attribute of what ``rectify`` returns: its version, by which PyTorch tells whether it was changed in place."""
+"""Attribute of a tensor that ``rectify`` returned: its version counter at that time, which detects later in-place changes."""
 
 
 def rectified(y: Tensor) -> bool:
-    """Whether y is as ``rectify`` returned it, so that a ReLU has nothing left to do."""
+    """Return whether y is an unchanged result of ``rectify``, so that a ReLU can pass it through."""
     return getattr(y, _RECTIFIED, None) == y._version
 
 
@@ -102,7 +102,7 @@ def _masked(
     function = partial(normalise, gamma=gamma, beta=beta, moving=moving, on_kernel=on_kernel, layer=layer)
     if not (how.use_batch or how.update):
         return masked.each_alone(x, mask, partial(function, how=how))
-    if torch.compiler.is_compiling() and on_kernel and not _exported():  # how many values count is not known yet
+    if torch.compiler.is_compiling() and on_kernel and not _exported():  # the number of valid values is not known yet
         return by_operator(x, gamma, beta, moving, how, mask)
     masked.check_one_for_all(mask)
     values = masked.pack(x, mask)
@@ -111,12 +111,16 @@ def _masked(
 
 
 def _exported() -> bool:
-    """Whether the program leaves this process, where our operators are not known."""
+    """Return whether the program is traced or exported for use outside of this process, where multibn's operators are unknown."""
     return tracing_state() is not None or torch.compiler.is_exporting()
 
 
 def again(how: How) -> How:
-    """What a forward does that activation checkpointing runs again."""
+    """Return how to recompute a forward under activation checkpointing: without an update of the moving statistics.
+
+    Raises:
+        RuntimeError: the layer normalises with moving statistics, which have changed since the forward.
+    """
     if not how.use_batch:
         raise RuntimeError(
             "a layer that normalises with its moving statistics and updates them cannot be run again in backward, as activation "

@@ -1,4 +1,4 @@
-"""BatchNorm by the kernel as a function of PyTorch tensors, for programs that run as they are written."""
+"""BatchNorm of PyTorch tensors by the kernel, for eager execution."""
 
 from __future__ import annotations
 
@@ -20,23 +20,27 @@ from . import formulas, nonfinite, recompute
 from .formulas import How, Moving
 from .gate import TYPES, NotPlainError, address, address_again, check_apart, check_can_be_saved, refusal
 
-_CPU = torch.device("cpu")  # named, since there may be another default
+_CPU = torch.device("cpu")  # explicit, since the default device may be another
 
 PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PARAMETER_TYPE.items()}
 """Type of the input -> type of gamma, beta and the moving statistics (BN-10)."""
 
 
 Statistics = Array[c_double] | Tensor
-"""The statistics that normalised, (2, C) float64: on a CPU in memory of their own, since a tensor takes longer to make."""
+"""Statistics that normalised, (2, C) float64; on CPU a ctypes array, which is faster to create than a tensor."""
 
 
 def by_kernel(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, layer: nonfinite.Named | None = None,
     rectify: bool = False,
 ) -> Tensor:  # fmt: skip
-    """y, on CPU or CUDA tensors, without copying them; the moving statistics are updated in place (BN-05).
+    """Return y for CPU or CUDA tensors, without copying them; update the moving statistics in place (BN-05).
 
-    Bits as BN-15 fixes them, accuracy as BN-16 says. The layer is named where the batch is poisoned. rectify: y is max(y, 0).
+    The bits follow BN-15, the accuracy BN-16.
+
+    Args:
+        layer: named in the warning when the batch contains NaN or Inf.
+        rectify: return max(y, 0).
 
     Raises:
         NotPlainError: the kernel cannot use one of the tensors; nothing has changed.
@@ -58,7 +62,7 @@ def by_kernel(
 
 
 def looked_through(dy: Tensor) -> bool:
-    """Whether a gradient is to be differentiated again, or mapped over (also by ``is_grads_batched``)."""
+    """Return whether a gradient will be differentiated again or vmapped over (also by ``is_grads_batched``)."""
     return torch.is_grad_enabled() or transformed() or bool(is_legacy_batched(dy))
 
 
@@ -89,8 +93,8 @@ class _Kernel(torch.autograd.Function):
 
 
 Seen = tuple[torch.dtype, tuple[int, int, int], int, int]
-"""What forward saw, by which backward recognises it: type, (N, C, S) and address of x, address of gamma. A plain tuple, since one
-with names takes ten times as long to make."""
+"""What forward saw, for backward to compare: type, (N, C, S) and address of x, address of gamma. A plain tuple, since creating a
+NamedTuple takes ten times as long."""
 
 
 def _check_saved(x: Tensor, shape: tuple[int, int, int], seen: Seen) -> None:
@@ -104,7 +108,7 @@ def _check_saved(x: Tensor, shape: tuple[int, int, int], seen: Seen) -> None:
 
 
 _kernel: Any = _Kernel
-_apply: Any = direct_apply(_kernel)  # ``dispatch`` has sent transforms elsewhere
+_apply: Any = direct_apply(_kernel)  # ``dispatch`` never calls it under a transform
 run_as_written(_kernel.backward)
 
 
@@ -112,10 +116,12 @@ def kernel_forward(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None = None,
     rectify: bool = False, layer: nonfinite.Named | None = None,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
-    """y (for rectify max(y, 0)) and, for ``kernel_backward``, the statistics that normalised, (2, C).
+    """Return y and the statistics that normalised, (2, C), which ``kernel_backward`` needs.
 
-    x is put into ``refused`` where the moving statistics of a channel do not take it in (BN-11). The layer remembers where its
-    tensors were examined.
+    Args:
+        refused: gets x appended if the moving statistics of a channel are not updated because of NaN or Inf (BN-11).
+        rectify: return max(y, 0).
+        layer: caches the addresses at which its tensors passed the gate.
 
     Raises:
         NotPlainError: the kernel cannot use one of the tensors; nothing has changed.
@@ -148,7 +154,7 @@ def _forward(
         if layer is not None and mean is whole_mean and var is whole_var:
             layer._examined = places
     gamma_at, beta_at, mean_at, var_at, count_at = places
-    y, statistics = output_like(x), kind.statistics()  # a tensor takes many times as long to make
+    y, statistics = output_like(x), kind.statistics()  # creating a tensor takes many times as long
     if update and not count_at and batches is not None:
         batches.add_(1)
     left = kind.kernel.forward_at(
@@ -170,15 +176,15 @@ def kernel_backward(
     dy: Tensor, x: Tensor, gamma: Tensor | None, statistics: Statistics, through: bool, beta: Tensor | None = None,
     rectify: bool = False, seen: Seen | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dgamma and dbeta of ``kernel_forward``, with the statistics that it returned.
+    """Return dx, dgamma and dbeta of ``kernel_forward``, given the statistics that ``kernel_forward`` returned.
 
     Args:
-        through: whether it used batch statistics (BN-08).
+        through: whether forward normalised with batch statistics (BN-08).
         seen: what forward saved.
 
     Raises:
         NotPlainError: the kernel cannot use one of the tensors.
-        RuntimeError: x is not of the type and shape that forward saw.
+        RuntimeError: x has another type or shape than in forward.
     """
     if not x.is_cpu:
         return _elsewhere(x).kernel_backward(  # type: ignore[no-any-return]
@@ -225,13 +231,13 @@ def kernel_backward(
 
 
 Places = tuple[int, int, int, int, int]
-"""Addresses of gamma, beta, the moving mean and variance, and the counter; 0 for one that there is not."""
+"""Addresses of gamma, beta, the moving mean and variance, and the counter of batches; 0 where the tensor is None."""
 
 
 def _places(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None, batches: Tensor | None
 ) -> Places | None:
-    """Where they lie, if each is of a plain type; whether all else is as it must be was examined when they were first there."""
+    """Return the addresses if each tensor has a plain type, else None; ``_examine`` has checked all else at these addresses."""
     if (
         (gamma is None or (type(gamma) in TYPES and not gamma.is_neg()))
         and (beta is None or (type(beta) in TYPES and not beta.is_neg()))
@@ -244,7 +250,7 @@ def _places(
                 0 if mean is None else mean.data_ptr(), 0 if var is None else var.data_ptr(),
                 0 if batches is None or batches.dtype is not torch.int64 else batches.data_ptr(),
             )  # fmt: skip
-        except RuntimeError:  # what has no storage has no address
+        except RuntimeError:  # a tensor without storage has no address
             return None
     return None
 
@@ -253,7 +259,7 @@ def _examine(
     kind: _Kind, gamma: Tensor | None, beta: Tensor | None, whole_mean: Tensor | None, whole_var: Tensor | None, moving: Moving,
     update: bool,
 ) -> Places:  # fmt: skip
-    """Pass them through the gate."""
+    """Check the parameters and moving statistics at the gate; return their addresses."""
     named = {"weight": gamma, "bias": beta, "running_mean": whole_mean, "running_var": whole_var}
     for name, t in named.items():
         if t is not None and t.shape != kind.parameter.shape:
@@ -273,7 +279,7 @@ def _examine(
 def kernel_again(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, statistics: Array[c_double], rectify: bool
 ) -> Tensor:  # fmt: skip
-    """y of ``kernel_forward``, bit for bit, by its last pass alone, on a CPU; statistics: as returned by it."""
+    """Recompute y of ``kernel_forward``, on CPU and bit for bit: its last pass alone, with the statistics that it returned."""
     kind = _kind(x.dtype, x.shape[1])
     x, size, shape = laid_out(x)
     y = output_like(x)
@@ -291,18 +297,18 @@ def kernel_again(
 
 
 class _Kind(NamedTuple):
-    """The kernel for a type of input and so many channels."""
+    """The kernel for one input type and number of channels."""
 
     kernel: Any
     forward: int
     backward: int
     one: int
-    """Where ones stand, for a gamma that there is not."""
+    """Address of ones, in place of a missing gamma."""
     zero: int
     parameter: Tensor
-    """Like gamma."""
+    """A tensor of gamma's type and shape."""
     itemsize: int
-    """Bytes of a value of the input."""
+    """Bytes per value of the input."""
     nbytes: int
     """Bytes of gamma."""
     statistics: type[Array[c_double]]
@@ -311,7 +317,7 @@ class _Kind(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _kind(dtype: torch.dtype, channels: int) -> _Kind:
-    from multibn.kernel import entry as kernel  # Numba is loaded when it is first needed
+    from multibn.kernel import entry as kernel  # import Numba only when needed
 
     bodies = kernel.prepare({torch.float16: "int16", torch.bfloat16: "uint16"}.get(dtype) or str(dtype).removeprefix("torch."))
     one = torch.ones(channels, dtype=PARAMETER[dtype], device=_CPU)
@@ -321,10 +327,10 @@ def _kind(dtype: torch.dtype, channels: int) -> _Kind:
 
 
 def weight_of_old(batches: Tensor | None) -> float:
-    """Weight of the old moving statistics where momentum is None: all batches count alike.
+    """Return the weight of the old moving statistics for momentum None, which weights all batches equally.
 
     Raises:
-        RuntimeError: nothing counts the batches.
+        RuntimeError: there is no num_batches_tracked.
     """
     if batches is None:
         raise RuntimeError(
@@ -336,7 +342,11 @@ def weight_of_old(batches: Tensor | None) -> float:
 
 
 def _elsewhere(x: Tensor) -> Any:
-    """The module that computes on x's device."""
+    """Return the module that computes on x's device.
+
+    Raises:
+        RuntimeError: no kernel supports the device, or Triton cannot be imported.
+    """
     if not x.is_cuda:
         raise RuntimeError(
             f"implementation='kernel' computes on cpu and cuda, got input on {x.device}. Move the input, or use 'auto'."
@@ -352,19 +362,19 @@ def _elsewhere(x: Tensor) -> Any:
 
 
 def as_tensor(statistics: Statistics) -> Tensor:
-    """What ``kernel_forward`` returned, where it lies."""
+    """View the statistics that ``kernel_forward`` returned as a tensor, without a copy."""
     if isinstance(statistics, Tensor):
         return statistics
     return torch.frombuffer(statistics, dtype=torch.float64).view(2, -1)
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself where its memory is NC... or channels-last, else a copy in NC... order."""
+    """Return x itself if its memory is NC... or channels-last, else a copy in NC... order."""
     return laid_out(x)[0]
 
 
 def laid_out(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
-    """``dense``, how many values it has, and (N, C, S) for the kernel; S is 1 for channels-last memory."""
+    """Return ``dense(x)``, its number of values, and (N, C, S) for the kernel; S is 1 for channels-last memory."""
     shape, size = x.shape, x.numel()
     n, channels = shape[0], shape[1]
     if not x.is_contiguous():
@@ -375,12 +385,12 @@ def laid_out(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
 
 
 def whole(*ts: Tensor | None) -> list[Tensor | None]:
-    """Each with one value per channel, side by side in memory: itself unless it is a slice or expanded."""
+    """Make each tensor contiguous; only slices and expanded tensors are copied."""
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in ts]
 
 
 def output_like(x: Tensor) -> Tensor:
-    """An output of x's shape, type and layout; a large one in memory that was used before."""
+    """Allocate an output of x's shape, type and layout; reuse memory for large ones."""
     if x.nbytes < LENT:
         return torch.empty_like(x)
     return torch.frombuffer(take(x.nbytes), dtype=x.dtype).as_strided_(x.shape, x.stride())

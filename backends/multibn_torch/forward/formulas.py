@@ -1,7 +1,7 @@
-"""BatchNorm in elementary operators, which PyTorch can differentiate as often as it likes, forwards and backwards, and map over.
+"""BatchNorm in elementary operators, which PyTorch can differentiate to any order, in forward and reverse mode, and vmap over.
 
-Its own operators cannot be trusted with that: in PyTorch 2.13 the third derivative in reverse mode and the second in forward mode
-of ``torch.nn.functional.batch_norm`` are wrong, silently.
+PyTorch's own operator is not reliable here: in PyTorch 2.13, ``torch.nn.functional.batch_norm`` silently gives wrong third
+derivatives in reverse mode and wrong second derivatives in forward mode.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class How(NamedTuple):
-    """What one forward does; the words of ``BatchNormSpec``, resolved for its mode. weight_of_old None: of all batches alike."""
+    """Settings of one forward, as in ``BatchNormSpec``, resolved for the mode. weight_of_old None weights all batches equally."""
 
     eps: float
     weight_of_old: float | None
@@ -23,7 +23,7 @@ class How(NamedTuple):
 
 
 class Moving(NamedTuple):
-    """The moving statistics, and how many batches went into them: (C,), (C,), (); None where a layer has none."""
+    """The moving statistics, (C,) each, and the number of batches in them, (); None where the layer has none."""
 
     mean: Tensor | None
     var: Tensor | None
@@ -31,7 +31,7 @@ class Moving(NamedTuple):
 
 
 def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, work: torch.dtype) -> Tensor:
-    """y, computed in the type ``work``; the moving statistics are updated in place, once, whatever is transformed around it."""
+    """Return y, computed in type ``work``; update the moving statistics in place, exactly once under any transforms."""
     wide = x.to(work)
     mean, var = moving.mean, moving.var
     if how.use_batch or (how.update and x.numel()):
@@ -52,11 +52,12 @@ def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving
 def gradients(
     dy: Tensor, x: Tensor, gamma: Tensor | None, normalised_by: Any, eps: float, through: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dgamma and dbeta, in the types of x and of the parameters; the statistics' type is the one computed in.
+    """Return dx, dgamma and dbeta, in the types of x and of the parameters; compute in the type of the statistics.
 
     Args:
         normalised_by: mean and 1/sqrt(var+eps).
-        through: whether they are the batch's (BN-08); they are then taken from x anew, so that they can be differentiated.
+        through: whether ``normalised_by`` are batch statistics (BN-08); if so, recompute them from x so that the result is
+            differentiable.
     """
     mean, invstd = normalised_by
     work = mean.dtype
@@ -77,7 +78,7 @@ def gradients(
 
 
 def positive(x: Tensor, gamma: Tensor | None, beta: Tensor | None, normalised_by: Any) -> Tensor:
-    """1 where the output is positive or NaN, else 0: what a ReLU after it multiplies its gradient with."""
+    """Return the gradient mask of a ReLU after the layer: True where the output is positive or NaN, else False."""
     mean, invstd = (each.detach() for each in normalised_by)
     scale = invstd if gamma is None else invstd * gamma.detach().to(mean.dtype)
     y = (x.detach().to(mean.dtype) - _along(mean, x)) * _along(scale, x)
@@ -86,14 +87,14 @@ def positive(x: Tensor, gamma: Tensor | None, beta: Tensor | None, normalised_by
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel (BN-02)."""
+    """Return mean and biased variance of each channel (BN-02)."""
     axes = _reduced(x)
     mean = x.mean(axes)
     return mean, (x - _along(mean, x)).square().mean(axes)
 
 
 def move(moving: Moving, mean: Tensor, var: Tensor, weight_of_old: float | None) -> None:
-    """Update the moving statistics in place (BN-05, BN-11); (B, C), (B, C), (B,) for B layers at once."""
+    """Update the moving statistics in place (BN-05, BN-11); for B layers at once, shapes are (B, C), (B, C) and (B,)."""
     moving_mean, moving_var, batches = moving
     assert moving_mean is not None
     assert moving_var is not None
@@ -106,7 +107,7 @@ def move(moving: Moving, mean: Tensor, var: Tensor, weight_of_old: float | None)
     for kept, batch in ((moving_mean, mean), (moving_var, var)):
         moved = kept.to(batch.dtype) * old + batch * (1 - old)
         if weight_of_old is None:
-            moved = torch.where(old == 0, batch, moved)  # the initial state counts for nothing, whatever it is
+            moved = torch.where(old == 0, batch, moved)  # a state of weight 0 is ignored, even NaN
         news.append((batch if weight_of_old == 0 else moved).to(kept.dtype))
     finite = news[0].isfinite() & news[1].isfinite()
     for kept, new in zip((moving_mean, moving_var), news, strict=True):
@@ -116,7 +117,7 @@ def move(moving: Moving, mean: Tensor, var: Tensor, weight_of_old: float | None)
 
 
 class _Update(torch.autograd.Function):
-    """``move`` below whatever transforms are active: outside of ``grad`` and ``jvp``, and for each layer of a ``vmap``."""
+    """``move`` below all active transforms: not differentiated by ``grad`` or ``jvp``, and once per layer under ``vmap``."""
 
     @staticmethod
     def forward(
@@ -155,5 +156,5 @@ def _reduced(x: Tensor) -> list[int]:
 
 
 def _along(values: Tensor, x: Tensor) -> Tensor:
-    """One value per channel, in the shape that goes with x."""
+    """Reshape one value per channel to broadcast with x."""
     return values.view(1, -1, *(1,) * (x.dim() - 2))

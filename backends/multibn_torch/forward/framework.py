@@ -1,7 +1,8 @@
 """BatchNorm by PyTorch's own operators (ATen's Normalization.cpp, cuDNN), on any device, in the arithmetic of the input's type.
 
-Their own moving statistics are unbiased and their momentum has no None, so they are given none of ours: with momentum 1 they hand
-out those of the batch, from which ours are made, in place (BN-05).
+PyTorch's operators always use the unbiased variance for moving statistics and do not support momentum None. So the operators do
+not get the layer's moving statistics. Called with momentum 1, the operators return the batch statistics, with which ``_update``
+updates the layer's moving statistics in place (BN-05).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .formulas import How, Moving
 
 
 def by_framework(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
-    """y, with derivatives of any order."""
+    """Return y, differentiable to any order."""
     if not torch.is_grad_enabled() or not x.numel():
         return by_operators(x, gamma, beta, moving, how)
     y: Tensor = _Framework.apply(x, gamma, beta, moving, how)  # type: ignore[no-untyped-call]
@@ -27,7 +28,7 @@ def by_framework(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: M
 
 
 def by_operators(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
-    """y by ``torch.nn.functional.batch_norm``, which compilers and exporters know."""
+    """Return y by ``torch.nn.functional.batch_norm``, which compilers and exporters support."""
     batch_norm = torch.nn.functional.batch_norm
     if not (how.use_batch or how.update):
         return batch_norm(x, moving.mean, moving.var, gamma, beta, False, 0.0, how.eps)
@@ -41,7 +42,7 @@ def by_operators(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: M
 
 
 class _Framework(torch.autograd.Function):
-    """The operators' own first derivative, and the formulas' higher ones: from the third on, the operators' own are wrong."""
+    """Use PyTorch's operators for the first derivative and ``formulas`` above; from the third on, PyTorch's own are wrong."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
@@ -72,13 +73,13 @@ class _Framework(torch.autograd.Function):
 
 
 def _of_batch(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the operators put the statistics of the batch."""
+    """Allocate mean and variance, (C,), to which PyTorch's operators write the batch statistics."""
     mean = torch.zeros(x.shape[1], dtype=PARAMETER[x.dtype], device=x.device)
     return mean, torch.zeros_like(mean)
 
 
 def _copied(moving: Moving) -> tuple[Tensor, Tensor]:
-    """The moving statistics that normalise: backward needs them as they are now, whatever is done to them until then."""
+    """Copy the moving statistics that normalise: backward needs their current values, and later updates may change them."""
     mean, var = moving.mean, moving.var
     assert mean is not None
     assert var is not None

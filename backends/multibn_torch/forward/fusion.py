@@ -1,7 +1,8 @@
-"""Passes of Inductor over the graph of forward and backward, before it is cut in two.
+"""Inductor passes over the joint graph of forward and backward, before Inductor partitions it.
 
-A ReLU that alone takes a layer's output becomes part of our operators: one pass over the data instead of two, without a mask.
-An inference in float32 or float64 becomes elementary operators with the same bits, which Inductor fuses with what surrounds them.
+One fuses a ReLU that is the only consumer of a layer's output into multibn's operators: one pass over the data instead of two,
+without a mask. The other replaces an inference in float32 or float64 by elementary operators with the same bits, which Inductor
+fuses with the surrounding operators.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 aten = torch.ops.aten
 FORWARD, BACKWARD = torch.ops.multibn.forward.default, torch.ops.multibn.backward.default
 _RECTIFY = 12
-"""Index of FORWARD's argument."""
+"""Index of FORWARD's argument ``rectify``."""
 
 counts = {"relu": 0, "inference": 0}
-"""How many operators each pass has changed in this process, for tests."""
+"""Number of operators that each pass has changed in this process, for tests."""
 
 
 class Fusion(CustomGraphPass):
-    """The passes, in the form that Inductor runs and whose identity is part of the key of its cache."""
+    """The passes as an Inductor ``CustomGraphPass``, whose uuid is part of Inductor's cache key."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Change the graph in place."""
+        """Apply the passes to the graph in place."""
         for node in list(graph.nodes):
             if node.target is FORWARD and node.args[1] is None and not _spell_out(graph, node):
                 while _fuse_relu(graph, node):
@@ -36,12 +37,12 @@ class Fusion(CustomGraphPass):
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
-        """Hash of this file."""
+        """Return the hash of this file."""
         return get_hash_for_files((__file__,))
 
 
 def install() -> None:
-    """Append the passes to those that the user has set, once."""
+    """Append the passes to the user's own, once per process."""
     given = config.joint_custom_post_pass
     passes = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     if not any(isinstance(each, Fusion) for each in passes):
@@ -49,7 +50,7 @@ def install() -> None:
 
 
 def _fuse_relu(graph: fx.Graph, forward: fx.Node) -> bool:
-    """Set ``rectify`` and remove the ReLU, with the mask of its gradient, where nothing else takes y."""
+    """Fuse a ReLU that is the only consumer of y: set ``rectify``, and remove the ReLU and the mask of its gradient."""
     outputs = _outputs(forward)
     y, statistics = outputs.get(0), outputs.get(1)
     relu = next(iter(y.users)) if y is not None and len(y.users) == 1 else None
@@ -72,9 +73,9 @@ def _fuse_relu(graph: fx.Graph, forward: fx.Node) -> bool:
 
 
 def _spell_out(graph: fx.Graph, forward: fx.Node) -> bool:
-    """Write an inference in elementary operators: the operations of the kernel's loop, one by one, in float64.
+    """Replace an inference by elementary operators: the operations of the kernel's loop, in the same order, in float64.
 
-    Where the graph will be frozen, a layer after a convolution becomes a multiplication and an addition in the type of x, which
+    If the graph will be frozen, replace a layer after a convolution by a multiplication and an addition in the type of x, which
     Inductor folds into the convolution's weights.
     """
     arguments: Any = forward.args
@@ -82,9 +83,9 @@ def _spell_out(graph: fx.Graph, forward: fx.Node) -> bool:
     outputs = _outputs(forward)
     y, value = outputs.get(0), x.meta["val"]
     if use_batch or update or y is None or any(outputs[i].users for i in outputs if i) or mean is None or beta is None:
-        return False  # adding a beta of 0 would be optimised away, and with it the sign of zeros
+        return False  # Inductor would remove the addition of a beta of 0, which changes the sign of zeros
     if value.dtype not in (torch.float32, torch.float64) or not value.is_cpu:
-        return False  # halves are rounded by way of float32
+        return False  # Inductor rounds float64 to half precision via float32, which rounds twice
 
     def call(target: Any, *args: Any) -> fx.Node:
         node = graph.call_function(target, args)
@@ -128,7 +129,7 @@ def _spell_out(graph: fx.Graph, forward: fx.Node) -> bool:
 
 
 def _masked(dy: Any, relu: fx.Node) -> fx.Node | None:
-    """The gradient that dy is where relu is positive, 0 elsewhere."""
+    """Return the gradient g if dy is g masked by relu > 0, else None."""
     if _is(dy, aten.threshold_backward.default) and _through(dy.args[1]) is relu and dy.args[2] == 0:
         return dy.args[0]  # type: ignore[no-any-return]
     if _is(dy, aten.where.self):
@@ -157,7 +158,7 @@ def _through(node: Any) -> Any:
 
 
 def _lower_backward(dy: Any, x: Any, *others: Any) -> Any:
-    """Let what makes dy write it in the layout of x, which the kernel would copy it to."""
+    """Require dy in the layout of x from the operator that produces it; else the kernel would copy dy to that layout."""
     x.realize()
     if not isinstance(x.get_layout(), ir.FlexibleLayout):
         dy = ir.ExternKernel.require_exact_strides(ir.ExternKernel.realize_input(dy), x.get_stride())

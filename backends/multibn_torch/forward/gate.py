@@ -1,9 +1,9 @@
 """The gate in front of compiled code: every tensor whose address the kernel gets is checked here, and nowhere else.
 
-A tensor is plain if its dispatch keys are those of a dense, strided CPU tensor and nothing else. Whatever only looks like one is
-not plain: a tensor of another device or layout (sparse, mkldnn, nested, quantized), a subclass with ``__torch_dispatch__`` (such
-as DTensor and FakeTensor), a ``torch.func`` wrapper, a functional or zero tensor, a view with the negative or conjugate bit. The
-type and size must be as required, and the storage must be allocated as far as the values reach.
+A tensor is plain if its dispatch keys are exactly those of a dense, strided CPU tensor. These are not plain: a tensor of another
+device or layout (sparse, mkldnn, nested, quantized), a subclass with ``__torch_dispatch__`` (such as DTensor and FakeTensor), a
+``torch.func`` wrapper, a functional or zero tensor, a view with the negative or conjugate bit. The type and size must be as
+required, and the storage must be allocated up to the last value.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ _CPU = torch.device("cpu")
 with torch.inference_mode():
     _INFERENCE = torch.empty(0, device=_CPU)
 PLAIN = frozenset(dispatch_keys(t).raw_repr() for t in (torch.empty(0, device=_CPU), _INFERENCE))
-"""Dispatch keys of plain tensors: those of programs that train, and those made in inference mode."""
+"""Dispatch keys of plain tensors: ordinary ones, and those created in inference mode."""
 
 
 TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 class NotPlainError(RuntimeError):
-    """The kernel cannot use a tensor; nothing has changed."""
+    """The kernel cannot use a tensor; no state has changed."""
 
 
 def is_plain(t: Tensor) -> bool:
-    """Whether a tensor is strided, dense memory of the CPU and nothing else."""
+    """Return whether a tensor is plain."""
     return dispatch_keys(t).raw_repr() in PLAIN
 
 
 def address(t: Tensor, dtype: torch.dtype, nbytes: int, name: str) -> int:
-    """Address of the values of a plain tensor whose memory has no gaps.
+    """Return the address of the values of a plain tensor without gaps in memory.
 
     Args:
-        dtype: the type that is required.
-        nbytes: of all values.
-        name: for the message.
+        dtype: the required type.
+        nbytes: the required size of all values.
+        name: the tensor's name, for the message.
 
     Raises:
-        NotPlainError: it is not plain, or of another type or size.
-        RuntimeError: its storage is not allocated.
+        NotPlainError: the tensor is not plain, or has another type or size.
+        RuntimeError: the tensor's storage is not allocated.
     """
     if t.dtype is dtype and ((type(t) in TYPES and not t.is_neg()) or is_plain(t)):
         try:
             storage, at = t.untyped_storage(), t.data_ptr()
             start = storage.data_ptr()
-        except RuntimeError:  # sparse, zero and functional tensors and wrappers of torch.func have none
+        except RuntimeError:  # sparse, zero and functional tensors and torch.func wrappers have no storage
             raise refusal(t, dtype, name) from None
         if start and t.nbytes == nbytes and at + nbytes <= start + storage.nbytes() and t.is_cpu:
             return at
@@ -56,14 +56,14 @@ def address(t: Tensor, dtype: torch.dtype, nbytes: int, name: str) -> int:
 
 
 def address_again(t: Tensor, dtype: torch.dtype, nbytes: int, name: str, seen: int) -> int:
-    """``address``, in less time where a tensor that has been examined and kept alive still lies where it was seen."""
+    """``address``, faster for a tensor that was checked at address ``seen``, has been kept alive and is still there."""
     if t.dtype is dtype and t.nbytes == nbytes and type(t) in TYPES and not t.is_neg() and t.data_ptr() == seen:
         return seen
     return address(t, dtype, nbytes, name)
 
 
 def refusal(t: Tensor, dtype: torch.dtype, name: str) -> RuntimeError:
-    """The error that says what was required of a tensor, what came, and what to do."""
+    """Return the error: what was required of the tensor, what came, and what to do."""
     if not is_plain(t):
         return NotPlainError(
             f"the CPU kernel needs {name} in plain CPU memory, got a {type(t).__name__} with {dispatch_keys(t)}. Convert it to a "
@@ -84,13 +84,14 @@ def check_apart(mean: Tensor | None, var: Tensor | None, addresses: tuple[int, i
     """Raise unless the kernel may write to the moving statistics.
 
     Args:
-        mean, var: as the layer has them.
-        addresses: of gamma, beta, the moving mean and variance; the kernel reads the former while it writes to the latter.
-        nbytes: of each.
+        mean, var: the layer's moving statistics.
+        addresses: those of gamma and beta, which the kernel reads while it writes, and of the moving mean and variance.
+        nbytes: size of each.
 
     Raises:
-        NotPlainError: a moving statistic is gamma or beta too; PyTorch's operators read these first.
-        RuntimeError: one of the two is missing, is expanded from fewer values, or they share memory.
+        NotPlainError: a moving statistic shares memory with gamma or beta; PyTorch's operators support that, since they read
+            gamma and beta first.
+        RuntimeError: mean or var is missing or expanded from fewer values, or the two share memory.
     """
     if mean is None or var is None:
         raise RuntimeError(
@@ -113,7 +114,7 @@ def check_apart(mean: Tensor | None, var: Tensor | None, addresses: tuple[int, i
 
 
 def check_can_be_saved(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> None:
-    """Raise RuntimeError if backward would need a tensor that was made in inference mode: PyTorch says so after forward only."""
+    """Raise RuntimeError if backward would need a tensor created in inference mode; PyTorch would raise only after forward."""
     if any(t is not None and t.requires_grad for t in (x, gamma, beta)):
         raise RuntimeError(
             "inference tensors cannot be saved for backward, got one as the input or as weight while gradients are recorded. "
@@ -122,7 +123,7 @@ def check_can_be_saved(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> 
 
 
 def check_can_be_updated(mean: Tensor | None, var: Tensor | None, batches: Tensor | None) -> None:
-    """Let PyTorch raise now, before the first has changed, if it cannot write to one of them."""
+    """Raise PyTorch's exception if one of the tensors is not writable, before any of them has changed."""
     with torch.no_grad():
         for t in (mean, var):
             if t is not None:
@@ -132,7 +133,7 @@ def check_can_be_updated(mean: Tensor | None, var: Tensor | None, batches: Tenso
 
 
 def resolved(t: Tensor | None) -> Tensor | None:
-    """The same values without a negative bit, a dead ``torch.func`` wrapper or a zero tensor's missing memory; differentiable."""
+    """Resolve the negative bit, dead ``torch.func`` wrappers and zero tensors, differentiably; return other tensors unchanged."""
     if t is None or dispatch_keys(t).raw_repr() in PLAIN:
         return t
     t = unwrap_if_dead(t)

@@ -1,4 +1,4 @@
-"""``init="identity"`` in PyTorch: see ``multibn.identity``."""
+"""``init="identity"`` for the PyTorch layers; see ``multibn.identity``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from . import masked
 
 
 def begin(layer: Any, x: Tensor, mask: Tensor | None = None) -> None:
-    """Make a layer the identity on x if it is as it was made. Asked once, for to ask a GPU is to wait for it; again after
-    ``load_state_dict`` and ``reset_parameters``.
+    """Initialise gamma and beta so that the layer is the identity on x, if its state is still the initial one.
+
+    The state is checked once, since the check synchronises with a GPU, and again after ``load_state_dict`` and
+    ``reset_parameters``.
 
     Raises:
-        RuntimeError: in a program that is being compiled.
+        RuntimeError: the program is being compiled.
     """
     if layer._began or x.numel() == 0 or x.is_meta:
         return

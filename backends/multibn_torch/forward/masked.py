@@ -1,8 +1,8 @@
-"""Batches of which only some values count, such as sequences that were padded to one length.
+"""Masked batches, such as sequences padded to one length.
 
-A mask is boolean, of x's shape without the channel axis, and True where a value counts. The result is that of the values that
-count alone, in the order of their places: output, gradients and moving statistics. Elsewhere y is 0 whatever x is, so that dx is
-0 there, and dy counts for nothing. All False is an empty batch; a single True is one value per channel (BN-12).
+A mask is boolean, of x's shape without the channel axis, and True at valid positions. Output, gradients and moving statistics are
+those of the valid values alone, packed in the order of their positions. At other positions y is 0 for any x, so dx is 0 there and
+dy is ignored. A mask of all False is an empty batch; a mask with a single True gives one value per channel (BN-12).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from multibn_torch import compat
 
 
 def check(mask: Tensor, x: Tensor) -> None:
-    """Raise if a mask does not fit x.
+    """Check that a mask fits x.
 
     Raises:
-        TypeError: it is not a tensor of booleans.
-        ValueError: its shape is not that of x without the channel axis.
-        RuntimeError: it is on another device.
+        TypeError: the mask is not a boolean tensor.
+        ValueError: the mask's shape is not that of x without the channel axis.
+        RuntimeError: the mask is on another device.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         came = f"one of type {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -48,7 +48,7 @@ def check_one_for_all(mask: Tensor) -> None:
 
 
 def check_count(values: Tensor) -> None:
-    """Raise ValueError if packed values are one per channel, where batch statistics are needed (BN-12)."""
+    """Raise ValueError if there is only one packed value per channel; batch statistics need more (BN-12)."""
     if values.shape[0] == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got a mask that is True once (BN-12). One value is its own "
@@ -57,16 +57,16 @@ def check_count(values: Tensor) -> None:
 
 
 def pack(x: Tensor, mask: Tensor) -> Tensor:
-    """The values that count, (m, C)."""
+    """Return the valid values of x, (m, C)."""
     return x.movedim(1, -1)[mask]
 
 
 def unpack(values: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-    """Packed values at their places in a tensor of x's shape and layout, and zeros elsewhere."""
+    """Scatter packed values to their positions in a tensor of x's shape and layout, with zeros elsewhere."""
     return torch.zeros_like(x).movedim(1, -1).index_put((mask,), values).movedim(-1, 1)
 
 
 def each_alone(x: Tensor, mask: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """For a function that takes every value for itself: no need to pack, and nothing depends on how many count."""
+    """Apply an elementwise function to the valid values without packing, so that no shape depends on the mask; 0 elsewhere."""
     counts, nothing = mask.unsqueeze(1), x.new_zeros(())
     return torch.where(counts, function(torch.where(counts, x, nothing)), nothing)

@@ -1,6 +1,6 @@
-"""``eager.kernel_forward`` and ``kernel_backward`` on CUDA tensors: how tensors of any layout reach ``triton_kernel``.
+"""``eager.kernel_forward`` and ``kernel_backward`` for CUDA tensors: bring tensors of any layout to ``triton_kernel``.
 
-Nothing here waits for the device, so BN-11's channels are not counted, and nobody is warned of NaN or Inf.
+No function here synchronises with the device, so channels with NaN or Inf (BN-11) are not counted, and there is no warning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def kernel_forward(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None = None,
     rectify: bool = False,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
-    """As in ``eager``, but ``refused`` stays empty."""
+    """``eager.kernel_forward`` for CUDA tensors; ``refused`` stays empty."""
     eps, old, unbiased, use_batch, update = how
     mean, var, batches = moving
     x, _, shape = laid_out(x)
@@ -39,7 +39,7 @@ def kernel_backward(
     dy: Tensor, x: Tensor, gamma: Tensor | None, statistics: Statistics, through: bool, beta: Tensor | None = None,
     rectify: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As in ``eager``."""
+    """``eager.kernel_backward`` for CUDA tensors."""
     assert isinstance(statistics, Tensor)
     x, _, shape = laid_out(x)
     if dy.stride() != x.stride():
@@ -54,5 +54,5 @@ def kernel_backward(
 
 
 def _as(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """The same memory as (N, C, S)."""
+    """View x as (N, C, S) without a copy."""
     return (x if x.is_contiguous() else x.movedim(1, -1)).view(shape)

@@ -1,6 +1,6 @@
-"""The kernel as operators of PyTorch: for ``torch.compile`` and whatever else looks at operators instead of running Python.
+"""The kernel as PyTorch custom operators, for ``torch.compile`` and other tools that record operators instead of running Python.
 
-They change nothing in place: the new moving statistics are results, and ``by_operator`` copies them into the old ones.
+The operators are functional: they return the new moving statistics, and ``by_operator`` copies these into the layer's.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from .eager import PARAMETER, as_tensor, dense, kernel_backward, kernel_forward,
 from .formulas import How, Moving
 from .masked import check_count, pack, unpack
 
-# An operator without a layout tag gets its inputs in the layout of the program as written; Inductor's convolutions are
-# channels-last, so that it would copy every input and output.
+# Without a layout tag, Inductor passes inputs in the layout that they have in eager mode. Inductor's convolutions are
+# channels-last, so every input and output would be copied.
 _TAGS = (torch.Tag.flexible_layout,) if hasattr(torch.Tag, "flexible_layout") else ()
 
 
 def by_operator(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, mask: Tensor | None = None
 ) -> Tensor:
-    """``by_kernel``, with the same bits; for a mask see ``masked``."""
+    """Return the same bits as ``by_kernel``, through the custom operator; for the mask see ``masked``."""
     y, _, *news = torch.ops.multibn.forward(x, mask, gamma, beta, *moving, *how, False)
     if how.update:
         with torch.no_grad():
@@ -45,9 +45,9 @@ def _forward(
     moving_mean: Tensor | None, moving_var: Tensor | None, batches: Tensor | None,
     eps: float, weight_of_old: float | None, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """y, the statistics that normalised, and what the moving statistics and their counter become; empty without an update.
+    """Return y, the statistics that normalised, and the new moving statistics and counter, which are empty without an update.
 
-    rectify: y is max(y, 0). ``fusion`` sets it where a ReLU follows.
+    If ``rectify``, y is max(y, 0); ``fusion`` sets this where a ReLU follows.
     """
     values = x
     if mask is not None:
@@ -67,7 +67,7 @@ def _(
     moving_mean: Tensor | None, moving_var: Tensor | None, batches: Tensor | None,
     eps: float, weight_of_old: float | None, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    compat.install_passes()  # a compiler that traces this operator runs them later, on the graph that it is tracing
+    compat.install_passes()  # a compiler that is tracing this operator will run the passes later, on the same graph
     statistics = x.new_empty((2, x.shape[1]), dtype=torch.float64)
     return _like(x, mask), statistics, *_news(x, Moving(moving_mean, moving_var, batches), update, torch.empty_like)
 
@@ -77,7 +77,7 @@ def _news(x: Tensor, moving: Moving, update: bool, make: Any) -> Moving:
 
 
 def _like(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Shape and layout of y and dx."""
+    """Allocate a tensor of the shape and layout of y and dx."""
     return torch.empty_like(x if mask is not None else dense(x))
 
 
@@ -115,7 +115,7 @@ def _backward(
     dy: Tensor, x: Tensor, mask: Tensor | None, gamma: Tensor | None, beta: Tensor | None, statistics: Tensor, through: bool,
     rectify: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dgamma and dbeta."""
+    """Return dx, dgamma and dbeta."""
     if mask is None:
         return kernel_backward(dy, x, gamma, statistics, through, beta, rectify)
     packed = pack(dy, mask), pack(x, mask)

@@ -1,4 +1,4 @@
-"""``recompute``: outputs of layers that later operators keep for backward are computed again there, instead of being stored."""
+"""``recompute``: recompute layer outputs in backward instead of storing them for later operators."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class recompute(torch.autograd.graph.saved_tensors_hooks):
-    """Context manager: forwards inside do not store the outputs of our layers for backward; backward makes them again.
+    """Context manager in which forwards do not store the outputs of multibn layers; backward recomputes them.
 
-    What follows a layer, usually a convolution, keeps the layer's output y for the gradient of its weight, while the layer keeps
-    its input x. Inside this context y is not kept: backward computes it again, bit for bit, from x, gamma, beta and the saved
-    statistics. Swap with ``fuse_relu=True`` for networks with ReLU: a ReLU of PyTorch stores its own output.
+    The operator after a layer, usually a convolution, stores the layer's output y for the gradient of its weight, while the layer
+    stores its input x. Inside this context y is not stored: backward recomputes y, bit for bit, from x, gamma, beta and the saved
+    statistics. In networks with ReLU, swap with ``fuse_relu=True``, since PyTorch's ReLU stores its own output.
 
-    It applies to forwards on the CPU kernel in this thread; backward may run outside. Within ``torch.utils.checkpoint`` and under
-    ``torch.compile`` it changes nothing.
+    The context affects forwards on the CPU kernel in the current thread; backward may run outside of the context. Inside
+    ``torch.utils.checkpoint`` and under ``torch.compile`` it has no effect.
 
     Raises:
-        RuntimeError: in backward, if x, gamma, beta, or another tensor that the graph stores, was changed in place since forward.
+        RuntimeError: in backward, if x, gamma, beta or another tensor that the graph stores was changed in place since forward.
 
     >>> import multibn_torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), multibn_torch.BatchNorm2d(8), torch.nn.Conv2d(8, 8, 3))
@@ -47,11 +47,11 @@ class _Here(threading.local):
 
 _here = _Here()
 _MADE = "_multibn_made"
-"""Attribute of an output: how it was made."""
+"""Attribute of an output: its ``Made``."""
 
 
 class Stored:
-    """A tensor and its version, by which PyTorch tells whether it was changed in place."""
+    """A tensor and its version counter, which detects in-place changes."""
 
     __slots__ = ("tensor", "version")
 
@@ -59,10 +59,10 @@ class Stored:
         self.tensor, self.version = tensor.detach(), tensor._version
 
     def get(self) -> Tensor:
-        """The tensor.
+        """Return the tensor.
 
         Raises:
-            RuntimeError: it has been changed in place.
+            RuntimeError: the tensor has been changed in place.
         """
         if self.tensor._version != self.version:
             raise RuntimeError(
@@ -73,7 +73,7 @@ class Stored:
 
 
 class Made:
-    """How an output was made: ``make`` of some tensors, each None or unchanged since."""
+    """Recipe for an output: ``make``, and its arguments, each a tensor that must stay unchanged, or None."""
 
     __slots__ = ("make", "tensors", "version")
 
@@ -82,22 +82,22 @@ class Made:
         self.tensors = [None if each is None else Stored(each) for each in tensors]
 
     def get(self) -> Tensor:
-        """The output, computed again.
+        """Return the recomputed output.
 
         Raises:
-            RuntimeError: one of the tensors has been changed in place.
+            RuntimeError: an argument has been changed in place.
         """
         with torch.no_grad():
             return self.make(*(None if each is None else each.get() for each in self.tensors))
 
 
 def active() -> bool:
-    """Whether this thread is inside ``recompute``."""
+    """Return whether the current thread is inside ``recompute``."""
     return _here.depth > 0
 
 
 def remember(y: Tensor, make: Callable[..., Tensor], *tensors: Tensor | None) -> None:
-    """Note that y is ``make(*tensors)``, for whoever stores y for backward before it is changed in place."""
+    """Attach the recipe ``make(*tensors)`` to y, for operators that store y for backward before y is changed in place."""
     setattr(y, _MADE, Made(y, make, tensors))
 
 

@@ -1,1 +1,1 @@
-"""What measures and shows the PyTorch layers: the article's networks and the benchmarks."""
+"""Studies of the PyTorch layers: the article's networks and the benchmarks."""

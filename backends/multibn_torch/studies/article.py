@@ -1,4 +1,4 @@
-"""The article's studies in PyTorch; ``multibn.article`` runs this module in a process of its own."""
+"""The article's studies in PyTorch; ``multibn.article`` runs this module in a separate process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ACTIVATIONS = {"relu": torch.nn.ReLU, "sigmoid": torch.nn.Sigmoid, "tanh": torc
 
 
 class Net:
-    """The same perceptron with and without BatchNorm; a hidden layer that is normalised needs no bias."""
+    """A perceptron with or without BatchNorm; a normalised hidden layer needs no bias."""
 
     def __init__(self, run: Run, weights: Sequence[Array]) -> None:
         modules: list[torch.nn.Module] = []
@@ -34,7 +34,7 @@ class Net:
         self.optimizer = torch.optim.SGD(self.net.parameters(), run.rate)
 
     def step(self, x: Array, labels: Array) -> Any:
-        """Forward, backward, step."""
+        """Run forward, backward and an optimizer step; return the loss."""
         loss = torch.nn.functional.cross_entropy(self.net.train()(torch.from_numpy(x)), torch.from_numpy(labels))
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -42,13 +42,13 @@ class Net:
         return loss.item()
 
     def predict(self, x: Array) -> Array:
-        """With the moving statistics."""
+        """Predict labels in inference mode, with the moving statistics."""
         with torch.no_grad():
             found: Array = self.net.eval()(torch.from_numpy(x)).argmax(dim=1).numpy()
         return found
 
     def layers(self) -> list[dict[str, Array]]:
-        """Of the hidden layers."""
+        """Return the parameters of each hidden layer."""
         found: list[dict[str, Array]] = []
         for module in list(self.net)[:-1]:
             its = {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
@@ -60,7 +60,7 @@ class Net:
 
 
 def linear(weight: Array, bias: bool) -> torch.nn.Linear:
-    """A linear layer that begins with these weights, and 0."""
+    """Make a linear layer with these initial weights, and zeros as bias."""
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(weight))
@@ -70,7 +70,7 @@ def linear(weight: Array, bias: bool) -> torch.nn.Linear:
 
 
 def whiten(x: torch.Tensor) -> torch.Tensor:
-    """Whitening of (m, C), inside the graph."""
+    """Whiten (m, C), as part of the autograd graph."""
     centred = x - x.mean(dim=0)
     eigenvalues, rotation = torch.linalg.eigh(centred.T @ centred / len(x) + 1e-5 * torch.eye(x.shape[1]))
     white: torch.Tensor = centred @ rotation / eigenvalues.sqrt()
@@ -78,7 +78,7 @@ def whiten(x: torch.Tensor) -> torch.Tensor:
 
 
 def cost(channels: int, m: int = 2048, turns: int = 5) -> dict[str, float]:
-    """Milliseconds of forward and backward on (m, C): the least of some turns, in which both take their turn."""
+    """Time forward and backward on (m, C) of both layers, in turn; return the minimum over all turns, in milliseconds."""
     x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (m, channels)).astype(np.float32)).requires_grad_()
     layers: dict[str, Any] = {"whitening": whiten, "batchnorm": BatchNorm(channels, 2)}
     took: dict[str, list[float]] = {name: [] for name in layers}
@@ -91,7 +91,7 @@ def cost(channels: int, m: int = 2048, turns: int = 5) -> dict[str, float]:
 
 
 def begins_as_identity(x: Array) -> Array:
-    """What init="identity" makes of its first batch."""
+    """Return the output of a layer with init="identity" for its first batch."""
     y: Array = BatchNorm(x.shape[1], x.ndim, init="identity")(torch.from_numpy(x)).detach().numpy()
     return y
 

@@ -1,4 +1,4 @@
-"""What ``multibn bench`` measures in PyTorch: forward and backward in training, forward in inference; steps of networks."""
+"""Contests of ``multibn bench`` in PyTorch: forward and backward in training, forward in inference, steps of networks."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from multibn_torch.swap import swap
 from .models import MODELS
 
 INPUTS = (*COMMON, *(Input("channels last", shape, channels_last=True) for shape in STAGES))
-"""What the layers are measured on."""
+"""Inputs on which the layers are measured."""
 
 
 def contest(given: Input) -> Contest:
-    """Who takes turns on the given input."""
+    """Return the contestants for an input."""
     if given.recompute:
         return contest_of_memory(given)
     return contest_of_models(given) if given.model else contest_of_layers(given)
 
 
 def contest_of_layers(given: Input) -> Contest:
-    """Ours, PyTorch's own, and the copy, on the same x."""
+    """Return our layer, PyTorch's own, and a copy of memory, on the same x."""
     rank = len(given.shape)
     layout = torch.channels_last if given.channels_last else torch.contiguous_format
     x, dy = (torch.randn(given.shape).contiguous(memory_format=layout).requires_grad_(grad) for grad in (given.training, False))
@@ -62,9 +62,9 @@ def contest_of_layers(given: Input) -> Contest:
 
 
 def contest_of_models(given: Input) -> Contest:
-    """The network after ``swap`` with its ReLUs fused, as it is, and without BatchNorm: the same first weights, and images.
+    """Return a network after ``swap`` with fused ReLUs, unchanged, and without BatchNorm, on the same images.
 
-    Compiled: after a plain ``swap``, and as it is.
+    All start from the same weights. If compiled: the network after ``swap`` without fused ReLUs, and unchanged.
     """
     torch.manual_seed(0)
     x, labels = torch.randn(given.shape), torch.randint(1000, given.shape[:1])
@@ -92,7 +92,7 @@ def contest_of_models(given: Input) -> Contest:
 
 
 def contest_of_memory(given: Input) -> Contest:
-    """The network after ``swap`` with its ReLUs fused, within ``recompute()`` and without."""
+    """Return a network after ``swap`` with fused ReLUs, inside ``recompute()`` and without, and how to measure peak memory."""
     torch.manual_seed(0)
     x, labels = torch.randn(given.shape), torch.randint(1000, given.shape[:1])
     model = MODELS[given.model]()
@@ -118,7 +118,7 @@ def contest_of_memory(given: Input) -> Contest:
 
 
 def _copied(x: torch.Tensor, times: int) -> torch.Tensor:
-    """x, copied so many times into one fresh tensor: the layer too writes its output once and passes over the memory again."""
+    """Copy x several times into one new tensor, as the layer allocates one output and passes over the memory several times."""
     with torch.no_grad():
         y = output_like(x)
         for _ in range(times):

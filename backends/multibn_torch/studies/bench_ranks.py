@@ -1,4 +1,4 @@
-"""What ``multibn bench --ranks`` measures, in each of its processes: synchronised statistics beside the straightforward way."""
+"""One process of ``multibn bench --ranks``: synchronised statistics, compared with a straightforward implementation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from multibn_torch.sync import SyncBatchNorm, TorchGroup
 from multibn_torch.sync.group import shared_exchange
 
 MESSAGES = (64, 4096, 65536, 524288)
-"""Bytes of the messages whose addition is timed."""
+"""Sizes in bytes of the messages whose sum over all ranks is timed."""
 
 
 class _AllReduce(torch.autograd.Function):
@@ -39,10 +39,10 @@ class _AllReduce(torch.autograd.Function):
 
 
 class Straightforward(torch.nn.BatchNorm2d):
-    """Synchronised statistics by PyTorch's operators and ``all_reduce``: one pass, float32 sums of x and x*x."""
+    """Synchronised BatchNorm by PyTorch's operators and ``all_reduce``: one pass, float32 sums of x and x*x."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """y in training."""
+        """Return y, in training."""
         axes, channels = [0, 2, 3], input.shape[1]
         count = torch.full((1,), float(input.numel() // channels))
         sums = torch.cat([input.sum(axes), (input * input).sum(axes), count])
@@ -62,7 +62,7 @@ class Straightforward(torch.nn.BatchNorm2d):
 
 
 def measure(shapes: list[list[int]], rounds: int, mpi: Any) -> dict[str, Any]:
-    """Medians in milliseconds of forward and backward, each contestant in turn; and of adding messages."""
+    """Time forward and backward of the contestants, in turn, and sums of messages; return medians in ms, for messages in us."""
     rows = []
     for shape in shapes:
         torch.manual_seed(dist.get_rank())
@@ -115,7 +115,7 @@ def _messages(group: Group, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """One rank: folder, rounds, JSON of the shapes, and rank and size where MPI does not tell them."""
+    """Run one rank. Arguments: folder, rounds, JSON of the shapes; rank and size too if not started by MPI."""
     folder, rounds, shapes, *numbers = sys.argv[1:]
     mpi: Any = None
     if numbers:

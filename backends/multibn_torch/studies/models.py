@@ -1,6 +1,6 @@
 """The networks of ``multibn bench``: ResNet-18, DenseNet-121 and small ones in plain ``torch.nn``, two of ``transformers``.
 
-Layers, initial weights and the names in the checkpoint are torchvision's, which need not be installed.
+Layers, initial weights and checkpoint names match torchvision's; torchvision need not be installed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 2), which is a convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 2); a convolution in the shortcut where the shape changes."""
 
     def __init__(self, given: int, features: int, stride: int) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(given, features, 1, stride, bias=False), nn.BatchNorm2d(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, given, H, W) to (N, features, H / stride, W / stride)."""
+        """Map (N, given, H, W) to (N, features, H / stride, W / stride)."""
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         y += x if self.downsample is None else self.downsample(x)
         return self.relu(y)  # type: ignore[no-any-return]
 
 
 class DenseLayer(nn.Module):
-    """Adds ``growth`` features to those that it is given (Huang et al. 2017, DenseNet-B)."""
+    """Compute ``growth`` new features from all earlier ones (Huang et al. 2017, DenseNet-B)."""
 
     def __init__(self, given: int, growth: int) -> None:
         super().__init__()
@@ -47,19 +47,19 @@ class DenseLayer(nn.Module):
         self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
 
     def forward(self, found: list[Tensor]) -> Tensor:
-        """(N, growth, H, W) from all that the block has found so far."""
+        """Return (N, growth, H, W), computed from all earlier features of the block."""
         y = self.conv1(self.relu1(self.norm1(torch.cat(found, 1))))
         return self.conv2(self.relu2(self.norm2(y)))  # type: ignore[no-any-return]
 
 
 class DenseBlock(nn.ModuleDict):
-    """Layers that each see what all before them found."""
+    """Dense layers, each with the features of all earlier layers as input."""
 
     def __init__(self, layers: int, given: int, growth: int) -> None:
         super().__init__({f"denselayer{i + 1}": DenseLayer(given + i * growth, growth) for i in range(layers)})
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, given, H, W) to (N, given + layers * growth, H, W)."""
+        """Map (N, given, H, W) to (N, given + layers * growth, H, W)."""
         found = [x]
         for layer in self.values():
             found.append(layer(found))
@@ -67,7 +67,7 @@ class DenseBlock(nn.ModuleDict):
 
 
 def resnet18(classes: int = 1000) -> nn.Module:
-    """He et al. 2015, table 1, 18 layers."""
+    """Make ResNet-18 (He et al. 2015, table 1)."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(3, 64, 7, 2, 3, bias=False),
         bn1=nn.BatchNorm2d(64),
@@ -89,7 +89,7 @@ def resnet18(classes: int = 1000) -> nn.Module:
 
 
 def densenet121(classes: int = 1000) -> nn.Module:
-    """Huang et al. 2017, table 1, DenseNet-121: growth 32, transitions that halve the features."""
+    """Make DenseNet-121 (Huang et al. 2017, table 1): growth 32, transitions that halve the number of features."""
     features: OrderedDict[str, nn.Module] = OrderedDict(
         conv0=nn.Conv2d(3, 64, 7, 2, 3, bias=False),
         norm0=nn.BatchNorm2d(64),
@@ -129,7 +129,7 @@ def densenet121(classes: int = 1000) -> nn.Module:
 
 
 def convnet(classes: int = 1000) -> nn.Module:
-    """Five convolutions of 3x3, each with BatchNorm and ReLU, and two poolings."""
+    """Make five 3x3 convolutions, each with BatchNorm and ReLU, and two poolings."""
 
     def block(given: int, features: int) -> list[nn.Module]:
         return [nn.Conv2d(given, features, 3, padding=1, bias=False), nn.BatchNorm2d(features), nn.ReLU()]
@@ -141,12 +141,12 @@ def convnet(classes: int = 1000) -> nn.Module:
 
 
 def densenet10(classes: int = 1000) -> nn.Module:
-    """A dense block of ten layers, growth 32, on (N, 64, H, W)."""
+    """Make a dense block of ten layers, growth 32, for (N, 64, H, W)."""
     return nn.Sequential(DenseBlock(10, 64, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64 + 10 * 32, classes))
 
 
 class Logits(nn.Module):
-    """A classifier of ``transformers``, of images alone."""
+    """An image classifier of ``transformers`` that takes and returns tensors."""
 
     def __init__(self, name: str, **options: object) -> None:
         super().__init__()
@@ -156,17 +156,17 @@ class Logits(nn.Module):
         self.model = getattr(transformers, f"{name}ForImageClassification")(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, 1000)."""
+        """Map (N, 3, H, W) to (N, 1000)."""
         return self.model(x).logits  # type: ignore[no-any-return]
 
 
 def transformers_resnet() -> nn.Module:
-    """ResNet-18 of ``transformers``."""
+    """Make ResNet-18 of ``transformers``."""
     return Logits("ResNet", hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", embedding_size=64)
 
 
 def transformers_mobilenetv2() -> nn.Module:
-    """MobileNetV2 of ``transformers``: depthwise convolutions and ReLU6."""
+    """Make MobileNetV2 of ``transformers``, which has depthwise convolutions and ReLU6."""
     return Logits("MobileNetV2")
 
 
@@ -178,4 +178,4 @@ MODELS: Final[dict[str, Callable[[], nn.Module]]] = {
     "transformers-resnet": transformers_resnet,
     "transformers-mobilenetv2": transformers_mobilenetv2,
 }
-"""Name, as in ``multibn.bench.inputs`` -> what makes it."""
+"""Name of a model, as in ``multibn.bench.inputs`` -> function that makes it."""

@@ -1,4 +1,4 @@
-"""What ``multibn bench --whitening`` measures, and the same formulas as one would write them with PyTorch's operators."""
+"""Contestants of ``multibn bench --whitening``, including the same formulas written in PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from multibn_torch.whitening.module import Whitening
 
 
 class Plain(torch.nn.Module):
-    """Whitening by PyTorch's operators and its autograd: ``torch.linalg.eigh``, or IterNorm's formula (Huang et al., 2019)."""
+    """Whitening by PyTorch's operators and autograd: ``torch.linalg.eigh``, or IterNorm's formula (Huang et al., 2019)."""
 
     def __init__(self, num_features: int, newton: bool, eps: float = 1e-5, steps: int = 5) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Plain(torch.nn.Module):
         self.register_buffer("running_covariance", torch.eye(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """y for (N, C, H, W), in training."""
+        """Return y for (N, C, H, W), in training."""
         n, c, *space = x.shape
         values = x.transpose(0, 1).reshape(c, -1)
         mean = values.mean(1, keepdim=True)
@@ -61,11 +61,11 @@ LAYERS: dict[str, Callable[[int], torch.nn.Module]] = {
     "eigh, autograd": lambda c: Plain(c, newton=False),
     "IterNorm, autograd": lambda c: Plain(c, newton=True),
 }
-"""Contestant -> its layer for so many channels."""
+"""Contestant -> function that makes a layer for a number of channels."""
 
 
 def contest(shape: tuple[int, ...], names: list[str]) -> tuple[dict[str, Callable[[], object]], Callable[[], None]]:
-    """A run of each contestant on the same x, and what lets go of the gradients of the run before."""
+    """Return a step function per contestant, on the same x, and a function that clears the gradients of the last step."""
     x, dy = torch.randn(shape).requires_grad_(), torch.randn(shape)
     layers = {name: LAYERS[name](shape[1]) for name in names}
     leaves = [x, *(p for layer in layers.values() for p in layer.parameters())]
@@ -83,7 +83,7 @@ def contest(shape: tuple[int, ...], names: list[str]) -> tuple[dict[str, Callabl
 
 
 def main(order: str) -> None:
-    """The process that ``multibn.bench.whitening.measure`` started: on stdout goes a line of JSON for each input."""
+    """Run in the process that ``multibn.bench.whitening.measure`` starts: print one line of JSON per input."""
     its = json.loads(order)
     torch.set_num_threads(its["threads"])
     torch.manual_seed(0)

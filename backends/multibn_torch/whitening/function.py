@@ -1,7 +1,7 @@
 """Whitening on CPU tensors: ``multibn.whitening.kernel`` with PyTorch's matrix products and threads for the passes over the data.
 
-NumPy's BLAS has threads of its own, which would fight with PyTorch's for the processors. Mean, covariance and everything that is
-made of them are float64, and the matrices are those of ``multibn.whitening.matrix``, as in every home.
+NumPy's BLAS has a thread pool of its own, which would compete with PyTorch's for the processors. Mean, covariance and everything
+computed from them are float64, and the matrices come from ``multibn.whitening.matrix``, as in every backend.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from multibn.whitening.spec import WhiteningSpec
 from multibn_torch.forward.eager import PARAMETER, output_like
 
 CACHE = 1 << 20
-"""Values of a block of samples, about."""
+"""Approximate number of values in a block of samples."""
 
 NARROW = 64
-"""Samples with fewer values per channel are put side by side first: a matrix product with few columns is slow."""
+"""Samples with fewer values per channel are first concatenated, since matrix products with few columns are slow."""
 
 
 class Whiten(torch.autograd.Function):
-    """``apply(x, gamma, beta, (moving_mean, moving_covariance), spec, training, batches)``. A second derivative is refused."""
+    """``apply(x, gamma, beta, (moving_mean, moving_covariance), spec, training, batches)``; raises on a second derivative."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: tuple[Tensor, Tensor], spec: WhiteningSpec,
         training: bool, batches: int,
     ) -> Tensor:  # fmt: skip
-        """y; in training the moving statistics change in place."""
+        """Return y; in training, update the moving statistics in place."""
         ctx.save_for_backward(x, gamma)
         ctx.spec, ctx.has_beta = spec, beta is not None
         values, (mean, covariance) = _samples(x, spec.groups), (t.numpy() for t in moving)
@@ -60,7 +60,7 @@ class Whiten(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        """The gradients of x, gamma and beta."""
+        """Return the gradients of x, gamma and beta."""
         x, gamma = ctx.saved_tensors
         spec, saved = ctx.spec, ctx.saved
         values, slopes = _samples(x, spec.groups), _samples(dy, spec.groups)
@@ -100,7 +100,7 @@ class Whiten(torch.autograd.Function):
 
 
 def _samples(x: Tensor, groups: int) -> Tensor:
-    """x as (N, groups, d, S), contiguous; narrow samples side by side, as one."""
+    """Return x as contiguous (N, groups, d, S); concatenate narrow samples into one."""
     x = x.detach()
     n, c = x.shape[:2]
     s = x.numel() // max(1, n * c)
@@ -110,27 +110,27 @@ def _samples(x: Tensor, groups: int) -> Tensor:
 
 
 def _restored(values: Tensor, x: Tensor) -> Tensor:
-    """What ``_samples`` made of x, in x's shape."""
+    """Undo ``_samples``: reshape its result to x's shape."""
     if values.shape[0] != x.shape[0]:
         return values.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1).contiguous()
     return values.view(x.shape)
 
 
 def _blocks(*arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same blocks of samples of each; nothing where there is nothing."""
+    """Yield the same block of samples of each array, block by block; nothing for empty arrays."""
     samples = _samples_of(arrays[0])
     for first in range(0, arrays[0].shape[0] if arrays[0].numel() else 0, samples):
         yield tuple(a[first : first + samples] for a in arrays)
 
 
 def _samples_of(values: Tensor) -> int:
-    """Of a block."""
+    """Return the number of samples in a block."""
     n, *others = values.shape
     return min(max(1, CACHE // max(1, math.prod(others))), max(1, n))
 
 
 def _like_block(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for a block of samples in some type, used again and again: fresh memory costs more than the arithmetic."""
+    """Allocate a buffer for one block of samples, to be reused: fresh memory for each block costs more than the arithmetic."""
     return torch.empty((_samples_of(values), *values.shape[1:]), dtype=dtype)
 
 
@@ -139,13 +139,13 @@ def _less(block: Tensor, near: Tensor, memory: Tensor) -> Tensor:
 
 
 def _eigh(covariance: Array) -> tuple[Array, Array]:
-    """PyTorch's, whose threads are awake."""
+    """Decompose by PyTorch's ``eigh``, whose threads are already running."""
     eigenvalues, vectors = torch.linalg.eigh(torch.from_numpy(covariance))
     return eigenvalues.numpy(), vectors.numpy()
 
 
 def _statistics(values: Tensor) -> tuple[Array, Array]:
-    """Mean (C,) and biased covariance (groups, d, d) in float64; each block's deviations are from its own mean."""
+    """Return mean (C,) and biased covariance (groups, d, d) in float64, merged from blocks centred on their own means."""
     _, groups, d, s = values.shape
     total = torch.zeros((groups, d, d), dtype=torch.float64)
     means, counts, memory = [], [], _like_block(values, torch.float64)
@@ -160,7 +160,7 @@ def _statistics(values: Tensor) -> tuple[Array, Array]:
 
 
 def _near(mean: Array, values: Tensor) -> tuple[Tensor, Array]:
-    """The mean in the type of the statistics, (groups, d, 1), and what is missing from it, which is made good in float64."""
+    """Return the mean in the type of the statistics, (groups, d, 1), and its rounding error, to be corrected in float64."""
     near = torch.from_numpy(mean).to(PARAMETER[values.dtype])
     return near.view(*values.shape[1:3], 1), mean - near.numpy()
 
@@ -170,7 +170,7 @@ def _like(a: Array, near: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, block: Tensor, target: Tensor, shift: Tensor | None = None) -> Tensor:
-    """``a @ block + shift`` into the target, or, where that has another type, beside it and then into it."""
+    """Write ``a @ block + shift`` to the target and return it in a's type; a target of another type gets a converted copy."""
     direct = target.dtype == a.dtype
     made = torch.matmul(a, block, out=target) if direct else a @ block
     if shift is not None:

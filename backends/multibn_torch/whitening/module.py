@@ -20,24 +20,24 @@ Matrix = tuple[Tensor, Tensor]
 
 
 class Whitening(torch.nn.Module):
-    """Whitens the channels of a batch: mean 0, variance 1, no correlation (WH-01 to WH-10).
+    """Whiten the channels of a batch: mean 0, variance 1, no correlation (WH-01 to WH-10).
 
     Args:
         num_features: C, the size of the channel axis.
         num_dims: rank of the input: 2 for fully connected layers (N, C), 4 for convolutions (N, C, H, W); 3 and 5 too.
         kind: "zca", "pca" or "newton"; None for the spec's.
-        groups: groups of channels that are whitened each on its own; None for the spec's.
-        spec: what it computes.
+        groups: number of channel groups, each whitened separately; None for the spec's.
+        spec: what the layer computes.
         implementation: "kernel" (the CPU kernel), "framework" (PyTorch's own operators, any device, in the input's type), or
             "auto": the kernel on CPU, the operators elsewhere.
         device, dtype: of the state; float32, or float64 for float64 input (WH-09).
 
-    State, under PyTorch's names: weight (gamma, ones), bias (beta, zeros), running_mean (C,), zeros, running_covariance
+    The state has PyTorch's names: weight (gamma, ones), bias (beta, zeros), running_mean (C,), zeros, running_covariance
     (groups, d, d), identities, num_batches_tracked. ``gamma``, ``beta``, ``moving_mean`` and ``moving_covariance`` are the
     article's names for the same tensors.
 
     Raises:
-        ValueError, TypeError: an argument that is not allowed (WH-01, WH-03).
+        ValueError, TypeError: an invalid argument (WH-01, WH-03).
     """
 
     weight: Tensor | None
@@ -74,12 +74,12 @@ class Whitening(torch.nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        """y for x of shape (N, C, ...), in the layer's mode.
+        """Return y for x of shape (N, C, ...), in the layer's mode.
 
         Raises:
             ValueError: wrong rank, or one value per channel in training.
             RuntimeError: wrong number of channels, or parameters of the wrong type.
-            NotImplementedError: a type of input that is not floating point.
+            NotImplementedError: the input's type is not floating point.
         """
         training = self.training
         state = {"weight": self.weight, "bias": self.bias, "running_mean": self.running_mean}
@@ -101,7 +101,7 @@ class Whitening(torch.nn.Module):
         return layer_text(self.num_features, self.num_dims, self.spec)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Statistics and parameters stay float32 when the model becomes half (WH-09)."""
+        """Apply fn, but keep statistics and parameters in float32 when the model is cast to half precision (WH-09)."""
 
         def keep(t: Tensor) -> Tensor:
             new = fn(t)
@@ -118,7 +118,7 @@ class Whitening(torch.nn.Module):
 def by_framework(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Matrix, spec: WhiteningSpec, training: bool, batches: int
 ) -> Tensor:
-    """By PyTorch's own operators, differentiated by PyTorch but for the matrix, in the type of the statistics."""
+    """Whiten x by PyTorch's own operators, in the type of the statistics; PyTorch differentiates all but the matrix."""
     mean, covariance = moving
     groups, d = covariance.shape[:2]
     values = x.transpose(0, 1).reshape(groups, d, x.numel() // (groups * d)).to(mean.dtype)
@@ -146,7 +146,7 @@ def _update(mean: Tensor, covariance: Tensor, batch_mean: Tensor, batch_covarian
 
 
 def whitening_matrix(covariance: Tensor, spec: WhiteningSpec) -> Tensor:
-    """W of (groups, d, d) covariances, differentiable once (WH-03, WH-07)."""
+    """Return the whitening matrix W of (groups, d, d) covariances, differentiable once (WH-03, WH-07)."""
     if spec.kind != "newton":
         return _Eigen.apply(covariance, spec)  # type: ignore[no-any-return, no-untyped-call]
     one = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
@@ -159,8 +159,9 @@ def whitening_matrix(covariance: Tensor, spec: WhiteningSpec) -> Tensor:
 
 
 class _Eigen(torch.autograd.Function):
-    """W by ``torch.linalg.eigh`` in float64, with the gradient that ``multibn.whitening.matrix`` describes: PyTorch's own divides
-    by the differences of the eigenvalues.
+    """W by ``torch.linalg.eigh`` in float64, with the gradient that ``multibn.whitening.matrix`` describes.
+
+    PyTorch's own gradient of ``eigh`` divides by the differences of the eigenvalues.
     """
 
     @staticmethod
@@ -169,7 +170,7 @@ class _Eigen(torch.autograd.Function):
         eigenvalues, vectors = torch.linalg.eigh(torch.where(finite, covariance, 0.0).double())
         eigenvalues, vectors = eigenvalues.flip(1).clamp_min(0), vectors.flip(2)
         sizes = vectors.abs()
-        order = torch.arange(sizes.shape[1], 0, -1, device=sizes.device)[:, None]  # so that the first of many is the largest
+        order = torch.arange(sizes.shape[1], 0, -1, device=sizes.device)[:, None]  # so that argmax picks the first
         first = (order * (sizes >= sizes.amax(1, keepdim=True) / 2)).argmax(1, keepdim=True)
         vectors = vectors * torch.where(torch.gather(vectors, 1, first) < 0, -1.0, 1.0)
         ctx.save_for_backward(eigenvalues, vectors)
@@ -194,7 +195,7 @@ class _Eigen(torch.autograd.Function):
 
 
 def _pca_inner(eigenvalues: Tensor, root: Tensor, owed: Tensor, unit: float) -> Tensor:
-    """``multibn.whitening.matrix._pca_inner`` on the device."""
+    """``multibn.whitening.matrix._pca_inner`` on the tensors' device."""
     null = without_variance(eigenvalues.cpu().numpy(), unit)
     gaps = eigenvalues[..., :, None] - eigenvalues[..., None, :]
     held = torch.from_numpy(null[..., :, None] & null[..., None, :]).to(gaps.device)

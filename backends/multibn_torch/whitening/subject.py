@@ -1,4 +1,4 @@
-"""PyTorch's whitening as the conformance suite sees it."""
+"""Adapter of the PyTorch whitening layer for the conformance suite."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .module import Whitening
 
 
 class TorchWhitening:
-    """``Whitening`` behind NumPy arrays."""
+    """``Whitening`` with NumPy arrays as inputs and outputs."""
 
     def __init__(self, num_features: int, spec: WhiteningSpec, device: str, implementation: Any) -> None:
         self._device = torch.device(device)
         self._layer = Whitening(num_features, 4, spec=spec, implementation=implementation).to(self._device)
 
     def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_covariance: Array | None) -> None:
-        """Set the state; the layer becomes float64 if the arrays are."""
+        """Set the state, and convert the layer to float64 if the arrays are float64, else to float32."""
         given = {"weight": gamma, "bias": beta, "running_mean": moving_mean, "running_covariance": moving_covariance}
         arrays = {name: array for name, array in given.items() if array is not None}
         self._layer.to(torch.float64 if any(array.dtype == "float64" for array in arrays.values()) else torch.float32)
@@ -30,7 +30,7 @@ class TorchWhitening:
             self._layer.num_batches_tracked.zero_()
 
     def forward(self, x: Array, training: bool) -> Array:
-        """y for x, whatever its rank."""
+        """Return y for x of any rank."""
         self._layer.num_dims = x.ndim
         self._layer.train(training)
         self._layer.zero_grad()
@@ -39,7 +39,7 @@ class TorchWhitening:
         return _array(self._y)
 
     def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
-        """Gradients of the last forward."""
+        """Return the gradients of the last forward: dx, dgamma and dbeta."""
         self._y.backward(torch.from_numpy(dy).to(self._device))
         gradients = [None if p is None else p.grad for p in (self._layer.weight, self._layer.bias)]
         dgamma, dbeta = (None if g is None else _array(g) for g in gradients)
@@ -47,7 +47,7 @@ class TorchWhitening:
         return _array(self._x.grad), dgamma, dbeta
 
     def moving(self) -> tuple[Array, Array]:
-        """Copies of the moving statistics."""
+        """Return copies of the moving statistics."""
         return _array(self._layer.running_mean), _array(self._layer.running_covariance)
 
 
