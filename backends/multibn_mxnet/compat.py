@@ -74,6 +74,8 @@ for _place in PARTS:
 
 LIB = import_module("mxnet.base")._LIB
 """MXNet's C API."""
+NULL, ADD = 0, 3
+"""MXNet's write requests (``OpReqType``) not to write an array, and to add to it; any other overwrites it."""
 NDArrayHandle = part("mxnet.base:NDArrayHandle")
 check_call = part("mxnet.base:check_call")
 DeferredInitializationError = part("mxnet.gluon.parameter:DeferredInitializationError")

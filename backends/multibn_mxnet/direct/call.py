@@ -21,7 +21,7 @@ import numpy as np
 from mxnet import autograd
 
 from multibn_mxnet import gate
-from multibn_mxnet.compat import LIB, NDArrayHandle, check_call
+from multibn_mxnet.compat import ADD, LIB, NDArrayHandle, check_call
 from multibn_mxnet.description import Layer, type_name
 from multibn_mxnet.operator import by_kernel
 from multibn_mxnet.operator.callbacks import layers, refusing
@@ -32,7 +32,7 @@ from . import output_memory
 
 _int, _pointer = ctypes.c_int, ctypes.c_void_p
 _ASYNC = ctypes.c_int(4)  # MXNet's FnProperty::kAsync: the engine runs the function in the thread that pushes it
-_ADD = ctypes.c_uint(by_kernel.ADD)
+_ADD = ctypes.c_uint(ADD)
 _C = ctypes.CDLL(None)
 _C.malloc.restype, _C.malloc.argtypes = _pointer, [ctypes.c_size_t]
 _NOTHING = ctypes.cast(_C.getpid, _pointer)  # a function without side effects, for the engine to call

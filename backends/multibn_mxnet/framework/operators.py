@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import mxnet as mx
 import numpy as np
 
+from multibn_mxnet.compat import ADD, NULL
+
 if TYPE_CHECKING:
     from multibn_mxnet.description import Layer
-
-NULL, ADD = 0, 3
 
 
 def forward(

@@ -14,10 +14,11 @@ from mxnet.base import MXNetError
 from multibn.sync import passes
 from multibn.sync.group import SyncError
 from multibn.sync.passes import How, Peers, Statistics
+from multibn_mxnet.compat import ADD, NULL
 from multibn_mxnet.description import Layer, type_name
 
 from . import by_kernel
-from .by_kernel import ADD, NULL, view
+from .by_kernel import view
 
 _peers: dict[int, Peers] = {}
 _registering = threading.Lock()

@@ -12,9 +12,9 @@ from mxnet.base import MXNetError
 from multibn import identity, kernel, memory
 from multibn.layer.types import PARAMETER_TYPE, Array
 from multibn_mxnet import gate
+from multibn_mxnet.compat import ADD, NULL
 from multibn_mxnet.description import Layer, type_name
 
-NULL, ADD = 0, 3
 _BITS = {"float16": "int16", "bfloat16": "uint16"}
 
 

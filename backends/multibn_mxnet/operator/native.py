@@ -27,6 +27,7 @@ from multibn.kernel.jit import c_function
 from multibn.kernel.jit import compiled as kernel_compiled
 from multibn.kernel.schedule import backward_at, forward_at
 from multibn.memory import HUGE
+from multibn_mxnet.compat import ADD, NULL
 from multibn_mxnet.gate import ADDRESS as _ADDRESS
 from multibn_mxnet.gate import FLOAT32, FLOAT64, INT64, SOURCES, TYPES, get_shape, kind_of, plain, plain_like
 
@@ -80,7 +81,6 @@ WORTH_PYTHON = HUGE // 4
 """Input of this many float32 values or more goes to Python, which requests huge pages."""
 
 FLOAT16, BFLOAT16 = TYPES["float16"], TYPES["bfloat16"]
-NULL, ADD = 0, 3
 
 
 def link(callbacks: dict[str, int]) -> None:
