@@ -18,7 +18,7 @@ from multibn.spec.batchnorm import BatchNormSpec, spec_text
 
 from . import nonfinite
 from .compat import LIB, DeferredInitializationError, check_call
-from .description import Layer
+from .description import Description
 from .operator.register import NAME
 
 IMPLEMENTATIONS = ("auto", "kernel", "framework", "composed")
@@ -38,11 +38,11 @@ class Normalization(gluon.HybridBlock):  # type: ignore[misc]
     init: identity.Init = "standard"
 
     @abstractmethod
-    def _describe(self) -> Layer:
+    def _describe(self) -> Description:
         """Build the description of the layer from the block's arguments."""
 
     @property
-    def layer(self) -> Layer:
+    def layer(self) -> Description:
         """Description of the layer for the operator, built on first use."""
         if "_layer" not in self.__dict__:
             self._layer = self._describe()
@@ -204,7 +204,7 @@ def _on_cpu(array: Any) -> bool:
 
 @lru_cache(maxsize=4096)
 def _objection(
-    layer: Layer, shape: tuple[int, ...], dtype: Any, training: bool, channels: int, kinds: tuple[Any, ...]
+    layer: Description, shape: tuple[int, ...], dtype: Any, training: bool, channels: int, kinds: tuple[Any, ...]
 ) -> str | None:
     if channels <= 0:  # unknown before the first input
         channels = shape[layer.axis] if -len(shape) <= layer.axis < len(shape) else 1
@@ -281,9 +281,9 @@ class BatchNorm(Normalization):
         self.num_dims = num_dims
         self.forget_layer()
 
-    def _describe(self) -> Layer:
+    def _describe(self) -> Description:
         names = tuple(name for name, here in (("gamma", self._spec.scale), ("beta", self._spec.center)) if here)
-        return Layer(self._spec, self.implementation, 1, self.num_dims, names, self.init)
+        return Description(self._spec, self.implementation, 1, self.num_dims, names, self.init)
 
     def __repr__(self) -> str:
         init = "" if self.init == "standard" else f", init={self.init!r}"
@@ -302,7 +302,7 @@ class GluonNormalization(Normalization):
             self.init = init
             del self._layer
 
-    def _describe(self) -> Layer:
+    def _describe(self) -> Description:
         its = self._kwargs
         spec = BatchNormSpec(
             eps=its["eps"],
@@ -314,7 +314,7 @@ class GluonNormalization(Normalization):
         )
         implementation = getattr(self, "implementation", "auto")  # missing on Gluon's own blocks, which ``swap`` describes too
         init: identity.Init = getattr(self, "init", "standard")
-        return Layer(spec, implementation, its["axis"], None, ("gamma", "beta"), init)
+        return Description(spec, implementation, its["axis"], None, ("gamma", "beta"), init)
 
 
 class GluonBatchNorm(GluonNormalization, gluon.nn.BatchNorm):  # type: ignore[misc]

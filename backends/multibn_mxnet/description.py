@@ -18,7 +18,7 @@ from multibn.spec.batchnorm import BatchNormSpec
 
 
 @dataclass(frozen=True)
-class Layer:
+class Description:
     """Description of a layer for the operator, stored as JSON (``attribute``) in graphs and exported files.
 
     Args:
@@ -41,7 +41,7 @@ class Layer:
     within: bool = False
     peers: int = 0
 
-    def in_graph(self) -> Layer:
+    def in_graph(self) -> Description:
         """Return the description for an operator whose input has an additional leading axis."""
         axis, rank = self.axis + (self.axis >= 0), None if self.rank is None else self.rank + 1
         return replace(self, axis=axis, rank=rank, within=True)
@@ -51,7 +51,7 @@ class Layer:
         return json.dumps({field.name: getattr(self, field.name) for field in fields(self)} | {"spec": self.spec.to_dict()})
 
     @classmethod
-    def parse(cls, text: str) -> Layer:
+    def parse(cls, text: str) -> Description:
         """Parse the JSON that ``attribute`` returns."""
         values = json.loads(text)
         values["spec"] = BatchNormSpec.from_dict(values["spec"])

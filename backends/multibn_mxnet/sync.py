@@ -15,7 +15,7 @@ from multibn.sync.group import Group
 from multibn.sync.passes import Peers
 
 from .block import BatchNorm
-from .description import Layer
+from .description import Description
 from .operator import by_group
 
 
@@ -63,7 +63,7 @@ class SyncBatchNorm(BatchNorm):
             raise
         return y
 
-    def _describe(self) -> Layer:
+    def _describe(self) -> Description:
         return replace(super()._describe(), peers=self._peers)
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ from mxnet import autograd
 
 from multibn_mxnet import gate
 from multibn_mxnet.compat import ADD, LIB, NDArrayHandle, check_call
-from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.description import Description, type_name
 from multibn_mxnet.operator import by_kernel
 from multibn_mxnet.operator.callbacks import layers, refusing
 from multibn_mxnet.operator.native import RECORD_SIZE, WORTH_PYTHON, Record
@@ -38,7 +38,7 @@ _C.malloc.restype, _C.malloc.argtypes = _pointer, [ctypes.c_size_t]
 _NOTHING = ctypes.cast(_C.getpid, _pointer)  # a function without side effects, for the engine to call
 
 
-def takes(layer: Layer, x: Any) -> bool:
+def takes(layer: Description, x: Any) -> bool:
     """Return whether ``normalize`` supports this layer and input."""
     return (
         layer.implementation in ("auto", "kernel")
@@ -50,7 +50,7 @@ def takes(layer: Layer, x: Any) -> bool:
     )
 
 
-def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[Any, int]:
+def normalize(layer: Description, attribute: str, x: Any, arrays: list[Any]) -> tuple[Any, int]:
     """Normalise a valid input; return y, recorded for autograd, and the result of ``by_kernel.forward``.
 
     Args:
@@ -102,7 +102,7 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     return y, left
 
 
-def _refuse(layer: Layer, x: Any, arrays: list[Any], training: bool) -> None:
+def _refuse(layer: Description, x: Any, arrays: list[Any], training: bool) -> None:
     """Raise MXNetError for an array without memory and, in training, for moving statistics that share memory."""
     named = dict(zip((*layer.parameters, *layer.states), arrays, strict=True))
     for name, array in {"x": x, **named}.items():

@@ -16,7 +16,7 @@ from mxnet import autograd
 from mxnet.base import MXNetError
 
 from multibn.layer.types import PARAMETER_TYPE
-from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.description import Description, type_name
 
 from . import operators as by_framework
 
@@ -24,7 +24,7 @@ RANKS = 6
 """Largest rank that MXNet can transpose."""
 
 
-def normalize(layer: Layer, x: Any, arrays: list[Any]) -> Any:
+def normalize(layer: Description, x: Any, arrays: list[Any]) -> Any:
     """Normalise a valid, non-empty input; return y.
 
     Args:

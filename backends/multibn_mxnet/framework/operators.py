@@ -10,11 +10,18 @@ import numpy as np
 from multibn_mxnet.compat import ADD, NULL
 
 if TYPE_CHECKING:
-    from multibn_mxnet.description import Layer
+    from multibn_mxnet.description import Description
 
 
 def forward(
-    layer: Layer, x: Any, parameters: dict[str, Any], states: list[Any], y: Any, saved: Any, wanted: list[int], training: bool
+    layer: Description,
+    x: Any,
+    parameters: dict[str, Any],
+    states: list[Any],
+    y: Any,
+    saved: Any,
+    wanted: list[int],
+    training: bool,
 ) -> None:
     """Fill y and saved, and update the states. Arrays are NDArrays; wanted: MXNet's write requests for y and saved."""
     spec, shape = layer.spec, layer.by_channel(x.shape)
@@ -47,7 +54,7 @@ def forward(
 
 
 def backward(
-    layer: Layer, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
+    layer: Description, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
 ) -> None:
     """Fill the gradients, named "x", "gamma", "beta", each by MXNet's write request of the same name."""
     spec, shape = layer.spec, layer.by_channel(x.shape)
@@ -69,7 +76,7 @@ def backward(
             _assign(gradients[name], wanted[name], sums[name] if counts else mx.nd.zeros_like(gradients[name]))
 
 
-def update(layer: Layer, states: list[Any], batch_mean: Any, batch_var: Any, m: int) -> None:
+def update(layer: Description, states: list[Any], batch_mean: Any, batch_var: Any, m: int) -> None:
     """Update the moving statistics after a training step with m values per channel (BN-05, BN-06, BN-11)."""
     mean, var = (state.copy() for state in states[:2])
     estimate = batch_var * (m / (m - 1)) if layer.spec.moving_variance == "unbiased" else batch_var
@@ -106,7 +113,7 @@ def _finite(values: Any) -> Any:
     return values * 0 == 0
 
 
-def _weight_of_old(layer: Layer, states: list[Any], like: Any) -> Any:
+def _weight_of_old(layer: Description, states: list[Any], like: Any) -> Any:
     """Return the weight of the old moving statistics, (C,); count the batch if momentum is None (BN-05)."""
     momentum = layer.spec.momentum
     if momentum is not None:

@@ -15,7 +15,7 @@ from multibn.sync import passes
 from multibn.sync.group import SyncError
 from multibn.sync.passes import How, Peers, Statistics
 from multibn_mxnet.compat import ADD, NULL
-from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.description import Description, type_name
 
 from . import by_kernel
 from .by_kernel import view
@@ -24,7 +24,7 @@ _peers: dict[int, Peers] = {}
 _registering = threading.Lock()
 
 errors: dict[int, str] = {}
-"""``Layer.peers`` -> message of the last failed pass, because MXNet raises with a message of its own."""
+"""``Description.peers`` -> message of the last failed pass, because MXNet raises with a message of its own."""
 
 
 def register(peers: Peers) -> int:
@@ -35,7 +35,14 @@ def register(peers: Peers) -> int:
 
 
 def forward(
-    layer: Layer, x: Any, parameters: dict[str, Any], states: list[Any], y: Any, saved: Any, wanted: list[int], training: bool
+    layer: Description,
+    x: Any,
+    parameters: dict[str, Any],
+    states: list[Any],
+    y: Any,
+    saved: Any,
+    wanted: list[int],
+    training: bool,
 ) -> None:
     """``by_kernel.forward`` with the statistics of all ranks; the last row of saved holds their number of values plus 1."""
     if not layer.spec.uses_batch(training):
@@ -66,7 +73,7 @@ def forward(
 
 
 def backward(
-    layer: Layer, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
+    layer: Description, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
 ) -> None:
     """``by_kernel.backward`` with the sums of all ranks for dx; the gradients of gamma and beta are this rank's own (SY-06)."""
     shape, its_type = layer.by_channel(x.shape), type_name(x)
@@ -94,12 +101,12 @@ def backward(
             out[:] = (out if wanted[name] == ADD else 0) + (sums if counts else 0)
 
 
-def refuse(layer: Layer, channels: int, x: Any, problem: str) -> None:
+def refuse(layer: Description, channels: int, x: Any, problem: str) -> None:
     """Tell the other ranks that this rank refuses its input (SY-08)."""
     passes.refuse(_of(layer), channels, type_name(x), MXNetError(problem), _how(layer, 0))
 
 
-def _of(layer: Layer) -> Peers:
+def _of(layer: Description) -> Peers:
     if layer.peers not in _peers:
         raise MXNetError(
             "this graph was made in another process: a SyncBatchNorm in it can be used in inference, not in training. Build the "
@@ -108,14 +115,14 @@ def _of(layer: Layer) -> Peers:
     return _peers[layer.peers]
 
 
-def _how(layer: Layer, batches: int) -> How:
+def _how(layer: Description, batches: int) -> How:
     spec = layer.spec
     update = spec.update_statistics
     old = spec.weight_of_old(batches) if update else 0.0
     return How(spec.eps, old, spec.moving_variance == "unbiased", spec.normalize_with == "batch", update)
 
 
-def _said(layer: Layer, function: Any) -> Any:
+def _said(layer: Description, function: Any) -> Any:
     """Call a pass and return the result; raise an error as MXNetError, and keep the message in ``errors``."""
     try:
         return function()

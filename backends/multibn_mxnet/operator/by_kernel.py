@@ -13,13 +13,20 @@ from multibn import identity, kernel, memory
 from multibn.layer.types import PARAMETER_TYPE, Array
 from multibn_mxnet import gate
 from multibn_mxnet.compat import ADD, NULL
-from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.description import Description, type_name
 
 _BITS = {"float16": "int16", "bfloat16": "uint16"}
 
 
 def forward(
-    layer: Layer, x: Any, parameters: dict[str, Any], states: list[Any], y: Any, saved: Any, wanted: list[int], training: bool
+    layer: Description,
+    x: Any,
+    parameters: dict[str, Any],
+    states: list[Any],
+    y: Any,
+    saved: Any,
+    wanted: list[int],
+    training: bool,
 ) -> int:
     """Fill y and saved, and update the states; return for how many channels the moving statistics were not updated (BN-11).
 
@@ -54,7 +61,7 @@ def forward(
 
 
 def backward(
-    layer: Layer, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
+    layer: Description, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
 ) -> None:
     """Fill the gradients, named "x", "gamma", "beta", each by MXNet's write request of the same name."""
     shape, its_type, kind = layer.by_channel(x.shape), type_name(x), state_type(x)
@@ -75,7 +82,7 @@ def backward(
             out[:] = (out if wanted[name] == ADD else 0) + (sums[name] if counts else 0)
 
 
-def targets(layer: Layer, x: Any, gradients: dict[str, Any], wanted: dict[str, int]) -> dict[str, Array]:
+def targets(layer: Description, x: Any, gradients: dict[str, Any], wanted: dict[str, int]) -> dict[str, Array]:
     """Return NumPy views of the requested gradients, named as in ``backward``: (N, C, S) for x, (C,) for gamma and beta."""
     shape = layer.by_channel(x.shape)
     found = {}
@@ -86,7 +93,7 @@ def targets(layer: Layer, x: Any, gradients: dict[str, Any], wanted: dict[str, i
     return found
 
 
-def _begin(layer: Layer, bits: Array, gamma: Array, beta: Array, mean: Array, var: Array) -> None:
+def _begin(layer: Description, bits: Array, gamma: Array, beta: Array, mean: Array, var: Array) -> None:
     """Set gamma and beta of an untouched layer so that the layer is the identity on x.
 
     gamma and beta are inputs of the operator, but safe to write: an operator that holds the moving statistics has exclusive use
@@ -148,13 +155,13 @@ def state_type(x: Any) -> str:
     return PARAMETER_TYPE[type_name(x)]
 
 
-def values_per_channel(layer: Layer, x: Any) -> int:
+def values_per_channel(layer: Description, x: Any) -> int:
     """Return m of the clauses, the number of values per channel."""
     before, _, after = layer.by_channel(x.shape)
     return before * after
 
 
-def vector(layer: Layer, parameters: dict[str, Any], name: str, x: Any) -> Array:
+def vector(layer: Description, parameters: dict[str, Any], name: str, x: Any) -> Array:
     """Return gamma or beta for an input x; ones or zeros if the layer has none or the spec does not use it."""
     counts = layer.spec.scale if name == "gamma" else layer.spec.center
     channels = x.shape[layer.axis]

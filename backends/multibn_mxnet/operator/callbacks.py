@@ -18,9 +18,9 @@ import numpy as np
 from mxnet.base import MXNetError
 
 from multibn_mxnet.compat import NDArrayHandle
-from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.description import Description, type_name
 
-layers: dict[int, Layer] = {}
+layers: dict[int, Description] = {}
 """Address of a configuration, which MXNet passes to the callbacks as their state -> the layer's description."""
 
 _TYPES = {0: "float32", 1: "float64", 2: "float16", 3: "uint8", 4: "int32", 5: "int8", 6: "int64", 7: "bool", 12: "bfloat16"}
@@ -114,7 +114,7 @@ def _arrays(count: int, handles: int) -> list[Any]:
     return [mx.nd.NDArray(NDArrayHandle(handle)) for handle in (_pointer * count).from_address(handles)]
 
 
-def _ways(layer: Layer, x: Any) -> Any:
+def _ways(layer: Description, x: Any) -> Any:
     from multibn_mxnet.framework import operators as by_framework
 
     from . import by_group, by_kernel

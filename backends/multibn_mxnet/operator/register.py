@@ -20,7 +20,7 @@ import mxnet as mx
 import numpy as np
 
 from multibn_mxnet.compat import LIB, check_call
-from multibn_mxnet.description import Layer
+from multibn_mxnet.description import Description
 
 from .callbacks import CALLBACKS, layers, refusing
 
@@ -35,7 +35,7 @@ _CREATOR = ctypes.CFUNCTYPE(
 class _Operator:
     """Configuration and callback lists of one layer, in MXNet's format; kept until the process ends, as graphs may use them."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Description) -> None:
         from multibn import kernel
         from multibn.kernel import threads
 
@@ -138,7 +138,7 @@ def configuration(attribute: str) -> int:
 def _operator(attribute: str) -> _Operator:
     operator = _by_attribute.get(attribute)
     if operator is None:
-        operator = _by_attribute.setdefault(attribute, _Operator(Layer.parse(attribute)))
+        operator = _by_attribute.setdefault(attribute, _Operator(Description.parse(attribute)))
     return operator
 
 
