@@ -143,7 +143,7 @@ def _rows(address: int, channels: int) -> Any:  # pragma: no cover
 
 @compiled
 def _team(config: Any, body: int, size: int) -> Any:  # pragma: no cover
-    """``kernel.team``."""
+    """Choose the threads that run a body: ``multibn.kernel.entry.team`` in compiled code, which cannot call Python."""
     awake = carray(pointer(config.starters), 1, np.int64)[0] != 0
     return body, config.starters, config.threads if size >= (SERIAL if awake else CREATING) else 1, LARGE
 
