@@ -23,6 +23,7 @@ import multibn_mxnet
 from multibn import BatchNormSpec, reference
 from multibn.kernel import run_backward, run_forward
 from multibn.layer.types import Array
+from multibn_mxnet.compat import ADD, NULL
 from multibn_mxnet.operator import by_kernel
 
 WAYS: dict[str, dict[str, bool] | None] = {
@@ -415,7 +416,7 @@ def test_an_output_may_be_added_to() -> None:
     states = [array(np.array([value], "f")) for value in (0, 1)]
     mx.nd.waitall()
     layer = multibn_mxnet.BatchNorm(1, 2, BatchNormSpec(eps=3.0)).layer
-    by_kernel.forward(layer, x, {}, states, y, saved, [by_kernel.ADD, by_kernel.NULL], False)
+    by_kernel.forward(layer, x, {}, states, y, saved, [ADD, NULL], False)
     same(y.asnumpy(), np.array([[0.5], [1.5]], "f"))
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm for MXNet Gluon, after the specification of multibn. Exported models need this import before they are loaded."""
+"""BatchNorm for MXNet Gluon, as multibn specifies it. Import this package before loading an exported model."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""Gluon as the conformance suite sees it."""
+"""Adapter of the Gluon blocks for the conformance suite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .whitening.subject import GluonWhitening
 
 
 class GluonSubject:
-    """``BatchNorm`` behind NumPy arrays."""
+    """Adapter of ``BatchNorm`` that takes and returns NumPy arrays."""
 
     def __init__(self, num_features: int, spec: BatchNormSpec | None, device: str, implementation: str) -> None:
         kind, _, number = device.partition(":")
@@ -29,7 +29,7 @@ class GluonSubject:
         self._block.initialize(ctx=self._context)
 
     def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
-        """Set the state; the block becomes float64 if the arrays are."""
+        """Set the state; cast the block to float64 if any array is float64."""
         given = {"gamma": gamma, "beta": beta, "running_mean": moving_mean, "running_var": moving_var}
         arrays = [array for array in given.values() if array is not None]
         self._block.cast("float64" if any(array.dtype == "float64" for array in arrays) else "float32")
@@ -40,26 +40,26 @@ class GluonSubject:
             self._block.num_batches_tracked.set_data(mx.nd.zeros(1, dtype="int64"))
 
     def forward(self, x: Array, training: bool) -> Array:
-        """y for x, whatever its rank."""
+        """Return y for x of any rank."""
         self._block.set_rank(x.ndim)
-        with mx.util.np_shape(True):  # else MXNet takes an axis of length 0 for one of unknown length
+        with mx.util.np_shape(True):  # else MXNet treats a length of 0 as unknown
             self._x = mx.nd.array(x, ctx=self._context, dtype=x.dtype)
             self._x.attach_grad()
             with autograd.record(train_mode=training), warnings.catch_warnings():
-                warnings.simplefilter("ignore", PoisonedBatch)  # some cases are poisoned on purpose
+                warnings.simplefilter("ignore", PoisonedBatch)  # some cases contain NaN or Inf on purpose
                 self._y = self._block(self._x)
             array: Array = self._y.asnumpy()
         return array
 
     def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
-        """Gradients of the last forward."""
+        """Return the gradients of the last forward."""
         with mx.util.np_shape(True):
             self._y.backward(mx.nd.array(dy, ctx=self._context, dtype=dy.dtype))
             dx: Array = self._x.grad.asnumpy()
         return dx, self._gradient("gamma"), self._gradient("beta")
 
     def moving(self) -> tuple[Array, Array]:
-        """Copies of the moving statistics."""
+        """Return copies of the moving statistics."""
         return self._block.running_mean.data().asnumpy(), self._block.running_var.data().asnumpy()
 
     def _gradient(self, name: str) -> Array | None:
@@ -68,7 +68,7 @@ class GluonSubject:
 
 
 class _Synchronised(GluonSubject):
-    """``SyncBatchNorm`` behind NumPy arrays."""
+    """Adapter of ``SyncBatchNorm`` that takes and returns NumPy arrays."""
 
     def __init__(self, num_features: int, spec: BatchNormSpec, group: Group) -> None:
         super().__init__(num_features, spec, "cpu", "kernel")

@@ -1,4 +1,4 @@
-"""Private parts of MXNet that the blocks use. A release that lacks one is reported when the package is imported."""
+"""Private parts of MXNet that the blocks use. Importing the package raises ImportError if the release lacks one."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ PARTS: Final = {
     "mxnet.ndarray.ndarray:DLDataType": "lend memory to large outputs",
     "mxnet.ndarray.ndarray:DLTensor": "lend memory to large outputs",
 }
-"""``module:name`` -> what the blocks cannot do without it. ``()`` stands for an object of the class."""
+"""``module:name`` -> what the blocks need the part for. ``()`` means an instance of the class."""
 
 
 def part(place: str) -> Any:
-    """A private part of MXNet.
+    """Return a private part of MXNet.
 
     Args:
         place: a key of ``PARTS``.
 
     Raises:
-        ImportError: the installed release lacks it; the message says what stopped working and what to do.
+        ImportError: the installed release lacks the part; the message names what does not work and the release to install.
     """
     module, _, names = place.partition(":")
     try:
@@ -73,7 +73,9 @@ for _place in PARTS:
     part(_place)
 
 LIB = import_module("mxnet.base")._LIB
-"""MXNet's C interface."""
+"""MXNet's C API."""
+NULL, ADD = 0, 3
+"""MXNet's write requests (``OpReqType``) not to write an array, and to add to it; any other overwrites it."""
 NDArrayHandle = part("mxnet.base:NDArrayHandle")
 check_call = part("mxnet.base:check_call")
 DeferredInitializationError = part("mxnet.gluon.parameter:DeferredInitializationError")

@@ -1,4 +1,4 @@
-"""A layer as the operator knows it."""
+"""Description of a layer for the operator, and types of NDArrays."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from multibn.spec.batchnorm import BatchNormSpec
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What the operator knows of its layer; graphs and exported files carry it as the text of ``attribute``.
+class Description:
+    """Description of a layer for the operator, stored as JSON (``attribute``) in graphs and exported files.
 
     Args:
         spec: what the layer computes.
-        implementation: "auto", "kernel", "framework" or "composed"; the operator takes the last for "auto".
-        axis: of the channels; may be negative.
-        rank: of the input; None for any >= 2.
-        parameters: which of gamma and beta the layer has; the spec says whether they count (BN-04).
-        init: how gamma and beta begin: ``multibn.identity``.
-        within: whether the input, and so axis and rank, has an axis more, in front, of length 1 (``in_graph``).
-        peers: which processes share the layer's batch, by ``operator.by_group.register``; 0 for none.
+        implementation: "auto", "kernel", "framework" or "composed"; the operator treats "composed" as "auto".
+        axis: the channel axis; may be negative.
+        rank: rank of the input; None for any rank >= 2.
+        parameters: which of gamma and beta the layer has; the spec says whether the layer uses them (BN-04).
+        init: initialization of gamma and beta: see ``multibn.identity``.
+        within: whether the input, and so axis and rank, has an additional leading axis of length 1 (``in_graph``).
+        peers: id of the processes that share the layer's batch, from ``operator.by_group.register``; 0 for none.
     """
 
     spec: BatchNormSpec
@@ -41,18 +41,18 @@ class Layer:
     within: bool = False
     peers: int = 0
 
-    def in_graph(self) -> Layer:
-        """The same layer for an operator whose input has an axis more, in front."""
+    def in_graph(self) -> Description:
+        """Return the description for an operator whose input has an additional leading axis."""
         axis, rank = self.axis + (self.axis >= 0), None if self.rank is None else self.rank + 1
         return replace(self, axis=axis, rank=rank, within=True)
 
     def attribute(self) -> str:
-        """The layer as JSON."""
+        """Return the description as JSON."""
         return json.dumps({field.name: getattr(self, field.name) for field in fields(self)} | {"spec": self.spec.to_dict()})
 
     @classmethod
-    def parse(cls, text: str) -> Layer:
-        """The layer that ``attribute`` described."""
+    def parse(cls, text: str) -> Description:
+        """Parse the JSON that ``attribute`` returns."""
         values = json.loads(text)
         values["spec"] = BatchNormSpec.from_dict(values["spec"])
         values["parameters"] = tuple(values["parameters"])
@@ -73,7 +73,7 @@ class Layer:
     def objection(
         self, shape: tuple[int, ...], dtype: str, training: bool, channels: int, parameters: dict[str, Any] | None = None
     ) -> str | None:
-        """What is wrong with an input of the layer, or None; see ``multibn.layer.objection``."""
+        """Check an input of the layer; return the error message, or None. See ``multibn.layer.inputs.objection``."""
         more = self.within
         problem = objection(
             shape[more:], dtype, num_features=channels, ranks=None if self.rank is None else (self.rank - more,),
@@ -83,19 +83,19 @@ class Layer:
         return None if problem is None else problem.message
 
     def by_channel(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """The shape as (N, C, S): the axes before the channel axis, the channels, the axes after it."""
+        """Return the shape as (N, C, S): the axes before the channel axis, the channels, the axes after the channel axis."""
         axis = self.axis % len(shape)
         return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
 
 
 def as_numpy(array: Any) -> Array:
-    """The values of an NDArray, bfloat16 as float32."""
+    """Return the values of an NDArray; bfloat16 as float32."""
     values: Array = (mx.nd.amp_cast(array, dtype="float32") if type_name(array) == "bfloat16" else array).asnumpy()
     return values
 
 
 def type_name(array: Any) -> str:
-    """The type of an NDArray by NumPy's name; MXNet writes bfloat16 as a structure."""
+    """Return the type of an NDArray by NumPy's name; MXNet represents bfloat16 as a structured dtype."""
     return _name(array.dtype)
 
 

@@ -1,7 +1,7 @@
-"""The gate: every NDArray passes it before compiled code gets its address."""
+"""The gate: check every NDArray before compiled code gets the address of its values."""
 
 # mypy: disable-error-code="attr-defined, import-untyped, no-any-return, call-arg, call-overload, no-untyped-call"
-# Numba's decorators change what their functions take and return.
+# Numba's decorators change the signatures of functions.
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .compat import LIB
 from .description import type_name
 
 TYPES = {"float32": 0, "float64": 1, "float16": 2, "int64": 6, "bfloat16": 12}
-"""Name of a type -> MXNet's number for it."""
+"""Name of a type -> MXNet's type code."""
 FLOAT32, FLOAT64, INT64 = TYPES["float32"], TYPES["float64"], TYPES["int64"]
 
 ADDRESS = types.intp
@@ -35,7 +35,7 @@ FUNCTIONS = (
     "MXNDArrayFree", "MXNDArrayGetContext", "MXNDArrayGetData", "MXNDArrayGetDType", "MXNDArrayGetShapeEx",
     "MXNDArrayGetStorageType", "MXNDArrayWaitToRead",
 )  # fmt: skip
-"""What compiled code calls of MXNet's C interface."""
+"""Functions of MXNet's C API that compiled code calls."""
 
 for _name in FUNCTIONS:
     llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(LIB, _name), ctypes.c_void_p).value)
@@ -50,7 +50,7 @@ _get_context = types.ExternalFunction("MXNDArrayGetContext", _three)
 get_shape = types.ExternalFunction("MXNDArrayGetShapeEx", _three)
 
 FAILED, REFUSED = -1, -2
-"""What ``wait`` returns instead of 0. FAILED is also what MXNet returns: its message is the last error of this thread."""
+"""Errors that ``wait`` returns instead of 0. FAILED is MXNet's own code too: the message is MXNet's last error in this thread."""
 _DENSE = 0
 _CPUS = (1, 3, 5)  # cpu, cpu_pinned, cpu_shared
 
@@ -63,8 +63,8 @@ def compiled(function: Any) -> Any:
 
 
 @compiled
-def kind_of(handle: int, slot: Any) -> int:  # pragma: no cover - compiled, so that coverage cannot see the lines run
-    """MXNet's number for an NDArray's type. Here and below, slot is room for two integers."""
+def kind_of(handle: int, slot: Any) -> int:  # pragma: no cover - compiled: coverage cannot trace it
+    """Return MXNet's type code of an NDArray. Here and below, slot is a buffer for two integers."""
     slot[0] = 0
     _get_type(handle, slot.ctypes.data)
     return int(np.int32(slot[0]))
@@ -72,7 +72,7 @@ def kind_of(handle: int, slot: Any) -> int:  # pragma: no cover - compiled, so t
 
 @compiled
 def plain(handle: int, kind: int, count: int, slot: Any) -> int:  # pragma: no cover
-    """The address of an NDArray that is dense, in a CPU's memory, of this type and number of values; of any other, 0."""
+    """Return the address of a dense NDArray in CPU memory with this type and number of values; 0 for any other NDArray."""
     slot[:] = 0
     _get_storage(handle, slot.ctypes.data)
     if np.int32(slot[0]) != _DENSE or kind_of(handle, slot) != kind:
@@ -95,7 +95,7 @@ def plain(handle: int, kind: int, count: int, slot: Any) -> int:  # pragma: no c
 
 @compiled
 def shape_of(handle: int, slot: Any) -> Any:  # pragma: no cover
-    """The shape of an NDArray; MXNet's own copy lasts until the next call."""
+    """Return a copy of an NDArray's shape; MXNet's own is valid until the next call."""
     slot[:] = 0
     get_shape(handle, slot.ctypes.data, slot[1:].ctypes.data)
     return carray(pointer(slot[1]), max(np.int32(slot[0]), 0), np.int32).copy()
@@ -103,7 +103,7 @@ def shape_of(handle: int, slot: Any) -> Any:  # pragma: no cover
 
 @compiled
 def plain_like(handle: int, other: int, kind: int, count: int, slot: Any) -> int:  # pragma: no cover
-    """``plain``, and 0 too for an array of another shape than the other's."""
+    """``plain``, but 0 also if the two arrays differ in shape."""
     its, wanted = shape_of(handle, slot), shape_of(other, slot)
     if its.size != wanted.size or not (its == wanted).all():
         return 0
@@ -138,10 +138,11 @@ def _wait(handle_list: int, count: int, states: int) -> int:  # pragma: no cover
 
 @cache
 def wait() -> Any:
-    """Compiled: wait until NDArrays are written. FAILED if an operator that writes one failed; REFUSED if one has no memory, or
-    the states share memory.
+    """Return the compiled function that waits for pending writes to NDArrays.
 
-    It takes the address of their handles, 0 for none, how many there are, and the place of the first of two states.
+    The function takes the address of an array of handles (0 for no NDArray), the number of handles, and the index of the first
+    of two states. The result is 0; FAILED if an operator that writes an NDArray failed; REFUSED if an NDArray has no memory, or
+    if the states share memory.
     """
     return c_function(types.int64(ADDRESS, types.int64, types.int64), _wait, SOURCES).ctypes
 
@@ -156,15 +157,15 @@ def _compiled_address() -> Any:
 
 
 def address(name: str, array: Any, kind: str, count: int, like: Any = None) -> int:
-    """The address of an NDArray's values, for the kernel.
+    """Return the address of an NDArray's values, for the kernel.
 
     Args:
-        name: of the array, for the message.
-        kind, count: the type and the number of values that the kernel takes it for.
-        like: an NDArray of the same shape, or None.
+        name: name of the array, for the message.
+        kind, count: type and number of values that the kernel requires.
+        like: an NDArray whose shape the array must have, or None.
 
     Raises:
-        MXNetError: the array is another.
+        MXNetError: the array has another type, shape or number of values, is sparse, or is not on a CPU.
     """
     found: int = 0
     if isinstance(array, mx.nd.NDArray) and array.handle and (like is None or array.shape == like.shape):
@@ -181,7 +182,7 @@ def check_memory(name: str, array: Any) -> None:
 
 
 def refusal(name: str, array: Any, kind: str, shape: tuple[int, ...]) -> str:
-    """The message for an array that is not what the kernel takes it for."""
+    """Return the error message for an array that the gate refuses."""
     if not isinstance(array, mx.nd.NDArray):
         its = f"an object of type {type(array).__name__}"
     elif not array.handle or array.stype == "undefined":

@@ -1,8 +1,8 @@
-"""A word when a batch is poisoned: NaN or Inf in it, which the moving statistics do not take in (BN-11).
+"""Warn when a batch contains NaN or Inf, which never enter the moving statistics (BN-11).
 
-The kernel counts the channels that it left as they were, so that it costs nothing to know. Where MXNet's operators compute on a
-CPU, one value of the output per channel shows it, which is waited for. What is wrong exactly is only then looked for. On an
-accelerator and in graphs nobody looks.
+The kernel counts the channels whose moving statistics it did not update, so detection is free. Where MXNet's operators compute
+on a CPU, ``watch`` waits for one value of the output per channel and checks that it is finite. Only if a check fails are the
+affected channels determined. On accelerators and in graphs there is no check.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _told: WeakSet[Any] = WeakSet()
 
 
 def tell(block: Any, x: Any) -> None:
-    """Warn with ``PoisonedBatch``, once for each block, if x is a poisoned batch."""
+    """Warn with ``PoisonedBatch``, once per block, if the batch statistics of x are not finite."""
     if block in _told:
         return
     with autograd.pause():
         channels = poisoned_channels(as_numpy(x), block.layer.axis)
-    if channels:  # else a moving statistic is too large for its type
+    if channels:  # if none, a moving statistic overflows its type
         _told.add(block)
         text = f"{block.name}, {type(block).__name__}({x.shape[block.layer.axis]})"
         warnings.warn(poisoned(text, channels), PoisonedBatch, stacklevel=2)
 
 
 def watch(block: Any, x: Any, y: Any) -> None:
-    """``tell`` if y, or x where the batch's statistics have not normalised it, is not finite."""
+    """Call ``tell`` if y is not finite; if the moving statistics normalise, check x instead."""
     if block in _told or x.context.device_type != "cpu" or x.size == 0:
         return
     axis = block.layer.axis % x.ndim

@@ -1,4 +1,4 @@
-"""Moving statistics that are those of the whole data."""
+"""Recompute the moving statistics from the whole data: ``recalibrate``."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from .description import as_numpy
 
 
 def recalibrate(net: Any, batches: Iterable[Any], *, one_by_one: bool = False, group: Group | None = None) -> list[str]:
-    """Make the moving statistics of every BatchNorm those of the whole data, in place; return the blocks' names, in order of use.
+    """Set the moving statistics of every BatchNorm to those of the whole data, in place; return block names in order of use.
 
-    Each block gets exact mean and variance (biased or not, as its spec says; biased for Gluon's own) of all values that reach
-    it in inference, the blocks before it having theirs already. So the data goes through the net once for each BatchNorm, and
-    how it is cut into batches, in which order, is no part of the meaning.
+    Each block gets the exact mean and variance (biased or unbiased, as its spec says; biased for Gluon's own) of all values that
+    reach it in inference, after the blocks before it have been recalibrated. So the data passes through the net once per
+    BatchNorm, and the statistics do not depend on how the data is split into batches, or on the order of the batches.
 
-    Bits: statistics are rounded once, from exact sums. So where the same bits reach a block, it gets the same bits. The net's
-    own operators, such as a matrix product, may round otherwise in a batch of another size; with ``one_by_one`` each sample
-    goes alone, which is slower, and the result has the same bits whatever the batches were.
+    Bits: statistics are rounded once, from exact sums, so the same input bits give a block the same statistics bits. The net's
+    own operators, such as a matrix product, may round differently at another batch size; with ``one_by_one`` each sample passes
+    alone, which is slower, and the result has the same bits for any batches.
 
-    A block that is used several times gets the statistics of all its inputs, its own being as they were meanwhile. Blocks
-    that nothing reaches are left alone, as is all else. A hybridized net runs imperatively meanwhile, and keeps its graphs.
-    Where this raises, nothing has changed.
+    A block that is used several times gets the statistics of all its inputs, and normalises with its old statistics until then.
+    Blocks that no data reaches stay unchanged, as does everything else in the net. A hybridized net runs imperatively during
+    the call, and keeps its graphs. If the call raises, nothing has changed.
 
     Args:
         net: initialized; called with each batch.
-        batches: a list or data loader; each batch an array, or a tuple or list that begins with it.
-        one_by_one: send the samples, along axis 0, through the net one at a time.
-        group: the ranks over which the data is spread; each calls this with its own batches, perhaps none, and all get the same
-            statistics.
+        batches: a list or data loader; each batch is an array, or a tuple or list whose first item is the array.
+        one_by_one: pass the samples, along axis 0, through the net one at a time.
+        group: the ranks over which the data is spread; each rank calls this function with its own batches, possibly none, and all
+            ranks get the same statistics.
 
     Raises:
-        TypeError: batches can be gone through only once.
-        ValueError: a block gets fewer than 2 values per channel in all (BN-12).
-        multibn.sync.SyncError: another rank raised, or has another net.
+        TypeError: batches can be iterated only once.
+        ValueError: a block gets fewer than 2 values per channel in total (BN-12).
+        multibn.sync.SyncError: another rank raised, or has a different net.
     """
     check_batches(batches)
     found: list[Any] = []

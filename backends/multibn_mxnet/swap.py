@@ -1,4 +1,4 @@
-"""Put our blocks in place of Gluon's in a net, and back."""
+"""Replace Gluon's BatchNorm blocks in a net by ours, and undo the replacement."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _GLUONS = {ours: own for own, ours in _OURS.items()}
 
 
 def swap(net: Any, implementation: str | None = None) -> list[str]:
-    """Replace every BatchNorm and BatchNormReLU of the net by ours, in place, and return the names of those replaced.
+    """Replace every BatchNorm and BatchNormReLU of the net by ours, in place; return the names of the replaced blocks.
 
     Each block stays the same object with the same Parameters, prefix, hooks and hybridization; only its class changes. So
-    whatever refers to it (an attribute, a shared block, a Trainer, a name in a checkpoint) continues to work. Traced graphs are
-    traced again. ``unswap`` undoes all of it.
+    attributes, shared blocks, Trainers and names in checkpoints that refer to the block continue to work. MXNet traces
+    hybridized graphs again. ``unswap`` undoes the swap.
 
-    A UserWarning names the blocks that stay as they are, with the reason: subclasses of Gluon's blocks, such as SyncBatchNorm,
+    A UserWarning names the blocks that swap leaves unchanged, and why: subclasses of Gluon's blocks, such as SyncBatchNorm,
     which may compute something else, and SymbolBlocks, whose graphs are fixed.
 
     Args:
-        implementation: of every BatchNorm, including those that were ours before: see ``BatchNorm``. None means "auto", and
-            leaves those that were ours alone.
+        implementation: set on every BatchNorm, including blocks that were ours before; see ``BatchNorm``. None means "auto" for
+            replaced blocks, and keeps the implementation of blocks that were ours before.
 
     Raises:
-        ValueError: a block has parameters that the specification does not allow, such as eps 0, or the implementation is unknown;
-            nothing is swapped then.
+        ValueError, TypeError: a block has parameters that the specification does not allow, such as eps 0, or the implementation
+            is unknown. The net is unchanged then.
 
     >>> net = gluon.nn.HybridSequential(prefix="net_")
     >>> with net.name_scope():
@@ -63,8 +63,9 @@ def swap(net: Any, implementation: str | None = None) -> list[str]:
 def unswap(net: Any) -> list[str]:
     """Replace every GluonBatchNorm and GluonBatchNormReLU of the net by MXNet's own, in place; return their names.
 
-    Undoes ``swap``: the blocks and Parameters stay the same objects. Blocks that were built as ours become MXNet's own too,
-    without what only ours have (``implementation``, ``init``). ``multibn_mxnet.BatchNorm`` has no counterpart in MXNet and stays.
+    Undoes ``swap``: the blocks and Parameters stay the same objects. Blocks that were created as ours become MXNet's own too,
+    and lose the attributes that only ours have (``implementation``, ``init``). ``multibn_mxnet.BatchNorm`` has no counterpart in
+    MXNet and stays.
 
     >>> net = gluon.nn.HybridSequential(prefix="net_")
     >>> with net.name_scope():
@@ -84,7 +85,7 @@ def unswap(net: Any) -> list[str]:
 
 
 def _blocks(net: Any) -> list[Any]:
-    """Every block of the net once, in order."""
+    """Return every block of the net once, in order."""
     blocks: list[Any] = []
     net.apply(blocks.append)
     return list({id(block): block for block in blocks}.values())
@@ -97,7 +98,7 @@ def _trace_again(blocks: list[Any]) -> None:
 
 
 def _why_not(block: Any) -> str:
-    """Why a block that has BatchNorm in it cannot be swapped, or nothing."""
+    """Return why a block that contains BatchNorm cannot be swapped, else an empty string."""
     kind = type(block).__name__
     if isinstance(block, gluon.SymbolBlock):
         operators = {"BatchNorm", "_contrib_BatchNormWithReLU", "_contrib_SyncBatchNorm"}

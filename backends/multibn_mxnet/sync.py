@@ -1,4 +1,4 @@
-"""BatchNorm over many processes, in Gluon."""
+"""BatchNorm synchronised over processes, for Gluon."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from multibn.sync.group import Group
 from multibn.sync.passes import Peers
 
 from .block import BatchNorm
-from .description import Layer
+from .description import Description
 from .operator import by_group
 
 
 class SyncBatchNorm(BatchNorm):
-    """``BatchNorm`` whose statistics in training are those of all ranks' samples, on CPU, imperative and hybridized.
+    """``BatchNorm`` with the statistics of all ranks' samples in training; on CPU, imperative and hybridized.
 
-    They have the same bits for every split of the batch (SY-01 to SY-11); ranks of one group may run PyTorch. Inference, and a
-    group of one, exchange nothing. x counts as needing a gradient in every training forward.
+    The statistics have the same bits for every split of the batch (SY-01 to SY-11); ranks of one group may run PyTorch.
+    Inference, and a group of one rank, exchange nothing. Every training forward treats x as requiring a gradient.
 
     Args:
         num_features, num_dims, spec: see ``BatchNorm``.
-        group: ``multibn.sync.MpiGroup`` or ``multibn_torch.TorchGroup``. The layer takes a channel of its own, so all ranks must
-            make their layers in the same order.
-        prefix, params: Gluon's.
+        group: ``multibn.sync.MpiGroup`` or ``multibn_torch.TorchGroup``. The layer opens a channel of its own, so all ranks must
+            create their layers in the same order.
+        prefix, params: as in Gluon.
 
     Raises:
         ValueError, TypeError: as ``BatchNorm``.
-        multibn.sync.PeersMissing: some ranks did not make the layer in time.
+        multibn.sync.PeersMissing: some ranks did not create the layer in time.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class SyncBatchNorm(BatchNorm):
         """See ``BatchNorm``.
 
         Raises:
-            MXNetError: as ``BatchNorm``; then the other ranks raise too (SY-08). The ranks disagree, or do not answer (SY-07 to
-                SY-09). Inside a hybridized parent MXNet raises with its own words, and ours go to stderr.
+            MXNetError: as ``BatchNorm``; the other ranks then raise too (SY-08). The ranks disagree, or do not answer (SY-07 to
+                SY-09). Inside a hybridized parent MXNet raises with a message of its own, and our message goes to stderr.
         """
         by_group.errors.pop(self._peers, None)
         try:
             y = super().forward(x)
             if isinstance(x, mx.nd.NDArray) and autograd.is_training():
-                y.wait_to_read()  # where it failed, with whose words
+                y.wait_to_read()  # raise here, with the message of the pass
         except MXNetError as error:
             if self._peers in by_group.errors:
                 raise MXNetError(by_group.errors.pop(self._peers)) from None
@@ -63,7 +63,7 @@ class SyncBatchNorm(BatchNorm):
             raise
         return y
 
-    def _describe(self) -> Layer:
+    def _describe(self) -> Description:
         return replace(super()._describe(), peers=self._peers)
 
     def __repr__(self) -> str:

@@ -1,1 +1,1 @@
-"""Blocks called with arrays on a CPU: the kernel runs on MXNet's memory, without an operator."""
+"""Calls of blocks with CPU arrays: run the kernel on MXNet's memory, without an operator."""

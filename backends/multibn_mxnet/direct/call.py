@@ -1,12 +1,12 @@
-"""A block that is called with arrays on a CPU: the kernel in the caller's thread, without the Custom operator.
+"""Call a block with CPU arrays: run the kernel in the caller's thread, without the Custom operator.
 
-MXNet hands a Custom operator from thread to thread six times, which takes longer than the work on small input; and where oneDNN
-may have made the gradient of the output, it has to be copied first (``block.py``). So the forward waits for its arrays and runs
-at once, and the backward is recorded as that of ``mxnet.autograd.Function`` is.
+MXNet switches threads six times per Custom operator, which takes longer than the work on small input; and if oneDNN may have
+computed the gradient of the output, that gradient has to be copied first (``block.py``). So forward waits for its arrays and runs
+immediately, and backward is recorded like the backward of ``mxnet.autograd.Function``.
 
-MXNet lets such a backward wait for the gradient of y alone. So that x is not overwritten before it has run, it is also recorded
-for an array of its own, the anchor, whose gradient it pretends to add to x. With ``mxnet.autograd.grad``, which looks for no
-other gradients than those it was asked for, x has to stay as it is until the gradients are there, as for any
+MXNet makes such a backward wait only for the gradient of y. To keep x from being overwritten before backward has run, backward is
+also recorded for an additional array, the anchor, whose gradient is declared to be added to x. ``mxnet.autograd.grad`` computes
+only the gradients that it is asked for, so x must stay unchanged until they are computed, as for any
 ``mxnet.autograd.Function``.
 """
 
@@ -21,8 +21,8 @@ import numpy as np
 from mxnet import autograd
 
 from multibn_mxnet import gate
-from multibn_mxnet.compat import LIB, NDArrayHandle, check_call
-from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.compat import ADD, LIB, NDArrayHandle, check_call
+from multibn_mxnet.description import Description, type_name
 from multibn_mxnet.operator import by_kernel
 from multibn_mxnet.operator.callbacks import layers, refusing
 from multibn_mxnet.operator.native import RECORD_SIZE, WORTH_PYTHON, Record
@@ -31,31 +31,31 @@ from multibn_mxnet.operator.register import calls, configuration
 from . import output_memory
 
 _int, _pointer = ctypes.c_int, ctypes.c_void_p
-_ASYNC = ctypes.c_int(4)  # MXNet's FnProperty::kAsync: the engine runs it in the thread that pushes it
-_ADD = ctypes.c_uint(by_kernel.ADD)
+_ASYNC = ctypes.c_int(4)  # MXNet's FnProperty::kAsync: the engine runs the function in the thread that pushes it
+_ADD = ctypes.c_uint(ADD)
 _C = ctypes.CDLL(None)
 _C.malloc.restype, _C.malloc.argtypes = _pointer, [ctypes.c_size_t]
-_NOTHING = ctypes.cast(_C.getpid, _pointer)  # for the engine to call where nothing is to be done
+_NOTHING = ctypes.cast(_C.getpid, _pointer)  # a function without side effects, for the engine to call
 
 
-def takes(layer: Layer, x: Any) -> bool:
-    """Whether ``normalize`` is for this layer and input."""
+def takes(layer: Description, x: Any) -> bool:
+    """Return whether ``normalize`` supports this layer and input."""
     return (
         layer.implementation in ("auto", "kernel")
         and layer.init == "standard"
         and not layer.peers
-        and type(x) is (mx.np.ndarray if mx.util.is_np_array() else mx.nd.NDArray)  # neither sparse nor of the other interface
+        and type(x) is (mx.np.ndarray if mx.util.is_np_array() else mx.nd.NDArray)  # dense, and of the active interface
         and x.context.device_type == "cpu"
         and x.size > 0
     )
 
 
-def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[Any, int]:
-    """y of an input without objections, recorded for autograd; and what ``by_kernel.forward`` returns.
+def normalize(layer: Description, attribute: str, x: Any, arrays: list[Any]) -> tuple[Any, int]:
+    """Normalise a valid input; return y, recorded for autograd, and the result of ``by_kernel.forward``.
 
     Args:
-        attribute: of the layer.
-        arrays: the layer's parameters and states, in its order.
+        attribute: the layer's ``attribute()``.
+        arrays: the layer's parameters and states, in the layer's order.
     """
     inputs = len(layer.parameters)
     shape, context, states, training = x.shape, x.context, arrays[inputs:], autograd.is_training()
@@ -79,7 +79,7 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
         if compiled:
             handles[1 + inputs] = y.handle.value
             left = run(ctypes.addressof(handles), training, at)
-        if not compiled or left < 0:  # an array did not pass the gate, whose message comes from Python
+        if not compiled or left < 0:  # if the gate refused an array, Python raises with the message
             saved, gamma = _parts(record, x)
             parameters = dict(zip(layer.parameters, arrays, strict=False))
             gamma[:] = by_kernel.vector(layer, parameters, "gamma", x)
@@ -102,7 +102,7 @@ def normalize(layer: Layer, attribute: str, x: Any, arrays: list[Any]) -> tuple[
     return y, left
 
 
-def _refuse(layer: Layer, x: Any, arrays: list[Any], training: bool) -> None:
+def _refuse(layer: Description, x: Any, arrays: list[Any], training: bool) -> None:
     """Raise MXNetError for an array without memory and, in training, for moving statistics that share memory."""
     named = dict(zip((*layer.parameters, *layer.states), arrays, strict=True))
     for name, array in {"x": x, **named}.items():
@@ -113,9 +113,9 @@ def _refuse(layer: Layer, x: Any, arrays: list[Any], training: bool) -> None:
 
 
 def _wait_to_write(context: Any, arrays: list[Any]) -> None:
-    """Wait until all pending readers of the arrays are done; ``MXNDArrayWaitToWrite`` would change threads for each.
+    """Wait for all pending reads of the arrays; ``MXNDArrayWaitToWrite`` would switch threads for each array.
 
-    The arrays must not be parts of the same memory: MXNet's engine would wait for itself.
+    The arrays must not share memory: MXNet's engine would deadlock.
     """
     handles = (_pointer * len(arrays))(*(array.handle for array in arrays))
     place = ctypes.c_uint64(context.device_id << 32 | context.device_typeid)
@@ -129,8 +129,8 @@ def _wait_to_write(context: Any, arrays: list[Any]) -> None:
 
 
 def _backward(outputs: int, inputs: int, handles: Any, requests: Any, training: int, at: int) -> None:
-    """Handles of dy, and of the gradients of x, the parameters and the anchor, which is none."""
-    arrays = [mx.nd.NDArray(NDArrayHandle(handles[i])) for i in range(outputs + inputs)]  # which free them
+    """Fill the gradients of x and the parameters; the handles are dy, these gradients, and the anchor's, which is not written."""
+    arrays = [mx.nd.NDArray(NDArrayHandle(handles[i])) for i in range(outputs + inputs)]  # NDArrays free their handles
     record = Record.from_address(at)
     layer, x = layers[record.configuration], NDArrayHandle()
     check_call(LIB.MXShallowCopyNDArray(NDArrayHandle(record.x), ctypes.byref(x)))
@@ -142,7 +142,7 @@ def _backward(outputs: int, inputs: int, handles: Any, requests: Any, training: 
 
 
 def _parts(record: Record, x: Any) -> tuple[Any, Any]:
-    """``saved`` and the copy of gamma."""
+    """Return views of ``saved`` and of the copy of gamma, which follow a record."""
     channels = record.channels
     memory: Any = (ctypes.c_char * (32 * channels)).from_address(record.at[0] + RECORD_SIZE)
     kind = by_kernel.state_type(x)
@@ -151,7 +151,7 @@ def _parts(record: Record, x: Any) -> tuple[Any, Any]:
 
 @cache
 def _functions(compiled: bool) -> tuple[Any, int]:
-    """The compiled forward, and where the addresses of the backward and of the end are."""
+    """Return the compiled forward, and the address of an array with the addresses of the backward and the end."""
     forward, backward, end = _calls()
     both = (_pointer * 2)(backward.address if compiled else ctypes.cast(_in_python, _pointer).value, end.address)
     _kept.append(both)

@@ -1,8 +1,8 @@
-"""Large outputs in memory that was used before: ``multibn.memory`` for NDArrays, which MXNet itself allocates anew each time.
+"""Reuse memory for large outputs: ``multibn.memory`` for NDArrays, because MXNet allocates fresh memory for each output.
 
-An NDArray over memory of ours, as MXNet takes it from other frameworks (DLPack), calls a function when its last user has let go
-of it: from any thread, and perhaps while Python ends. That function is compiled, needs no Python, and only leaves a mark. What is
-marked goes back when the next output is lent. Until then it stays, whatever becomes of this module.
+An NDArray over our memory, which MXNet takes over by DLPack, calls a deleter when its last user has released the NDArray: from
+any thread, and possibly while Python shuts down. The deleter is compiled, needs no Python, and only marks the memory. The next
+call of ``empty`` returns marked memory to ``multibn.memory``. Until then the memory stays allocated, even without this module.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _C.malloc.restype, _C.malloc.argtypes, _C.free.argtypes = ctypes.c_void_p, [ctyp
 
 
 class _Tensor(ctypes.Structure):
-    """DLPack's DLManagedTensor; ``lent`` is its ``manager_ctx``, 0 once it is given back. The shape comes behind it."""
+    """DLPack's DLManagedTensor; ``lent`` is its ``manager_ctx``, 0 once the memory is returned. The shape follows in memory."""
 
     _fields_ = (("tensor", DLTensor), ("lent", ctypes.c_int64), ("give_back", ctypes.c_void_p))
 
 
 _out: list[tuple[int, Array]] = []
-"""What is lent: where its _Tensor is, and its memory."""
+"""Lent memory: the address of the _Tensor, and the memory."""
 _lending = threading.Lock()
 
 
 def empty(shape: tuple[int, ...], context: Any, dtype: Any) -> Any:
-    """``mx.nd.empty`` on a CPU, not cleared; a large one in memory that was used before."""
+    """``mx.nd.empty`` on a CPU, uninitialized; large NDArrays reuse memory."""
     kind = np.dtype(dtype)
     nbytes = math.prod(shape) * kind.itemsize
-    if nbytes < LENT or kind.name not in _TYPES or context.device_id != 0:  # DLPack's arrays are all on cpu(0)
+    if nbytes < LENT or kind.name not in _TYPES or context.device_id != 0:  # DLPack places all CPU arrays on cpu(0)
         return mx.nd.empty(shape, context, dtype)
     with _lending:
         take_back()
@@ -65,7 +65,7 @@ def empty(shape: tuple[int, ...], context: Any, dtype: Any) -> Any:
 
 
 def take_back() -> None:
-    """Let ``multibn.memory`` have what is marked."""
+    """Return marked memory to ``multibn.memory``."""
     _out[:] = [each for each in _out if not _returned(*each)]
 
 
@@ -81,7 +81,7 @@ _give_back = cache(compile_give_back)
 
 
 def _forget() -> None:
-    """In a forked child the lock may be held by a thread that is not there."""
+    """Replace the lock in a forked child, where no thread is left to release a held lock."""
     global _lending
     _lending = threading.Lock()
 

@@ -1,1 +1,1 @@
-"""BatchNorm from MXNet's own operators: on accelerators, and for second derivatives."""
+"""BatchNorm by MXNet's own operators: on accelerators, and for second derivatives."""

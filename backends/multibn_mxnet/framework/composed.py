@@ -1,8 +1,8 @@
-"""BatchNorm of operators that MXNet differentiates twice, for gradients of gradients, on whatever device x is.
+"""BatchNorm composed of operators that MXNet can differentiate twice, for gradients of gradients, on x's device.
 
-Few of MXNet 1.9.1's operators have a gradient with a gradient: multiply, subtract, sum, reshape, cast and where have none. Here
-``batch_dot`` makes sums and products, with ones where a value is repeated, ``gather_nd`` changes shapes, and copies change types.
-What needs no gradient is done beside the record, by any operator.
+In MXNet 1.9.1, few operators have a differentiable gradient: multiply, subtract, sum, reshape, cast and where do not. Here
+``batch_dot`` computes sums and products, with ones to broadcast a value, ``gather_nd`` changes shapes, and copies change types.
+Computations that need no gradient run outside the autograd record, by any operator.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from mxnet import autograd
 from mxnet.base import MXNetError
 
 from multibn.layer.types import PARAMETER_TYPE
-from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.description import Description, type_name
 
 from . import operators as by_framework
 
 RANKS = 6
-"""Axes that MXNet can transpose."""
+"""Largest rank that MXNet can transpose."""
 
 
-def normalize(layer: Layer, x: Any, arrays: list[Any]) -> Any:
-    """y of an input without objections, which has values.
+def normalize(layer: Description, x: Any, arrays: list[Any]) -> Any:
+    """Normalise a valid, non-empty input; return y.
 
     Args:
         x: an NDArray.
-        arrays: the layer's parameters and states, in its order, NDArrays too.
+        arrays: the layer's parameters and states, NDArrays in the layer's order.
 
     Raises:
-        MXNetError: more axes than MXNet can transpose.
+        MXNetError: x has more axes than MXNet can transpose.
     """
     if x.ndim > RANKS:
         raise MXNetError(
@@ -46,7 +46,7 @@ def normalize(layer: Layer, x: Any, arrays: list[Any]) -> Any:
     if spec.uses_batch(training):
         deviations, mean, var = _statistics(values, ones)
     with autograd.pause():
-        moving_mean, moving_var = (state.copy() for state in states[:2])  # as they are before the update (BN-09)
+        moving_mean, moving_var = (state.copy() for state in states[:2])  # copies from before the update (BN-09)
         if spec.uses_batch(training) and spec.update_statistics:
             by_framework.update(layer, states, mean, var, values.shape[1])
         if layer.init == "identity" and training:
@@ -64,9 +64,9 @@ def normalize(layer: Layer, x: Any, arrays: list[Any]) -> Any:
 
 
 def _statistics(values: Any, ones: Any) -> tuple[Any, Any, Any]:
-    """Of values (C, m, 1): what they are above their mean; and, without gradients, mean and variance, (C,)."""
+    """Return the deviations of values (C, m, 1) from their mean, and mean and variance, (C,), without gradients."""
     mean = _average(ones, values)
-    with autograd.pause():  # what the sum's roundings missed does not depend on the values
+    with autograd.pause():  # the rounding error of the sum is a constant for the gradient
         missed = _average(ones, _minus(values, mean, ones))
     mean = mx.nd.elemwise_add(mean, missed)
     deviations = _minus(values, mean, ones)
@@ -75,8 +75,10 @@ def _statistics(values: Any, ones: Any) -> tuple[Any, Any, Any]:
 
 
 def _normalized(deviations: Any, var: Any, eps: float) -> tuple[Any, Any]:
-    """Two factors of xhat, (C, m, 1) and (C, 1, 1). The first is xhat, without a gradient through the variance; the second is 1
-    but for roundings, and has that gradient. MXNet's gradient of rsqrt leaves the range of the type where var does not.
+    """Return two factors of xhat, (C, m, 1) and (C, 1, 1).
+
+    The first is xhat without a gradient through the variance; the second is 1 up to rounding, and carries that gradient. MXNet's
+    gradient of rsqrt would leave the range of the type for some variances inside the range.
     """
     with autograd.pause():
         invstd, rest = _invstd(var, eps), _column(eps / (var + eps))
@@ -85,12 +87,12 @@ def _normalized(deviations: Any, var: Any, eps: float) -> tuple[Any, Any]:
 
 
 def _invstd(var: Any, eps: float) -> Any:
-    """1/sqrt(var+eps), (C, 1, 1); NaN where the variance is infinite too (BN-11)."""
+    """Return 1/sqrt(var+eps), (C, 1, 1); NaN for an infinite variance too (BN-11)."""
     return _column(mx.nd.rsqrt(var + var * 0 + eps))
 
 
 def _average(a: Any, b: Any) -> Any:
-    """Of the products of two (C, m, 1), as (C, 1, 1)."""
+    """Return the mean over m of the products of a and b, (C, m, 1), as (C, 1, 1)."""
     part = mx.nd.full((a.shape[0], 1, 1), 1 / a.shape[1], a.context, dtype=a.dtype)
     return mx.nd.batch_dot(mx.nd.batch_dot(a, b, transpose_a=True), part)
 
@@ -100,17 +102,17 @@ def _minus(values: Any, mean: Any, ones: Any) -> Any:
 
 
 def _column(per_channel: Any) -> Any:
-    """(C,) as (C, 1, 1), without gradients."""
+    """Reshape (C,) to (C, 1, 1), without gradients."""
     return per_channel.reshape((-1, 1, 1))
 
 
 def _per_channel(parameter: Any) -> Any:
-    """The same of a parameter, with its gradient."""
+    """Reshape a parameter (C,) to (C, 1, 1), with gradients."""
     return mx.nd.gather_nd(parameter, _index(np.arange(parameter.shape[0]).reshape(1, -1, 1, 1), parameter))
 
 
 def _by_channel(x: Any, axis: int) -> Any:
-    """x as (C, m, 1)."""
+    """Transpose and reshape x to (C, m, 1)."""
     others = _others(x.ndim, axis)
     rows = np.indices([x.shape[i] for i in others]).reshape(len(others), 1, -1)
     last = mx.nd.transpose(x, (*others, axis % x.ndim))
@@ -118,7 +120,7 @@ def _by_channel(x: Any, axis: int) -> Any:
 
 
 def _as_given(values: Any, shape: tuple[int, ...], axis: int) -> Any:
-    """(C, m, 1) in a shape with the channels on an axis."""
+    """Transpose and reshape (C, m, 1) to a shape with the channels on an axis."""
     others = _others(len(shape), axis)
     inner = [shape[i] for i in others]
     rows = np.arange(math.prod(inner)).reshape(1, *inner)
@@ -137,5 +139,5 @@ def _index(places: Any, like: Any) -> Any:
 def _cast(array: Any, kind: Any) -> Any:
     if np.dtype(kind) == np.dtype(array.dtype):
         return array
-    # The gradient of copyto overwrites what it is to be added to; that of identity adds.
+    # The gradient of copyto overwrites its target even where it should add; the gradient of identity adds.
     return mx.nd.identity(array).copyto(mx.nd.empty(array.shape, array.context, dtype=kind))

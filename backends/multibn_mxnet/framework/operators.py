@@ -1,4 +1,4 @@
-"""The operator by MXNet's own operators, in the arithmetic of float32 (float64 for float64 input), on whatever device x is."""
+"""The operator by MXNet's own operators, in float32 arithmetic (float64 for float64 input), on x's device."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ from typing import TYPE_CHECKING, Any
 import mxnet as mx
 import numpy as np
 
-if TYPE_CHECKING:
-    from multibn_mxnet.description import Layer
+from multibn_mxnet.compat import ADD, NULL
 
-NULL, ADD = 0, 3
+if TYPE_CHECKING:
+    from multibn_mxnet.description import Description
 
 
 def forward(
-    layer: Layer, x: Any, parameters: dict[str, Any], states: list[Any], y: Any, saved: Any, wanted: list[int], training: bool
+    layer: Description,
+    x: Any,
+    parameters: dict[str, Any],
+    states: list[Any],
+    y: Any,
+    saved: Any,
+    wanted: list[int],
+    training: bool,
 ) -> None:
-    """Fill y and saved, update the states. Arrays are NDArrays; wanted: MXNet's requests for y and saved."""
+    """Fill y and saved, and update the states. Arrays are NDArrays; wanted: MXNet's write requests for y and saved."""
     spec, shape = layer.spec, layer.by_channel(x.shape)
     m = shape[0] * shape[2]
     if m == 0:
         return
     values = _values(x, shape)
-    mean, var = (state.copy() for state in states[:2])  # as they are before the update (BN-09)
+    mean, var = (state.copy() for state in states[:2])  # copies from before the update (BN-09)
     if spec.uses_batch(training):
         batch_mean = _sum(values) / m
         missed = _sum(values - _row(batch_mean)) / m
@@ -47,9 +54,9 @@ def forward(
 
 
 def backward(
-    layer: Layer, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
+    layer: Description, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
 ) -> None:
-    """Fill the gradients, named "x", "gamma", "beta", each as MXNet's request of the same name says."""
+    """Fill the gradients, named "x", "gamma", "beta", each by MXNet's write request of the same name."""
     spec, shape = layer.spec, layer.by_channel(x.shape)
     m = shape[0] * shape[2]
     if m == 0:
@@ -61,7 +68,7 @@ def backward(
         sums = {"gamma": _sum(slopes * xhat), "beta": _sum(slopes)}
         flowing = slopes - _row(sums["beta"] / m) - xhat * _row(sums["gamma"] / m)
         scale = invstd * parameters["gamma"] if "gamma" in parameters and spec.scale else invstd
-        # Chosen by the device itself: to ask for the flag here would wait for it.
+        # The device selects, because reading the flag here would wait for the device.
         dx = mx.nd.where(mx.nd.broadcast_like(_row(through), values), flowing, slopes) * _row(scale)
         _assign(gradients["x"], wanted["x"], dx)
     for name, counts in (("gamma", spec.scale), ("beta", spec.center)):
@@ -69,8 +76,8 @@ def backward(
             _assign(gradients[name], wanted[name], sums[name] if counts else mx.nd.zeros_like(gradients[name]))
 
 
-def update(layer: Layer, states: list[Any], batch_mean: Any, batch_var: Any, m: int) -> None:
-    """Move the statistics of a training step of m values per channel (BN-05, BN-06, BN-11)."""
+def update(layer: Description, states: list[Any], batch_mean: Any, batch_var: Any, m: int) -> None:
+    """Update the moving statistics after a training step with m values per channel (BN-05, BN-06, BN-11)."""
     mean, var = (state.copy() for state in states[:2])
     estimate = batch_var * (m / (m - 1)) if layer.spec.moving_variance == "unbiased" else batch_var
     old = _weight_of_old(layer, states, mean)
@@ -81,7 +88,7 @@ def update(layer: Layer, states: list[Any], batch_mean: Any, batch_var: Any, m: 
 
 
 def begin(parameters: dict[str, Any], mean: Any, var: Any, batch_mean: Any, batch_var: Any, eps: float) -> None:
-    """``by_kernel._begin``, decided by the device itself: to ask it would be to wait for it."""
+    """``by_kernel._begin`` with the condition on the device, because reading it here would wait for the device."""
     gamma, beta = parameters["gamma"], parameters["beta"]
     untouched = ((gamma == 1) * (beta == 0) * (mean == 0) * (var == 1)).min()
     chosen = mx.nd.broadcast_like(untouched, gamma) * _finite(batch_mean) * _finite(batch_var)
@@ -98,7 +105,7 @@ def _row(per_channel: Any) -> Any:
 
 
 def _sum(values: Any) -> Any:
-    """Over space first, then over the batch: shorter sums round less."""
+    """Sum over space first, then over the batch: shorter sums round less."""
     return values.sum(axis=2).sum(axis=0)
 
 
@@ -106,11 +113,11 @@ def _finite(values: Any) -> Any:
     return values * 0 == 0
 
 
-def _weight_of_old(layer: Layer, states: list[Any], like: Any) -> Any:
-    """As many as there are channels; counts the batch where momentum is None (BN-05)."""
+def _weight_of_old(layer: Description, states: list[Any], like: Any) -> Any:
+    """Return the weight of the old moving statistics, (C,); count the batch if momentum is None (BN-05)."""
     momentum = layer.spec.momentum
     if momentum is not None:
-        # MXNet does not read denormal numbers: they are made by two factors.
+        # MXNet cannot parse denormal numbers, so multiply two factors.
         scale = 2.0**-64 if 0 < momentum < np.finfo(np.float64).tiny else 1.0
         return mx.nd.full(like.shape, momentum / scale, ctx=like.context, dtype=like.dtype) * scale
     batches = states[2].astype(like.dtype)
@@ -119,7 +126,7 @@ def _weight_of_old(layer: Layer, states: list[Any], like: Any) -> Any:
 
 
 def _moved(moving: Any, batch: Any, old: Any) -> Any:
-    """The moving statistic after an update; what counts for nothing may be anything, even NaN (BN-05)."""
+    """Return the updated moving statistic; a weight of 0 ignores the old value, even NaN (BN-05)."""
     return mx.nd.where(old == 0, batch, old * moving + (1 - old) * batch)
 
 

@@ -1,1 +1,1 @@
-"""The Custom operator, which puts the kernel into MXNet's graphs."""
+"""The Custom operator, which runs the kernel in MXNet's graphs."""

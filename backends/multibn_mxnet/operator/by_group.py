@@ -1,6 +1,6 @@
 """The operator on CPU for a layer that shares its batch with other processes: see ``multibn.sync.passes``.
 
-MXNet runs layers that do not need each other at once, backwards in any order. So each has a channel of its own.
+MXNet runs independent layers concurrently, and their backwards in any order. So each layer has a channel of its own.
 """
 
 from __future__ import annotations
@@ -14,29 +14,37 @@ from mxnet.base import MXNetError
 from multibn.sync import passes
 from multibn.sync.group import SyncError
 from multibn.sync.passes import How, Peers, Statistics
-from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.compat import ADD, NULL
+from multibn_mxnet.description import Description, type_name
 
 from . import by_kernel
-from .by_kernel import ADD, NULL, view
+from .by_kernel import view
 
 _peers: dict[int, Peers] = {}
 _registering = threading.Lock()
 
 errors: dict[int, str] = {}
-"""The last error of a layer's pass, by its number: MXNet raises with words of its own."""
+"""``Description.peers`` -> message of the last failed pass, because MXNet raises with a message of its own."""
 
 
 def register(peers: Peers) -> int:
-    """A number by which graphs name the peers of a layer in this process, from 1 on."""
+    """Register the peers of a layer; return the id, from 1 on, by which graphs in this process refer to them."""
     with _registering:
         _peers[len(_peers) + 1] = peers
         return len(_peers)
 
 
 def forward(
-    layer: Layer, x: Any, parameters: dict[str, Any], states: list[Any], y: Any, saved: Any, wanted: list[int], training: bool
+    layer: Description,
+    x: Any,
+    parameters: dict[str, Any],
+    states: list[Any],
+    y: Any,
+    saved: Any,
+    wanted: list[int],
+    training: bool,
 ) -> None:
-    """``by_kernel.forward`` with the statistics of all ranks; saved holds how many values they have, plus 1, in its last row."""
+    """``by_kernel.forward`` with the statistics of all ranks; the last row of saved holds their number of values plus 1."""
     if not layer.spec.uses_batch(training):
         by_kernel.forward(layer, x, parameters, states, y, saved, wanted, training)
         return
@@ -65,9 +73,9 @@ def forward(
 
 
 def backward(
-    layer: Layer, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
+    layer: Description, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
 ) -> None:
-    """``by_kernel.backward`` with the sums of all ranks for dx; those for gamma and beta are this rank's own (SY-06)."""
+    """``by_kernel.backward`` with the sums of all ranks for dx; the gradients of gamma and beta are this rank's own (SY-06)."""
     shape, its_type = layer.by_channel(x.shape), type_name(x)
     its_saved = view("saved", saved, "float64", (3, shape[1]))
     if not its_saved[2].any():
@@ -93,12 +101,12 @@ def backward(
             out[:] = (out if wanted[name] == ADD else 0) + (sums if counts else 0)
 
 
-def refuse(layer: Layer, channels: int, x: Any, problem: str) -> None:
-    """Tell the other ranks that this one refuses its input (SY-08)."""
+def refuse(layer: Description, channels: int, x: Any, problem: str) -> None:
+    """Tell the other ranks that this rank refuses its input (SY-08)."""
     passes.refuse(_of(layer), channels, type_name(x), MXNetError(problem), _how(layer, 0))
 
 
-def _of(layer: Layer) -> Peers:
+def _of(layer: Description) -> Peers:
     if layer.peers not in _peers:
         raise MXNetError(
             "this graph was made in another process: a SyncBatchNorm in it can be used in inference, not in training. Build the "
@@ -107,15 +115,15 @@ def _of(layer: Layer) -> Peers:
     return _peers[layer.peers]
 
 
-def _how(layer: Layer, batches: int) -> How:
+def _how(layer: Description, batches: int) -> How:
     spec = layer.spec
     update = spec.update_statistics
     old = spec.weight_of_old(batches) if update else 0.0
     return How(spec.eps, old, spec.moving_variance == "unbiased", spec.normalize_with == "batch", update)
 
 
-def _said(layer: Layer, function: Any) -> Any:
-    """What a pass returns; its error is kept for who waits for the result, with its own words."""
+def _said(layer: Description, function: Any) -> Any:
+    """Call a pass and return the result; raise an error as MXNetError, and keep the message in ``errors``."""
     try:
         return function()
     except (SyncError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The operator on CPU for what is rare, and for input that is worth huge pages: see ``native.py``."""
+"""The operator on CPU in Python, for rare cases and for input worth huge pages; ``native.py`` has the compiled operator."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ from mxnet.base import MXNetError
 from multibn import identity, kernel, memory
 from multibn.layer.types import PARAMETER_TYPE, Array
 from multibn_mxnet import gate
-from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.compat import ADD, NULL
+from multibn_mxnet.description import Description, type_name
 
-NULL, ADD = 0, 3
 _BITS = {"float16": "int16", "bfloat16": "uint16"}
 
 
 def forward(
-    layer: Layer, x: Any, parameters: dict[str, Any], states: list[Any], y: Any, saved: Any, wanted: list[int], training: bool
+    layer: Description,
+    x: Any,
+    parameters: dict[str, Any],
+    states: list[Any],
+    y: Any,
+    saved: Any,
+    wanted: list[int],
+    training: bool,
 ) -> int:
-    """Fill y and saved, update the states; return how many channels' moving statistics were left as they were (BN-11).
+    """Fill y and saved, and update the states; return for how many channels the moving statistics were not updated (BN-11).
 
-    Arrays are NDArrays; wanted: MXNet's requests for y and saved.
+    Arrays are NDArrays; wanted: MXNet's write requests for y and saved.
     """
     spec, shape, m = layer.spec, layer.by_channel(x.shape), values_per_channel(layer, x)
     channels = shape[1]
@@ -54,9 +61,9 @@ def forward(
 
 
 def backward(
-    layer: Layer, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
+    layer: Description, dy: Any, x: Any, parameters: dict[str, Any], saved: Any, gradients: dict[str, Any], wanted: dict[str, int]
 ) -> None:
-    """Fill the gradients, named "x", "gamma", "beta", each as MXNet's request of the same name says."""
+    """Fill the gradients, named "x", "gamma", "beta", each by MXNet's write request of the same name."""
     shape, its_type, kind = layer.by_channel(x.shape), type_name(x), state_type(x)
     values, slopes = view("x", x, its_type, shape), view("the head gradient", dy, its_type, shape, x)
     gamma, its_saved = vector(layer, parameters, "gamma", x), view("saved", saved, "float64", (3, shape[1]))
@@ -75,8 +82,8 @@ def backward(
             out[:] = (out if wanted[name] == ADD else 0) + (sums[name] if counts else 0)
 
 
-def targets(layer: Layer, x: Any, gradients: dict[str, Any], wanted: dict[str, int]) -> dict[str, Array]:
-    """The gradients that are asked for, named as in ``backward``, as NumPy sees them: that of x (N, C, S), the others (C,)."""
+def targets(layer: Description, x: Any, gradients: dict[str, Any], wanted: dict[str, int]) -> dict[str, Array]:
+    """Return NumPy views of the requested gradients, named as in ``backward``: (N, C, S) for x, (C,) for gamma and beta."""
     shape = layer.by_channel(x.shape)
     found = {}
     for name, array in gradients.items():
@@ -86,10 +93,11 @@ def targets(layer: Layer, x: Any, gradients: dict[str, Any], wanted: dict[str, i
     return found
 
 
-def _begin(layer: Layer, bits: Array, gamma: Array, beta: Array, mean: Array, var: Array) -> None:
-    """Make an untouched layer the identity on x.
+def _begin(layer: Description, bits: Array, gamma: Array, beta: Array, mean: Array, var: Array) -> None:
+    """Set gamma and beta of an untouched layer so that the layer is the identity on x.
 
-    gamma and beta are inputs of the operator, but whoever holds the moving statistics has the layer to itself.
+    gamma and beta are inputs of the operator, but safe to write: an operator that holds the moving statistics has exclusive use
+    of the layer.
     """
     if identity.untouched(gamma, beta, mean, var):
         values = _wide(bits) if bits.dtype == np.uint16 else bits.view(np.float16) if bits.dtype == np.int16 else bits
@@ -97,13 +105,13 @@ def _begin(layer: Layer, bits: Array, gamma: Array, beta: Array, mean: Array, va
 
 
 def view(name: str, array: Any, kind: str, shape: tuple[int, ...], like: Any = None) -> Array:
-    """A CPU NDArray as NumPy sees it, without a copy, halves as their bits. Pending writes are not waited for.
+    """Return a NumPy view of a CPU NDArray, of half types as their bits, without waiting for pending writes.
 
     Args:
-        name: of the array, for the message.
+        name: name of the array, for the message.
         array: an NDArray; a NumPy array is returned as it is.
-        kind, shape: what the kernel takes the array for; the number of values counts.
-        like: an NDArray that the array must have the shape of, or None.
+        kind, shape: type and shape of the view; the array must have this type and as many values.
+        like: an NDArray whose shape the array must have, or None.
 
     Raises:
         MXNetError: the array has another type, shape or number of values, is sparse, or is not on a CPU.
@@ -127,8 +135,8 @@ def check_apart(**arrays: Array) -> None:
 
 
 def add(target: Array, values: Array) -> None:
-    """``target += values``, where int16 and uint16 are the bits of float16 and bfloat16."""
-    if target.dtype == np.uint16:  # bfloat16: the upper half of a float32, which rounds to nearest even by carrying
+    """Compute ``target += values``, where int16 and uint16 are the bits of float16 and bfloat16."""
+    if target.dtype == np.uint16:  # bfloat16: the upper half of a float32, rounded to nearest even by a carry
         total = _wide(target) + _wide(values)
         bits = total.view(np.uint32)
         target[:] = np.where(np.isnan(total), 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
@@ -143,18 +151,18 @@ def _wide(bits: Array) -> Array:
 
 
 def state_type(x: Any) -> str:
-    """The type of parameters and statistics for input x (BN-10)."""
+    """Return the type of parameters and statistics for input x (BN-10)."""
     return PARAMETER_TYPE[type_name(x)]
 
 
-def values_per_channel(layer: Layer, x: Any) -> int:
-    """m of the clauses."""
+def values_per_channel(layer: Description, x: Any) -> int:
+    """Return m of the clauses, the number of values per channel."""
     before, _, after = layer.by_channel(x.shape)
     return before * after
 
 
-def vector(layer: Layer, parameters: dict[str, Any], name: str, x: Any) -> Array:
-    """gamma or beta for an input x, or what stands for one that there is not or that does not count."""
+def vector(layer: Description, parameters: dict[str, Any], name: str, x: Any) -> Array:
+    """Return gamma or beta for an input x; ones or zeros if the layer has none or the spec does not use it."""
     counts = layer.spec.scale if name == "gamma" else layer.spec.center
     channels = x.shape[layer.axis]
     if name in parameters and counts:

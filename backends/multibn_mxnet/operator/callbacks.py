@@ -1,7 +1,7 @@
-"""The Custom operator's callbacks in Python, for what ``native.py`` leaves: errors, large input, other types, other devices.
+"""The Custom operator's callbacks in Python, for what ``native.py`` does not handle: errors, large input, other types, devices.
 
-MXNet calls them from its own threads. They return 1, or 0 for an error; MXNet then raises MXNetError with words of its own, so
-ours go to stderr.
+MXNet calls them from its own threads. They return 1, or 0 for an error; MXNet then raises MXNetError with a message of its own,
+so the callbacks print ours to stderr.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 from mxnet.base import MXNetError
 
 from multibn_mxnet.compat import NDArrayHandle
-from multibn_mxnet.description import Layer, type_name
+from multibn_mxnet.description import Description, type_name
 
-layers: dict[int, Layer] = {}
-"""The layer whose configuration is at an address: what MXNet hands the callbacks as their state."""
+layers: dict[int, Description] = {}
+"""Address of a configuration, which MXNet passes to the callbacks as their state -> the layer's description."""
 
 _TYPES = {0: "float32", 1: "float64", 2: "float16", 3: "uint8", 4: "int32", 5: "int8", 6: "int64", 7: "bool", 12: "bfloat16"}
 _int, _pointer = ctypes.c_int, ctypes.c_void_p
@@ -31,7 +31,7 @@ _RUN = ctypes.CFUNCTYPE(_int, _int, _pointer, _pointer, _pointer, _int, _pointer
 
 
 def refusing(callback: Callable[..., None]) -> Callable[..., int]:
-    """The callback for C: 1, or 0 where it raises."""
+    """Wrap a callback for C: return 1; if the callback raises, print the error to stderr and return 0."""
 
     def answer(*arguments: Any) -> int:
         try:
@@ -56,7 +56,7 @@ def _infer_shape(count: int, rank_list: int, shape_list: int, state: int) -> Non
     wanted = channels
     for i in range(1, 1 + len(layer.parameters)):
         known = _int.from_address(shapes[i] or 0).value if ranks[i] == 1 else 0
-        wanted = known if known > 0 and channels > 0 else wanted  # 0 and -1 are what MXNet does not know yet
+        wanted = known if known > 0 and channels > 0 else wanted  # MXNet passes 0 or -1 for an unknown length
     problem = layer.objection(shape, "float32", training=False, channels=wanted)
     if problem:
         raise MXNetError(problem)
@@ -110,11 +110,11 @@ def _saved_shape(channels: int) -> Any:
 
 
 def _arrays(count: int, handles: int) -> list[Any]:
-    """The handles as NDArrays, which free them."""
+    """Wrap handles in NDArrays, which free the handles."""
     return [mx.nd.NDArray(NDArrayHandle(handle)) for handle in (_pointer * count).from_address(handles)]
 
 
-def _ways(layer: Layer, x: Any) -> Any:
+def _ways(layer: Description, x: Any) -> Any:
     from multibn_mxnet.framework import operators as by_framework
 
     from . import by_group, by_kernel

@@ -1,13 +1,13 @@
 """MXNet's callbacks for CPU input, compiled: no Python, so no GIL, between MXNet and the kernel.
 
-These are the Custom operator's, and the backward of ``direct/call.py``. MXNet calls an operator's callbacks through C function
-pointers (``CustomOpPropCallbacks`` and ``CustomOpCallbacks`` of its ``c_api.h``), from its own threads. Pointers are taken as
-integers here. What is rare, or large enough not to mind, goes to ``callbacks.py``: every error, types other than float32, input
-worth huge pages, channel counts beyond the table.
+These are the callbacks of the Custom operator, and the backward of ``direct/call.py``. MXNet calls an operator's callbacks by C
+function pointers (``CustomOpPropCallbacks`` and ``CustomOpCallbacks`` of ``c_api.h``), from its own threads. Here pointers are
+integers. Rare cases, and input so large that Python's overhead is negligible, go to ``callbacks.py``: every error, types other
+than float32, input worth huge pages, channel counts beyond the table.
 """
 
 # mypy: disable-error-code="attr-defined, import-untyped, no-any-return, call-arg, call-overload, no-untyped-call"
-# Numba's decorators change what their functions take and return.
+# Numba's decorators change the signatures of functions.
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from multibn.kernel.jit import c_function
 from multibn.kernel.jit import compiled as kernel_compiled
 from multibn.kernel.schedule import backward_at, forward_at
 from multibn.memory import HUGE
+from multibn_mxnet.compat import ADD, NULL
 from multibn_mxnet.gate import ADDRESS as _ADDRESS
 from multibn_mxnet.gate import FLOAT32, FLOAT64, INT64, SOURCES, TYPES, get_shape, kind_of, plain, plain_like
 
 CONFIG = np.dtype(
-    [(name, np.int64) for name in ("arguments", "outputs", "states", "dependencies")]  # where the answers to the lists are
-    + [("operator", np.int64, 3), ("python_operator", np.int64, 3)]  # an MXCallbackList each
+    [(name, np.int64) for name in ("arguments", "outputs", "states", "dependencies")]  # addresses of the lists
+    + [("operator", np.int64, 3), ("python_operator", np.int64, 3)]  # each an MXCallbackList
     + [(name, np.int64) for name in ("dependency_count", "inputs", "gamma", "beta", "scale", "center", "axis", "rank", "within")]
     + [
         (name, np.int64)
@@ -41,16 +42,16 @@ CONFIG = np.dtype(
     + [("eps", np.float64), ("momentum", np.float64)]
     + [(name, np.int64) for name in ("starters", "threads", "forward", "backward")]
 )
-"""A layer's configuration, at the address that MXNet hands the callbacks as their state. ``gamma`` and ``beta`` are places among
-the inputs, 0 if there is none; ``rank`` is 0 where any will do; ``average`` says that momentum is None; ``threads`` may be used.
-``forward`` and ``backward`` are the addresses of the kernel's bodies for float32."""
+"""Configuration of a layer; MXNet passes its address to the callbacks as their state. ``gamma`` and ``beta`` are input indices, 0
+if the layer has none; ``rank`` is 0 if any rank is allowed; ``average`` means that momentum is None; ``threads`` is the largest
+number of threads. ``forward`` and ``backward`` are the addresses of the kernel's bodies for float32."""
 
 
 class Record(ctypes.Structure):
-    """What a call of ``direct/call.py`` keeps for its backward begins with this; then come ``saved`` and a copy of gamma.
+    """Record that a call of ``direct/call.py`` keeps for its backward; in memory, ``saved`` and a copy of gamma follow.
 
-    First the MXCallbackList that MXNet is handed; ``at`` is twice the record's own address, the state of both callbacks.
-    ``configuration`` is the address of a CONFIG, ``x`` a handle.
+    The first three fields are the MXCallbackList for MXNet; ``at`` holds the record's own address twice, as the state of both
+    callbacks. ``configuration`` is the address of a CONFIG, ``x`` the handle of an NDArray.
     """
 
     _fields_ = (
@@ -77,14 +78,13 @@ _python_backward = types.ExternalFunction("multibn_mxnet_backward", _RUN)
 _python_call_backward = types.ExternalFunction("multibn_mxnet_call_backward", _CALL)
 
 WORTH_PYTHON = HUGE // 4
-"""Input of so many float32 values or more is for Python, which asks for huge pages."""
+"""Input of this many float32 values or more goes to Python, which requests huge pages."""
 
 FLOAT16, BFLOAT16 = TYPES["float16"], TYPES["bfloat16"]
-NULL, ADD = 0, 3
 
 
 def link(callbacks: dict[str, int]) -> None:
-    """Tell the compiler where the Python callbacks (name -> address) are, once, before any compilation."""
+    """Tell the compiler the addresses of Python callbacks (name -> address), before compiling code that calls them."""
     for name, address in callbacks.items():
         llvmlite.binding.add_symbol("multibn_mxnet_" + name, address)
 
@@ -97,7 +97,7 @@ def compiled(function: Any) -> Any:
     return keep_on_disk(kernel_compiled(function), _SOURCES)
 
 
-# Compiled, so that coverage cannot see the lines run.
+# Coverage cannot trace the compiled functions below.
 
 
 @compiled
@@ -107,7 +107,7 @@ def _config(state: int) -> Any:  # pragma: no cover
 
 @compiled
 def _by_channel(handle: int, axis: int, slot: Any) -> tuple[int, int, int]:  # pragma: no cover
-    """The shape as (N, C, S): the axes before the channel axis, the channels, the axes after it."""
+    """Return the shape as (N, C, S): the axes before the channel axis, the channels, the axes after the channel axis."""
     slot[:] = 0
     get_shape(handle, slot.ctypes.data, slot[1:].ctypes.data)
     rank = np.int32(slot[0])
@@ -128,7 +128,7 @@ def _floats(address: int, shape: Any) -> Any:  # pragma: no cover
 
 @compiled
 def _vector(handles: Any, place: int, channels: int, absent: float, slot: Any) -> Any:  # pragma: no cover
-    """The values of one of the handles, or a constant where there is none; empty where the gate refuses it."""
+    """Return the values of the handle at a place; a constant if place <= 0; an empty array if the gate refuses the handle."""
     if place <= 0:
         return np.full(channels, absent, np.float32)
     address = plain(handles[place], FLOAT32, channels, slot)
@@ -137,28 +137,28 @@ def _vector(handles: Any, place: int, channels: int, absent: float, slot: Any) -
 
 @compiled
 def _rows(address: int, channels: int) -> Any:  # pragma: no cover
-    """``saved`` at an address."""
+    """Return a view of ``saved`` at an address."""
     return carray(pointer(address), (3, channels), np.float64)
 
 
 @compiled
 def _team(config: Any, body: int, size: int) -> Any:  # pragma: no cover
-    """``kernel.team``."""
+    """Choose the threads that run a body: ``multibn.kernel.entry.team`` in compiled code, which cannot call Python."""
     awake = carray(pointer(config.starters), 1, np.int64)[0] != 0
     return body, config.starters, config.threads if size >= (SERIAL if awake else CREATING) else 1, LARGE
 
 
 @compiled
 def _apart(a: int, b: int, size: int) -> bool:  # pragma: no cover
-    """Whether two arrays of at most so many float32 values share no memory."""
+    """Return whether two arrays of at most ``size`` float32 values share no memory."""
     return abs(a - b) >= 4 * size
 
 
 @compiled
 def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, slot: Any) -> int:  # pragma: no cover
-    """``by_kernel.forward``, or -1 if an array does not pass the gate, and nothing has changed then.
+    """``by_kernel.forward``; -1, with nothing changed, if the gate refuses an array or the states share memory.
 
-    Handles are in the operator's order; that of ``saved`` is not looked at.
+    Handles are in the operator's order; the handle of ``saved`` is ignored.
     """
     inputs, channels = config.inputs, shape[1]
     size = shape[0] * channels * shape[2]
@@ -194,9 +194,9 @@ def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, s
 def _differentiate(
     config: Any, dy: int, x: int, gamma: Any, saved: Any, gradients: Any, requests: Any, shape: Any, slot: Any
 ) -> bool:  # pragma: no cover
-    """The backward; dy, x and gradients are handles, the latter of x and then of the parameters.
+    """``by_kernel.backward``; False, with nothing changed, if the gate refuses an array.
 
-    False if an array does not pass the gate, and nothing has changed then.
+    dy, x and gradients are handles; ``gradients`` begins with that of x, and those of the parameters follow.
     """
     channels, size = shape[1], shape[0] * shape[1] * shape[2]
     its_x, its_dy = plain(x, FLOAT32, size, slot), plain_like(dy, x, FLOAT32, size, slot)
@@ -269,7 +269,7 @@ def _record(at: int) -> Any:  # pragma: no cover
 
 @compiled
 def _gamma(at: int, channels: int) -> Any:  # pragma: no cover
-    """The copy of gamma behind a record and its ``saved``."""
+    """Return a view of the copy of gamma that follows a record and its ``saved``."""
     return carray(pointer(at + RECORD_SIZE + 24 * channels), channels, np.float32)
 
 
@@ -320,7 +320,7 @@ def _infer_shape(count: int, rank_list: int, shape_list: int, state: int) -> int
         known = carray(pointer(shapes[i]), 1, np.int32)[0] if ranks[i] == 1 else channels
         if known > 0 and known != channels:
             return _python_shape(count, rank_list, shape_list, state)
-    per_channel = shapes[0] + 4 * axis  # a shape (C,) stands inside that of x
+    per_channel = shapes[0] + 4 * axis  # the shape (C,) is one element of x's shape
     for i in range(1, count):
         ranks[i], shapes[i] = 1, per_channel
     ranks[inputs], shapes[inputs] = rank, shapes[0]
@@ -378,7 +378,7 @@ def _declare_dependencies(dy: int, x: int, y: int, count: int, out: int, state: 
 
 def _create(context: int, count: int, shapes: int, ranks: int, kinds: int, out: int, state: int) -> int:  # pragma: no cover
     config = _config(state)
-    on_cpu = carray(pointer(context), 1, np.uint8)[0] == 99  # "cpu(0)" begins with a c
+    on_cpu = carray(pointer(context), 1, np.uint8)[0] == 99  # "c" of "cpu(0)"
     callbacks = carray(pointer(out), 3, np.int64)
     for i in range(3):
         callbacks[i] = config.operator[i] if on_cpu else config.python_operator[i]
@@ -390,7 +390,7 @@ def _delete(state: int) -> int:  # pragma: no cover
 
 
 def compile_callbacks() -> tuple[list[Any], list[Any]]:
-    """The compiled callbacks of the operator's description and of the operator, each in MXNet's order."""
+    """Compile the callbacks of the operator's description and of the operator, both in MXNet's order."""
     delete, lists = types.int32(_ADDRESS), types.int32(_ADDRESS, _ADDRESS)
     dependencies = types.int32(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS)
     create = types.int32(_ADDRESS, types.int32, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS)
@@ -403,7 +403,7 @@ def compile_callbacks() -> tuple[list[Any], list[Any]]:
 
 
 def compile_calls() -> tuple[Any, Any, Any]:
-    """The compiled forward, backward and end of a call of ``direct/call.py``."""
+    """Compile the forward, backward and end of a call of ``direct/call.py``."""
     return (
         _callback(types.int64(_ADDRESS, types.int32, _ADDRESS), _call_forward), _callback(_CALL, _call_backward),
         _callback(types.int32(_ADDRESS), _call_end),
@@ -415,7 +415,7 @@ def _give_back(tensor: int) -> None:  # pragma: no cover
 
 
 def compile_give_back() -> Any:
-    """What MXNet calls with a DLManagedTensor of ``direct/output_memory.py`` that it has no use for any more."""
+    """Compile the deleter that MXNet calls with a DLManagedTensor of ``direct/output_memory.py`` after its last use."""
     return _callback(types.void(_ADDRESS), _give_back)
 
 

@@ -1,12 +1,12 @@
-"""The Custom operator ``multibn``: how MXNet reaches the kernel, imperatively, hybridized, and in exported models.
+"""The Custom operator ``multibn``, by which MXNet runs the kernel: imperatively, hybridized, and in exported models.
 
-It takes x, then gamma and beta where the layer has them, and the states running_mean, running_var and, for momentum None,
-num_batches_tracked; it gives y and what backward needs, ``saved``: float64 (3, C), the mean and 1/sqrt(var+eps) that normalised,
-and whether gradients flow through them (BN-08). The operator itself has no state, so a layer may be used many times in a graph,
-and many forwards may come before a backward. The moving statistics change in forward (BN-05).
+Inputs are x, gamma and beta if the layer has them, and the states running_mean, running_var and, for momentum None,
+num_batches_tracked. Outputs are y and ``saved``, which backward needs: float64 (3, C), the mean and 1/sqrt(var+eps) that
+normalised x, and whether gradients flow through both (BN-08). The operator itself has no state, so a graph may use a layer many
+times, and many forwards may precede a backward. The moving statistics change in forward (BN-05).
 
-``mx.operator.register`` spends more on a small input than MXNet's own BatchNorm does altogether, so the operator is registered by
-the C interface below that. ``native.py`` has the callbacks for the common case, ``callbacks.py`` those for the rest.
+On small input, the overhead of ``mx.operator.register`` exceeds the whole cost of MXNet's own BatchNorm, so this module registers
+the operator by the C API beneath. ``native.py`` has the callbacks for the common case, ``callbacks.py`` those for all others.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import mxnet as mx
 import numpy as np
 
 from multibn_mxnet.compat import LIB, check_call
-from multibn_mxnet.description import Layer
+from multibn_mxnet.description import Description
 
 from .callbacks import CALLBACKS, layers, refusing
 
 NAME = "multibn"
-_SHAPES = 1 << 16  # channel counts whose shape of ``saved`` is at hand
+_SHAPES = 1 << 16  # channel counts in the table of shapes of ``saved``
 _int, _pointer = ctypes.c_int, ctypes.c_void_p
 _CREATOR = ctypes.CFUNCTYPE(
     _int, ctypes.c_char_p, _int, ctypes.POINTER(ctypes.c_char_p), ctypes.POINTER(ctypes.c_char_p), _pointer
@@ -33,9 +33,9 @@ _CREATOR = ctypes.CFUNCTYPE(
 
 
 class _Operator:
-    """The configuration of one Layer and its callback lists, as MXNet sees them. They live as long as the process: graphs may."""
+    """Configuration and callback lists of one layer, in MXNet's format; kept until the process ends, as graphs may use them."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Description) -> None:
         from multibn import kernel
         from multibn.kernel import threads
 
@@ -92,14 +92,14 @@ class _Operator:
         return self._keep((ctypes.c_char_p * (len(names) + 1))(*(name.encode() for name in names), None))
 
     def _list(self, callbacks: list[int]) -> list[int]:
-        """An MXCallbackList: how many, the functions, and what each is handed as its state."""
+        """Return an MXCallbackList: the number of callbacks, their addresses, and the state of each."""
         many = _pointer * len(callbacks)
         return [len(callbacks), self._keep(many(*callbacks)), self._keep(many(*[self.address] * len(callbacks)))]
 
 
 @cache
 def _callbacks() -> tuple[list[int], list[int], list[int]]:
-    """Addresses of the callbacks: of the operator's description, of the operator, and of the operator in Python."""
+    """Return the addresses of the callbacks of the operator's description, of the operator, and of the operator in Python."""
     from . import native
 
     addresses = {name: ctypes.cast(function, _pointer).value or 0 for name, function in CALLBACKS.items()}
@@ -112,7 +112,7 @@ def _callbacks() -> tuple[list[int], list[int], list[int]]:
 
 @cache
 def calls(python_backward: int) -> tuple[Any, Any, Any]:
-    """The compiled forward, backward and end of a call of ``direct/call.py``; where its backward in Python is."""
+    """Compile the forward, backward and end of a call of ``direct/call.py``, given the address of its backward in Python."""
     from . import native
 
     _callbacks()
@@ -122,28 +122,28 @@ def calls(python_backward: int) -> tuple[Any, Any, Any]:
 
 @cache
 def _saved_shapes() -> Any:
-    """The shape (3, C) at row C."""
+    """Return a table with the shape (3, C) in row C."""
     return np.array([np.full(_SHAPES, 3), np.arange(_SHAPES)], np.int32).T.copy()
 
 
-_compiled: list[Any] = []  # kept, for MXNet has the addresses
+_compiled: list[Any] = []  # kept alive, because MXNet holds the addresses
 _by_attribute: dict[str, _Operator] = {}
 
 
 def configuration(attribute: str) -> int:
-    """Where the configuration of the layer is that an attribute describes: the state of its callbacks."""
+    """Return the address of the configuration of the layer that an attribute describes: the state of its callbacks."""
     return _operator(attribute).address
 
 
 def _operator(attribute: str) -> _Operator:
     operator = _by_attribute.get(attribute)
     if operator is None:
-        operator = _by_attribute.setdefault(attribute, _Operator(Layer.parse(attribute)))
+        operator = _by_attribute.setdefault(attribute, _Operator(Description.parse(attribute)))
     return operator
 
 
 def _create(_: bytes, count: int, keys: Any, values: Any, out: int) -> None:
-    ctypes.memmove(out, _nothing.ctypes.data, _nothing.nbytes)  # where we fail, MXNet deletes what it finds there
+    ctypes.memmove(out, _nothing.ctypes.data, _nothing.nbytes)  # on failure, MXNet calls the delete callback in ``out``
     text = next(values[i] for i in range(count) if keys[i] == b"layer")
     operator = _operator(text.decode())
     ctypes.memmove(out, operator.description.ctypes.data, operator.description.nbytes)
@@ -154,4 +154,4 @@ _deletes = (_pointer * 1)(ctypes.cast(_delete, _pointer))
 _nothing = np.array([1, ctypes.addressof(_deletes), ctypes.addressof(_deletes)])
 _creator = _CREATOR(refusing(_create))
 check_call(LIB.MXCustomOpRegister(NAME.encode(), _creator))
-atexit.register(mx.nd.waitall)  # what is still running may call Python, which must not be gone by then
+atexit.register(mx.nd.waitall)  # pending operators may call Python, so finish them before it ends

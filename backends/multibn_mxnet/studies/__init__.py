@@ -1,1 +1,1 @@
-"""What measures and shows the Gluon blocks: the article's networks and the benchmark."""
+"""Studies of the Gluon blocks: the article's networks and the benchmark."""

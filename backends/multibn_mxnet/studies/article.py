@@ -1,4 +1,4 @@
-"""The article's studies in Gluon; ``multibn.article`` runs this module in a process of its own."""
+"""The article's studies in Gluon; ``multibn.article`` runs this module in a separate process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from . import articles_block
 
 
 class Net:
-    """The same perceptron with and without BatchNorm; a hidden layer that is normalised needs no bias."""
+    """Perceptron with or without BatchNorm; normalised hidden layers have no bias."""
 
     def __init__(self, run: Run, weights: Sequence[Array]) -> None:
         self.net = gluon.nn.HybridSequential()
@@ -44,7 +44,7 @@ class Net:
         self.trainer = gluon.Trainer(self.net.collect_params(), "sgd", {"learning_rate": run.rate})
 
     def step(self, x: Array, labels: Array) -> Any:
-        """Forward, backward, step."""
+        """Run forward, backward and an optimizer step; return the loss."""
         with autograd.record():
             loss = self.loss(self.net(mx.nd.array(x)), mx.nd.array(labels)).mean()
         loss.backward()
@@ -52,17 +52,17 @@ class Net:
         return loss.asscalar()
 
     def predict(self, x: Array) -> Array:
-        """With the moving statistics."""
+        """Return the predicted classes, using the moving statistics."""
         found: Array = self.net(mx.nd.array(x)).argmax(axis=1).asnumpy()
         return found
 
     def layers(self) -> list[dict[str, Array]]:
-        """Of the hidden layers."""
+        """Return the parameters of the hidden layers."""
         return [{name: parameter.data().asnumpy() for name, parameter in layer.items()} for layer in self.hidden]
 
 
 def linear(weight: Array, bias: bool) -> Any:
-    """A dense layer that begins with these weights, and 0."""
+    """Return a dense layer with these initial weights and bias 0."""
     dense = gluon.nn.Dense(weight.shape[0], use_bias=bias, in_units=weight.shape[1])
     dense.initialize()
     dense.weight.set_data(mx.nd.array(weight))
@@ -70,7 +70,7 @@ def linear(weight: Array, bias: bool) -> Any:
 
 
 def begins_as_identity(x: Array) -> Array:
-    """What init="identity" makes of its first batch."""
+    """Return the first output of a block with init="identity"."""
     block = BatchNorm(x.shape[1], x.ndim, init="identity")
     block.initialize()
     with autograd.record():
@@ -79,8 +79,9 @@ def begins_as_identity(x: Array) -> Array:
 
 
 def beside_the_articles_block(steps: int = 5) -> dict[str, float]:
-    """The largest difference of ours and the article's block over training steps on real activations, as a part of each result's
-    largest value.
+    """Train our block and the article's on real activations; return the largest relative difference of each result.
+
+    Differences are relative to the result's largest value.
     """
     from multibn.digits import seen
 

@@ -1,6 +1,6 @@
-"""The article's own block, as it stands there: Gluon, float32 arithmetic, moving statistics that are no Parameters.
+"""The article's own block, as published: Gluon, float32 arithmetic, moving statistics that are not Parameters.
 
-For comparison: ``multibn_mxnet.BatchNorm(num_features, num_dims, spec=BatchNormSpec.article())`` is what to use.
+For comparison only; use ``multibn_mxnet.BatchNorm(num_features, num_dims, spec=BatchNormSpec.article())`` instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mxnet.gluon import nn
 def batch_norm(
     X: Any, gamma: Any, beta: Any, moving_mean: Any, moving_var: Any, eps: float, momentum: float
 ) -> tuple[Any, Any, Any]:
-    """Y and the moving statistics after it."""
+    """Return Y and the updated moving statistics."""
     if not autograd.is_training():
         X_hat = (X - moving_mean) / nd.sqrt(moving_var + eps)
     else:
@@ -33,7 +33,7 @@ def batch_norm(
 
 
 class BatchNorm(nn.Block):  # type: ignore[misc]
-    """``num_dims`` is 2 after a fully connected layer, 4 after a convolution."""
+    """The article's block; ``num_dims`` is 2 after a fully connected layer, 4 after a convolution."""
 
     def __init__(self, num_features: int, num_dims: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -44,7 +44,7 @@ class BatchNorm(nn.Block):  # type: ignore[misc]
         self.moving_var = nd.ones(shape)
 
     def forward(self, X: Any) -> Any:
-        """Y; the moving statistics move to where X is."""
+        """Return Y; copy the moving statistics to X's device if necessary."""
         if self.moving_mean.context != X.context:
             self.moving_mean = self.moving_mean.copyto(X.context)
             self.moving_var = self.moving_var.copyto(X.context)

@@ -1,4 +1,4 @@
-"""What ``multibn bench`` measures in Gluon: forward and backward in training, forward in inference; steps of networks."""
+"""Benchmarks of Gluon for ``multibn bench``: forward and backward in training, forward in inference; steps of networks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from multibn_mxnet.direct import output_memory
 from multibn_mxnet.swap import swap
 
 INPUTS = (*COMMON, *(Input("small", shape, hybridized=True) for shape in SMALL))
-"""What the layers are measured on."""
+"""Inputs of the layer benchmarks."""
 
 
 def contest(given: Input) -> Contest:
-    """Who takes turns on the given input."""
+    """Return the contest for an input: of models if the input names one, else of layers."""
     return contest_of_models(given) if given.model else contest_of_layers(given)
 
 
 def contest_of_layers(given: Input) -> Contest:
-    """Ours, Gluon's own, and the copy, on the same x. The gradient of x has its memory already, as ``attach_grad`` gives it."""
+    """Compare ours, Gluon's own and a copy on the same x. ``attach_grad`` allocates the gradient of x beforehand."""
     x, dy = (mx.nd.random.normal(shape=given.shape) for _ in range(2))
     if given.training:
         x.attach_grad()
@@ -59,8 +59,7 @@ def contest_of_layers(given: Input) -> Contest:
 
 
 def contest_of_models(given: Input) -> Contest:
-    """The model zoo's network after ``swap``, as it is, and without BatchNorm, on the same
-    images."""
+    """Compare the model zoo's network after ``swap``, unchanged, and without BatchNorm, on the same images."""
     x, labels = mx.nd.random.normal(shape=given.shape), mx.nd.random.randint(0, 1000, given.shape[:1])
     loss = mx.gluon.loss.SoftmaxCrossEntropyLoss()
     nets, trainers = {}, {}
@@ -87,7 +86,7 @@ def contest_of_models(given: Input) -> Contest:
 
 
 def _densenet121() -> Any:
-    """The zoo's, whose last pooling is for images of 224x224, with a pooling over whatever is left."""
+    """Return the zoo's network with global pooling at the end, because the zoo's last pooling requires images of 224x224."""
     net = mx.gluon.model_zoo.vision.densenet121()
     name = next(name for name, block in net.features._children.items() if isinstance(block, mx.gluon.nn.AvgPool2D))
     net.features._children[name] = mx.gluon.nn.GlobalAvgPool2D()
@@ -108,4 +107,4 @@ def _leave_out_batchnorm(block: Any) -> None:
 
 if __name__ == "__main__":
     hybridized = {name: replace(each, hybridized=True) for name, each in MODELS.items()}
-    serve(lambda threads: None, contest, INPUTS, hybridized)  # MXNet takes its threads from the environment
+    serve(lambda threads: None, contest, INPUTS, hybridized)  # MXNet reads its number of threads from the environment

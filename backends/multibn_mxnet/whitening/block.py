@@ -1,8 +1,8 @@
-"""Whitening as a Gluon block, and the Custom operator ``multibn_whitening`` beneath it: imperative, hybridized, and exported.
+"""Whitening as a Gluon block, by the Custom operator ``multibn_whitening``: imperative, hybridized, and exported.
 
-The operator gives y and what backward needs, ``saved``, float64 (groups, d, d+3): the factors of ``decompose``, the mean
-that was taken away, and whether gradients flow through both. It always takes gamma and beta: MXNet 1.9.1 cannot infer the
-storage of an operator with more outputs or states than it has inputs. The moving statistics change in forward (WH-05).
+Outputs of the operator are y and ``saved``, which backward needs: float64 (groups, d, d+3), the factors of ``decompose``, the
+mean that was subtracted, and whether gradients flow through both. Gamma and beta are always inputs, because MXNet 1.9.1 cannot
+infer the storage type of an operator with more outputs or states than inputs. The moving statistics change in forward (WH-05).
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from .operator import AFFINE, NAME, STATES
 
 
 class Whitening(gluon.HybridBlock):  # type: ignore[misc]
-    """Whitens the channels of a batch: mean 0, variance 1, no correlation (WH-01 to WH-10).
+    """Block that whitens the channels of a batch: mean 0, variance 1, no correlation (WH-01 to WH-10).
 
     Args:
         num_features: C, the size of the channel axis.
-        num_dims: rank of the input: 2 for fully connected layers (N, C), 4 for convolutions (N, C, H, W); 3 and 5 too.
+        num_dims: rank of the input, 2 to 5: 2 for fully connected layers (N, C), 4 for convolutions (N, C, H, W).
         kind: "zca", "pca" or "newton"; None for the spec's.
-        groups: groups of channels that are whitened each on its own; None for the spec's.
-        spec: what it computes.
+        groups: number of channel groups, each whitened separately; None for the spec's.
+        spec: what the block computes.
         implementation: "kernel" (the CPU kernel), "framework" (the passes over the data by MXNet's own operators, any device, in
             the input's type), or "auto": the kernel on CPU, the operators elsewhere.
-        prefix, params: Gluon's.
+        prefix, params: as in Gluon.
 
     Parameters, under Gluon's names: gamma (ones), beta (zeros), running_mean (C,), zeros, running_covariance (groups, d, d),
-    identities, and num_batches_tracked (0) where momentum is None. ``moving_mean`` and ``moving_covariance`` are the article's
+    identities, and num_batches_tracked (0) if momentum is None. ``moving_mean`` and ``moving_covariance`` are the article's
     names for the same Parameters.
 
     Raises:
-        ValueError, TypeError: an argument that is not allowed (WH-01, WH-03).
+        ValueError, TypeError: an invalid argument (WH-01, WH-03).
     """
 
     def __init__(
@@ -78,21 +78,21 @@ class Whitening(gluon.HybridBlock):  # type: ignore[misc]
 
     @property
     def spec(self) -> WhiteningSpec:
-        """What the block computes."""
+        """The specification of the block."""
         return self._spec
 
     @property
     def moving_mean(self) -> Any:
-        """The Parameter of the moving mean, ``running_mean`` to Gluon."""
+        """The Parameter of the moving mean, Gluon's ``running_mean``."""
         return self.running_mean
 
     @property
     def moving_covariance(self) -> Any:
-        """The Parameter of the moving covariance, ``running_covariance`` to Gluon."""
+        """The Parameter of the moving covariance, Gluon's ``running_covariance``."""
         return self.running_covariance
 
     def forward(self, x: Any) -> Any:
-        """y for x of shape (N, C, ...); in training, as ``autograd.is_training()`` tells, the moving statistics are updated.
+        """Whiten x (N, C, ...); in training (``autograd.is_training()``), also update the moving statistics.
 
         Raises:
             MXNetError: wrong rank, number of channels, types, or number of values (WH-01, WH-08, WH-09).
@@ -109,14 +109,14 @@ class Whitening(gluon.HybridBlock):  # type: ignore[misc]
         return super().forward(x)
 
     def hybrid_forward(self, F: Any, x: Any, **parameters: Any) -> Any:
-        """The same as a part of a graph."""
+        """Whiten as part of a graph."""
         mean = parameters["running_mean"]
         its = {"gamma": F.ones_like(mean), "beta": F.zeros_like(mean), **parameters}
         arrays = [its[name] for name in (*AFFINE, *STATES[: 3 if self._spec.momentum is None else 2])]
         is_np = mx.util.is_np_array()
         if is_np:  # there is no npx.Custom
             x, arrays = x.as_nd_ndarray(), [array.as_nd_ndarray() for array in arrays]
-        # oneDNN's arrays have a layout of their own: see ``Normalization._normalize``. What these operators return is plain.
+        # oneDNN arrays have a layout of their own: see ``Normalization._normalize``. These operators return plain arrays.
         if F is mx.nd:
             y = F.Custom(plain(x), *arrays, op_type=NAME, **self._attributes)[0]
             y = y.reshape(y.shape)
@@ -127,7 +127,7 @@ class Whitening(gluon.HybridBlock):  # type: ignore[misc]
         return y.as_np_ndarray() if is_np else y
 
     def cast(self, dtype: Any) -> None:
-        """Cast parameters and statistics; they stay float32 when the net becomes float16 (WH-09)."""
+        """Cast parameters and statistics; a cast to float16 leaves both in float32 (WH-09)."""
         self._clear_cached_op()
         for name, parameter in self._reg_params.items():
             if name != "num_batches_tracked":

@@ -47,7 +47,7 @@ class _Description(mx.operator.CustomOpProp):  # type: ignore[misc]
         return [shapes[0]] + [[c]] * (len(shapes) - 1), [shapes[0], [groups, d, d + 3]], states
 
     def infer_type(self, types: Any) -> Any:
-        kind = np.dtype(PARAMETER_TYPE[np.dtype(types[0]).name]).type  # MXNet knows classes, not dtypes
+        kind = np.dtype(PARAMETER_TYPE[np.dtype(types[0]).name]).type  # MXNet expects classes, not dtypes
         states = [kind, kind, np.int64][: len(self.list_auxiliary_states())]
         return [types[0]] + [kind] * (len(types) - 1), [types[0], np.float64], states
 
@@ -57,7 +57,7 @@ class _Description(mx.operator.CustomOpProp):  # type: ignore[misc]
 
 
 class _Operator(mx.operator.CustomOp):  # type: ignore[misc]
-    """The operator as MXNet calls it. A subclass has ``run`` and ``back``, which write y and dx themselves where asked to."""
+    """Base class with the methods that MXNet calls. Subclasses define ``run`` and ``back``, which fill a given ``target``."""
 
     def __init__(self, spec: WhiteningSpec) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class _Operator(mx.operator.CustomOp):  # type: ignore[misc]
 
 
 class _ByKernel(_Operator):
-    """By the CPU kernel, without copying."""
+    """The operator by the CPU kernel, without copies."""
 
     def run(
         self, x: Any, gamma: Any, beta: Any, mean: Any, covariance: Any, training: bool, batches: int, target: Any
@@ -108,7 +108,7 @@ class _ByKernel(_Operator):
 
 
 class _ByFramework(_Operator):
-    """The passes over the data by MXNet's operators, on x's device; the (d, d) matrices by ``multibn.whitening.matrix``."""
+    """The operator by MXNet's operators on x's device, with the (d, d) matrices by ``multibn.whitening.matrix``."""
 
     def run(
         self, x: Any, gamma: Any, beta: Any, mean: Any, covariance: Any, training: bool, batches: int, target: Any
@@ -149,7 +149,7 @@ class _ByFramework(_Operator):
         return _as_input(dx, x), (products * w).sum(axis=2).reshape(-1), _double(slopes.sum(axis=2)).reshape(-1)
 
     def _values(self, x: Any) -> Any:
-        """(N, C, ...) as (groups, d, m), in the type of the statistics."""
+        """Reshape (N, C, ...) to (groups, d, m), in the type of the statistics."""
         groups, c = self.spec.groups, x.shape[1]
         return x.swapaxes(0, 1).reshape((groups, c // groups, -1)).astype(PARAMETER_TYPE[type_name(x)])
 
@@ -170,7 +170,7 @@ def _target(array: Any, request: str) -> Any:
 
 
 def _rows(name: str, array: Any, x: Any) -> Any:
-    """A CPU NDArray of x's shape and type as (N, C, S) in NumPy, without a copy."""
+    """Return a NumPy view (N, C, S) of a CPU NDArray of x's shape and type."""
     n, c, *rest = x.shape
     rows = view(name, array, type_name(x), (n, c, math.prod(rest)), x)
     return rows.view(np.float16) if rows.dtype == np.int16 else rows
@@ -181,5 +181,5 @@ def _double(array: Any) -> Any:
 
 
 def _as_input(values: Any, x: Any) -> Any:
-    """(groups, d, m) as x's shape and type."""
+    """Reshape (groups, d, m) to x's shape, in x's type."""
     return values.reshape((x.shape[1], x.shape[0], *x.shape[2:])).swapaxes(0, 1).astype(x.dtype)

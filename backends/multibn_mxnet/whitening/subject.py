@@ -1,4 +1,4 @@
-"""Gluon's whitening as the conformance suite sees it."""
+"""Adapter of Gluon's whitening for the conformance suite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .block import Whitening
 
 
 class GluonWhitening:
-    """``Whitening`` behind NumPy arrays."""
+    """Adapter of ``Whitening`` that takes and returns NumPy arrays."""
 
     def __init__(self, num_features: int, spec: WhiteningSpec, device: str, implementation: str) -> None:
         kind, _, number = device.partition(":")
@@ -26,7 +26,7 @@ class GluonWhitening:
         self._block.initialize(ctx=self._context)
 
     def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_covariance: Array | None) -> None:
-        """Set the state; the block becomes float64 if the arrays are."""
+        """Set the state; cast the block to float64 if any array is float64."""
         given = {"gamma": gamma, "beta": beta, "running_mean": moving_mean, "running_covariance": moving_covariance}
         arrays = {name: array for name, array in given.items() if array is not None}
         self._block.cast("float64" if any(array.dtype == "float64" for array in arrays.values()) else "float32")
@@ -34,9 +34,9 @@ class GluonWhitening:
             getattr(self._block, name).set_data(mx.nd.array(array, dtype=array.dtype))
 
     def forward(self, x: Array, training: bool) -> Array:
-        """y for x, whatever its rank."""
+        """Return y for x of any rank."""
         self._block.num_dims = x.ndim
-        with mx.util.np_shape(True):  # else MXNet takes an axis of length 0 for one of unknown length
+        with mx.util.np_shape(True):  # else MXNet treats a length of 0 as unknown
             self._x = mx.nd.array(x, ctx=self._context, dtype=x.dtype)
             self._x.attach_grad()
             with autograd.record(train_mode=training):
@@ -45,10 +45,10 @@ class GluonWhitening:
         return array
 
     def backward(self, dy: Array) -> tuple[Array, Array | None, Array | None]:
-        """Gradients of the last forward.
+        """Return the gradients of the last forward.
 
         Raises:
-            MXNetError: there are none (WH-07), in the operator's words, which MXNet itself only prints.
+            MXNetError: there are no gradients (WH-07); with the operator's message, which MXNet itself only prints.
         """
         said = io.StringIO()
         try:
@@ -60,7 +60,7 @@ class GluonWhitening:
         return dx, self._gradient("gamma"), self._gradient("beta")
 
     def moving(self) -> tuple[Array, Array]:
-        """Copies of the moving statistics."""
+        """Return copies of the moving statistics."""
         return self._block.running_mean.data().asnumpy(), self._block.running_covariance.data().asnumpy()
 
     def _gradient(self, name: str) -> Array | None:
