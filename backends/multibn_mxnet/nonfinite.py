@@ -1,8 +1,8 @@
 """Warn when a batch contains NaN or Inf, which never enter the moving statistics (BN-11).
 
 The kernel counts the channels whose moving statistics it did not update, so detection is free. Where MXNet's operators compute
-on a CPU, ``watch`` waits for one value of the output per channel and checks that it is finite. Only if a check fails are the
-affected channels determined. On accelerators and in graphs there is no check.
+on a CPU, ``watch`` waits for one value of the output per channel and checks that it is finite. If a check fails, ``tell``
+determines the affected channels. Nothing checks on accelerators and in graphs.
 """
 
 from __future__ import annotations

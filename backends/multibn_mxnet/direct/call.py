@@ -5,9 +5,9 @@ computed the gradient of the output, that gradient has to be copied first (``blo
 immediately, and backward is recorded like the backward of ``mxnet.autograd.Function``.
 
 MXNet makes such a backward wait only for the gradient of y. To keep x from being overwritten before backward has run, backward is
-also recorded for an additional array, the anchor, whose gradient is declared to be added to x. ``mxnet.autograd.grad`` computes
-only the gradients that it is asked for, so x must stay unchanged until they are computed, as for any
-``mxnet.autograd.Function``.
+also recorded for an additional array, the anchor: its gradient array is x, with the request to add, but backward adds nothing.
+``mxnet.autograd.grad`` computes only the gradients that it is asked for, so with it x must stay unchanged until the gradients are
+computed, as for any ``mxnet.autograd.Function``.
 """
 
 from __future__ import annotations

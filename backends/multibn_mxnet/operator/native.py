@@ -156,7 +156,7 @@ def _apart(a: int, b: int, size: int) -> bool:  # pragma: no cover
 
 @compiled
 def _normalize(config: Any, handles: Any, saved: Any, train: bool, shape: Any, slot: Any) -> int:  # pragma: no cover
-    """``by_kernel.forward``; -1, with nothing changed, if the gate refuses an array or the states share memory.
+    """``by_kernel.forward``; -1, with nothing changed, if the gate refuses an array or the states share memory with another.
 
     Handles are in the operator's order; the handle of ``saved`` is ignored.
     """
