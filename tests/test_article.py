@@ -175,7 +175,7 @@ def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--framework", "keras"], "--framework must be mxnet or torch, got keras."),
+        (["--framework", "keras"], "--framework must be jax or mxnet or torch, got keras."),
         (["--framework", "mxnet"], "mxnet is not installed: pip install 'multibn[mxnet]'."),
         ([], "no framework is installed to train in: pip install 'multibn[torch]' or 'multibn[mxnet]'."),
     ],
@@ -235,7 +235,8 @@ def test_the_page_has_each_statement_in_order_and_asks_for_nothing(
     assert its.locator("svg.drawn path").count() > 100
     assert its.get_by_text("(0+1+2+3+12+13+14+15) / 8 = 7.5").is_visible()
     assert "NumPy, kernel" in its.locator("#training table").inner_text()
-    assert "too few seeds to judge by" in its.locator("footer").inner_text()
+    assert "2 seeds: enough to see that everything works, too few to judge a claim" in its.locator("header").inner_text()
+    assert "does not show" not in its.locator("body").inner_text()
     assert opened.said == []
     assert opened.elsewhere == []
     its.close()

@@ -342,7 +342,10 @@ def test_a_process_that_fails_is_reported_and_the_others_are_measured(
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Say which frameworks are installed."""
+    """Say which frameworks are installed, of two that have studies."""
+    monkeypatch.setattr(
+        bench, "modules", lambda: {"mxnet": "multibn_mxnet.studies.bench", "torch": "multibn_torch.studies.bench"}
+    )
 
     def only(*names: str) -> None:
         def found(name: str) -> str:
@@ -417,8 +420,9 @@ def test_the_command_passes_on_what_was_asked(
     pytest.importorskip("matplotlib")
     asked = []
 
-    def run(*plan: object) -> bool:
+    def run(*plan: object, others: object) -> bool:
         asked.append(plan)
+        assert not others
         return done
 
     monkeypatch.setattr(bench, "run", run)

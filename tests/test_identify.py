@@ -583,9 +583,9 @@ def test_the_command_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = called("identify", "zoo:make_Exits")
     assert (code, err) == (1, "")
     reason = "cannot tell: no training forward gives an output: forward raised SystemExit: 4."
-    assert f"# eps: {reason} That ends a process, and is not how to refuse" in out.splitlines()
+    assert f"# eps: {reason} That ends a process; refuse with an Exception" in out.splitlines()
 
 
 def test_a_wrong_call() -> None:
-    told = "a subject is named package.module:make, got 'zoo'. Name the module, a colon, and its function."
+    told = "--subject must be package.module:make, a module and its function, got 'zoo'."
     assert called("identify", "zoo") == (2, "", f"multibn: {told}\n")
