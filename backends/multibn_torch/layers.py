@@ -42,7 +42,7 @@ class Layer(Switches, BatchNormBase):
     operators, any device), or "auto": the kernel where it was measured to be at least as fast, so on a CPU; else the operators.
     ``init``: "identity" lets the first training batch pass unchanged: ``multibn.identity``. ``name`` is the layer's name in the
     model, for messages; ``swap`` tells it. ``fuse_relu``: the layer returns max(y, 0), at the cost of y alone; ``swap`` sets it
-    where a ReLU follows, which then has nothing left to do.
+    where a ReLU follows, which then has nothing left to do, and ``fused_in``: the layer rectifies only in these modules' forward.
     """
 
     ranks: tuple[int, ...]
@@ -52,6 +52,7 @@ class Layer(Switches, BatchNormBase):
     _examined: Any = None  # where the kernel's gate found its tensors plain
     name: str = ""
     fuse_relu = False
+    fused_in: tuple[str, ...] = ()  # keys of the modules that call the layer and its ReLU
     moving_variance: Literal["biased", "unbiased"] = "unbiased"
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from . import fusion
 from .compat import BatchNormBase
-from .forward.dispatch import rectified
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, check, keep_single
 
 _OURS: dict[type[torch.nn.Module], type[Layer]] = {
@@ -42,8 +44,8 @@ def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
     Args:
         fuse_relu: where nothing but a ``torch.nn.ReLU`` takes a layer's output, the layer returns max(y, 0) and the ReLU hands it
             on: the same numbers, faster. What follows what is found by ``torch.fx``, in the whole model or, where it cannot be
-            traced, in each part that can; such a part must be called as a whole, not its layers from outside. A hook on such a
-            layer sees max(y, 0).
+            traced, in each part that can. A layer is fused only while the module that calls it and the ReLU runs; called by
+            anything else, it returns y. A hook on such a layer sees max(y, 0).
 
     Raises:
         TypeError: model is not a module.
@@ -70,9 +72,10 @@ def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
         module.__class__ = _OURS[type(module)]
         module.name = name
         keep_single(module)
-    for module, relus in followed.items():
+    for module, pairs in followed.items():
         vars(module)["fuse_relu"] = True
-        for relu in relus:
+        vars(module)["fused_in"] = tuple(dict.fromkeys(fusion.arm(caller) for caller, _ in pairs))
+        for _, relu in pairs:
             relu.__class__ = ReLU
     fused = [name for name, module in model.named_modules() if module in followed]
     return Swapped(list(found), fused, skipped)
@@ -98,9 +101,10 @@ def unswap(model: torch.nn.Module) -> list[str]:
             )
     for layer in found.values():
         layer.__class__ = theirs[type(layer)]
-        for key in ("name", "fuse_relu", "implementation", "_examined", "_began", *_BEYOND):
+        for key in ("name", "fuse_relu", "fused_in", "implementation", "_examined", "_began", *_BEYOND):
             vars(layer).pop(key, None)
     for module in model.modules():
+        fusion.disarm(module)
         if type(module) is ReLU:
             module.__class__ = torch.nn.ReLU  # type: ignore[assignment]
     return list(found)
@@ -132,18 +136,46 @@ class ReLU(torch.nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """max(input, 0)."""
-        if type(input) is Tensor and not torch.compiler.is_compiling() and not input.is_inference() and rectified(input):
+        if type(input) is Tensor and not torch.compiler.is_compiling() and fusion.take(input):
             return input
         return super().forward(input)
 
 
-def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[torch.nn.Module, list[torch.nn.Module]]:
+Pair = tuple[torch.nn.Module, torch.nn.Module]
+"""The innermost module whose forward calls a layer and the ReLU after it, and the ReLU."""
+
+
+class _Tracer(fx.Tracer):
+    """Remember which modules were running when a node was made, the root first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[torch.nn.Module] = []
+        self.callers: dict[fx.Node, tuple[torch.nn.Module, ...]] = {}
+
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        """Ours, too."""
+        return isinstance(m, (Layer, ReLU)) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Trace a call of a module."""
+        self.running.append(m)
+        try:
+            y = super().call_module(m, forward, args, kwargs)
+        finally:
+            self.running.pop()
+        if isinstance(y, fx.Proxy):
+            self.callers.setdefault(y.node, tuple(self.running))
+        return y
+
+
+def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[torch.nn.Module, list[Pair]]:
     """The layers whose output goes to a ReLU and nowhere else, whenever they are called, with those ReLUs that are modules.
 
     A part of the model that cannot be traced is looked at in its own parts; it is named in ``skipped`` where it calls a layer
     itself, which is then not fused.
     """
-    relus: dict[torch.nn.Module, list[torch.nn.Module]] = {}
+    relus: dict[torch.nn.Module, list[Pair]] = {}
     alone: set[torch.nn.Module] = set()
     waiting = [("", model)]
     while waiting:
@@ -153,22 +185,24 @@ def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[t
         if type(part) in (*_OURS, *_OURS.values()):
             alone.add(part)  # called by what cannot be traced
             continue
+        tracer = _Tracer()
         try:
-            graph = part.graph if isinstance(part, fx.GraphModule) else fx.symbolic_trace(part).graph
+            graph = part.graph if isinstance(part, fx.GraphModule) else tracer.trace(part)
         except Exception as error:
             waiting += [(f"{name}.{child}".lstrip("."), module) for child, module in part.named_children()]
             if any(type(child) in (*_OURS, *_OURS.values()) for child in part.children()):
                 skipped[name] = f"torch.fx cannot trace {type(part).__name__}, so its own layers are not fused: {error}"
             continue
-        _look(graph, dict(part.named_modules()), relus, alone)
+        _look(graph, part, tracer.callers, relus, alone)
     return {module: its for module, its in relus.items() if module not in alone}
 
 
 def _look(
-    graph: fx.Graph, modules: dict[str, torch.nn.Module], relus: dict[torch.nn.Module, list[torch.nn.Module]],
-    alone: set[torch.nn.Module],
+    graph: fx.Graph, part: torch.nn.Module, callers: dict[fx.Node, tuple[torch.nn.Module, ...]],
+    relus: dict[torch.nn.Module, list[Pair]], alone: set[torch.nn.Module],
 ) -> None:  # fmt: skip
     """Sort the layers of a graph into those that a ReLU alone follows, and others."""
+    modules = dict(part.named_modules())
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
         if module is None or type(module) not in (*_OURS, *_OURS.values()):
@@ -176,6 +210,11 @@ def _look(
         users = list(node.users)
         after = modules.get(users[0].target) if len(users) == 1 and users[0].op == "call_module" else None
         if type(after) in (torch.nn.ReLU, ReLU):
-            relus.setdefault(module, []).append(after)  # type: ignore[arg-type]
+            caller = part
+            for one, other in zip(callers.get(node, ()), callers.get(users[0], ()), strict=False):
+                if one is not other:
+                    break
+                caller = one
+            relus.setdefault(module, []).append((caller, after))  # type: ignore[arg-type]
         else:
             alone.add(module)

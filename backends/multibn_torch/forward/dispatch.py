@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multibn_torch import fusion
 from multibn_torch.compat import dispatch_modes, tracing_state
 
 from . import formulas, masked, nonfinite
@@ -52,14 +53,21 @@ def rectify(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
     mask: Tensor | None = None, layer: nonfinite.Named | None = None,
 ) -> Tensor:  # fmt: skip
-    """``normalise``, then a ReLU: in one pass over the data where the program runs as it is written."""
+    """``normalise``, then a ReLU: in one pass over the data where the program runs as it is written.
+
+    A layer that ``swap`` fused leaves the ReLU to the module after it unless it is called by the module that calls both.
+    """
     observed = torch.compiler.is_compiling() or tracing_state() is not None or transformed() or _looked_at(x)
-    if observed or mask is not None or not on_kernel:
-        return torch.relu(normalise(x, gamma, beta, moving, how, on_kernel, mask, layer))
+    keys = () if layer is None else layer.fused_in
+    apart = observed or mask is not None or not on_kernel
+    run = fusion.current(keys) if keys and not apart else None
+    if apart or (keys and run is None):
+        y = normalise(x, gamma, beta, moving, how, on_kernel, mask, layer)
+        return y if keys else torch.relu(y)
     how = again(how) if how.update and recomputed() else how
     y = _by_kernel_or_operators(x, gamma, beta, moving, how, layer, True)
-    if not y.is_inference():  # which has no version
-        setattr(y, _RECTIFIED, y._version)
+    if run is not None:
+        fusion.mark(y, run)
     return y
 
 
@@ -79,15 +87,6 @@ def _by_kernel_or_operators(
         check_can_be_updated(*moving)
     y = by_operators(x, gamma, beta, moving, how)
     return torch.relu(y) if rectify else y
-
-
-_RECTIFIED = "_multibn_rectified"
-"""Attribute of what ``rectify`` returns: its version, by which PyTorch tells whether it was changed in place."""
-
-
-def rectified(y: Tensor) -> bool:
-    """Whether y is as ``rectify`` returned it, so that a ReLU has nothing left to do."""
-    return getattr(y, _RECTIFIED, None) == y._version
 
 
 def _looked_at(x: Tensor) -> bool:
