@@ -14,6 +14,7 @@ from multibn import identity
 from multibn.layer.inputs import objection
 from multibn.spec.batchnorm import BatchNormSpec, spec_text
 
+from . import refusals
 from .compat import BatchNormBase, tracing_state
 from .forward.dispatch import normalise, rectify
 from .forward.eager import PARAMETER
@@ -129,6 +130,14 @@ class Layer(Switches, BatchNormBase):
         way = rectify if self.fuse_relu else normalise
         return way(input, weight, bias, moving, how, on_kernel, mask, self)
 
+    def __prepare_scriptable__(self) -> None:
+        """Called by ``torch.jit.script``, which cannot compile the layer.
+
+        Raises:
+            RuntimeError: always.
+        """
+        refusals.refuse("torch.jit.script", self)
+
     def extra_repr(self) -> str:
         """PyTorch's text, and what differs from PyTorch."""
         text = str(super().extra_repr())  # type: ignore[no-untyped-call]
@@ -208,6 +217,7 @@ def keep_single(layer: torch.nn.Module) -> None:
 
 def as_leaf(layer: Layer, x: Proxy, mask: Proxy | None) -> Proxy:
     """The layer as one call in a graph of ``torch.fx``, as PyTorch's own are."""
+    refusals.check_tracer(layer)
     keywords = {} if mask is None else {"mask": mask}
     tracer: Any = x.tracer
     y: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), keywords)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from . import fusion
+from . import fusion, refusals
 from .compat import BatchNormBase
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, check, keep_single
 
@@ -140,6 +140,8 @@ class ReLU(torch.nn.ReLU):
             return input
         return super().forward(input)
 
+
+refusals.register_fusers({**_OURS, torch.nn.ReLU: ReLU})
 
 Pair = tuple[torch.nn.Module, torch.nn.Module]
 """The innermost module whose forward calls a layer and the ReLU after it, and the ReLU."""
