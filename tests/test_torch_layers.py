@@ -260,7 +260,10 @@ CHANNELS = (
     "Build the layer with 4 features, or move the channel axis of the input."
 )
 INTEGERS = "expected input of type float16, bfloat16, float32, float64, got int64 (BN-10). Convert the input to float32 first."
-DOUBLE = "weight must be float64 for float64 input, got float32 (BN-10). Cast the layer or the input so that they match."
+DOUBLE = (
+    "weight must be float64 for float64 input, got float32 (BN-10). Call double() of the layer or of the model, also after "
+    "load_state_dict(assign=True), which keeps the types of what it loads."
+)
 ONE_VALUE = (
     "Expected more than 1 value per channel when training, got input of shape (1, 3, 1, 1) (BN-12). One value is its own "
     "mean, so its variance is 0 and the output would be beta whatever the input. Use a larger batch, or inference."

@@ -136,7 +136,7 @@ def test_tools_that_look_for_own_classes_name_unswap_and_work_after_it(tool: str
     changed = TOOLS[tool](model.eval())
     if "qat" not in tool:
         torch.testing.assert_close(changed(x), wanted)
-    if "fx" in tool and "qat" not in tool or "modules" in tool:
+    if ("fx" in tool and "qat" not in tool) or "modules" in tool:
         assert not any(type(module) is nn.BatchNorm2d for module in changed.modules())
     elif "qat" in tool:
         assert any(type(module).__module__ == "torch.ao.nn.intrinsic.qat.modules.conv_fused" for module in changed.modules())

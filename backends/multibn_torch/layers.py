@@ -139,13 +139,13 @@ class Layer(Switches, BatchNormBase):
         refusals.refuse("torch.jit.script", self)
 
     def extra_repr(self) -> str:
-        """PyTorch's text, and what differs from PyTorch."""
+        """PyTorch's text, what differs from PyTorch, and that the layer is multibn's."""
         text = str(super().extra_repr())  # type: ignore[no-untyped-call]
         text += "" if self.normalize_with == "batch" else f", normalize_with={self.normalize_with!r}"
         text += self.frozen_text()
         text += "" if self.init == "standard" else f", init={self.init!r}"
         text += self._relu_text()
-        return text + ("" if self.implementation == "auto" else f", implementation={self.implementation!r}")
+        return text + ("" if self.implementation == "auto" else f", implementation={self.implementation!r}") + ", by=multibn"
 
     def _relu_text(self) -> str:
         return ", fuse_relu=True" if self.fuse_relu else ""
@@ -179,6 +179,7 @@ class Layer(Switches, BatchNormBase):
             ranks=self.ranks,
             needs_batch=needs_batch,
             parameters={name: (tuple(t.shape), type_name(t)) for name, t in state.items()},
+            cast=how_to_cast(x.dtype),
         )
         if problem is not None:
             raise ERRORS[problem.kind](problem.message)
@@ -222,6 +223,17 @@ def as_leaf(layer: Layer, x: Proxy, mask: Proxy | None) -> Proxy:
     tracer: Any = x.tracer
     y: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), keywords)
     return y
+
+
+_CASTS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float64: "double"}
+
+
+def how_to_cast(dtype: torch.dtype) -> str:
+    """The call that gives a layer the types that it needs for an input, as the end of a message."""
+    return (
+        f"Call {_CASTS.get(dtype, 'float')}() of the layer or of the model, also after load_state_dict(assign=True), "
+        "which keeps the types of what it loads."
+    )
 
 
 def type_name(t: Tensor) -> str:
