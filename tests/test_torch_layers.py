@@ -338,7 +338,7 @@ def test_text_says_what_the_layer_is() -> None:
     layer.normalize_with, layer.update_statistics = "moving", False
     assert repr(layer) == (
         "BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, normalize_with='moving', "
-        "frozen=statistics, implementation='framework')"
+        "frozen=statistics, implementation='framework', by=multibn)"
     )
     assert repr(ours.BatchNorm(3, 4, BatchNormSpec.article())) == "BatchNorm(3, 4, eps=1e-12, momentum=0.9)"
     assert repr(ours.BatchNorm(3, 2, BatchNormSpec(scale=False))) == "BatchNorm(3, 2, eps=1e-05, momentum=0.9, scale=False)"

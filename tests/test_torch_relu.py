@@ -273,7 +273,7 @@ def test_only_where_a_relu_alone_takes_the_output() -> None:
     assert {name for name, module in model.named_modules() if getattr(module, "fuse_relu", False)} == {"first"}
     assert type(model.relu) is ReLU
     assert torch.equal(model(x), plain(x))
-    assert ", fuse_relu=True)" in repr(model.first)
+    assert ", fuse_relu=True, by=multibn)" in repr(model.first)
     assert "fuse_relu" not in repr(model.second)
     assert list(model.state_dict()) == list(plain.state_dict())
 

@@ -110,3 +110,9 @@ def direct_apply(function: Any) -> Any:
     """
     function._backward_cls.apply = function.backward
     return super(torch.autograd.Function, function).apply
+
+
+def show_as(function: Any, name: str) -> None:
+    """Name a ``torch.autograd.Function`` for the profiler and for ``grad_fn``."""
+    function.__name__ = name
+    function._backward_cls.__name__ = f"{name}_backward"
