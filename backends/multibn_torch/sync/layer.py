@@ -119,7 +119,7 @@ class SyncBatchNorm(Layer, torch.nn.SyncBatchNorm):
 
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> SyncBatchNorm.convert_sync_batchnorm(model)[1]
-        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, by=multibn)
         """
         modules = {name: each for name, each in module.named_modules() if isinstance(each, torch.nn.modules.batchnorm._BatchNorm)}
         found = {name: each for name, each in modules.items() if type(each) in _CONVERTED}
