@@ -312,3 +312,16 @@ def test_a_graph_that_was_traced_before_is_taken_as_it_is() -> None:
     swap(wanted)
     assert swap(model, fuse_relu=True).fused == ["0"]
     assert torch.equal(model(x), wanted(x))
+
+
+def test_a_layer_under_checkpointing_inside_its_block_is_not_fused() -> None:
+    class Checkpointed(Inner):
+        def forward(self, x: Any) -> Any:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model, x = Checkpointed(), torch.randn(4, 3, 5, 5, requires_grad=True)
+    assert swap(model, fuse_relu=True).fused == ["bn"]
+    y = model(x)
+    assert y.min() == 0
+    y.square().sum().backward()
+    assert x.grad.any()

@@ -177,7 +177,7 @@ def test_quantization_folds_the_layer_again(training: bool) -> None:
 
 
 def test_what_is_not_swapped_is_named() -> None:
-    class Other(nn.BatchNorm1d):  # type: ignore[misc,name-defined]
+    class Other(nn.BatchNorm1d):
         pass
 
     model = nn.ModuleDict({"lazy": nn.LazyBatchNorm1d(), "sync": nn.SyncBatchNorm(3), "other": Other(3)})

@@ -65,6 +65,8 @@ def current(keys: tuple[str, ...]) -> Run | None:
         if run.key in keys:
             frame = inspect.currentframe()
             while frame is not None and frame is not run.frame:
+                if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                    return None  # the layer runs again in backward, when the module does not
                 frame = frame.f_back
             return None if frame is None else run
     return None
