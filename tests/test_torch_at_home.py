@@ -334,3 +334,12 @@ if __name__ == "__main__":
 def test_distributed_data_parallel(tmp_path: Any) -> None:
     lines = sorted(python(tmp_path, DISTRIBUTED, str(tmp_path / "meeting")).splitlines())
     assert lines == [f"({rank}, True, True, 5, [1.0, 1.0, 1.0])" for rank in range(2)]
+
+
+def test_the_profiler_and_the_graph_show_the_kernel() -> None:
+    layer, x = ours.BatchNorm2d(3), torch.randn(4, 3, 2, 2, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = layer(x)
+        y.sum().backward()
+    assert {"multibn::batch_norm", "multibn::batch_norm_backward"} <= {event.key for event in profile.key_averages()}
+    assert y.grad_fn.name() == "multibn::batch_norm_backward"

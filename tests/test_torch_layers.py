@@ -259,7 +259,10 @@ CHANNELS = (
     "Build the layer with 4 features, or move the channel axis of the input."
 )
 INTEGERS = "expected input of type float16, bfloat16, float32, float64, got int64 (BN-10). Convert the input to float32 first."
-DOUBLE = "weight must be float64 for float64 input, got float32 (BN-10). Cast the layer or the input so that they match."
+DOUBLE = (
+    "weight must be float64 for float64 input, got float32 (BN-10). Call double() of the layer or of the model, also after "
+    "load_state_dict(assign=True), which keeps the types of what it loads."
+)
 ONE_VALUE = (
     "Expected more than 1 value per channel when training, got input of shape (1, 3, 1, 1) (BN-12). One value is its own "
     "mean, so its variance is 0 and the output would be beta whatever the input. Use a larger batch, or inference."
@@ -334,7 +337,7 @@ def test_text_says_what_the_layer_is() -> None:
     layer.normalize_with, layer.update_statistics = "moving", False
     assert repr(layer) == (
         "BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, normalize_with='moving', "
-        "frozen=statistics, implementation='framework')"
+        "frozen=statistics, implementation='framework', by=multibn)"
     )
     assert repr(ours.BatchNorm(3, 4, BatchNormSpec.article())) == "BatchNorm(3, 4, eps=1e-12, momentum=0.9)"
     assert repr(ours.BatchNorm(3, 2, BatchNormSpec(scale=False))) == "BatchNorm(3, 2, eps=1e-05, momentum=0.9, scale=False)"

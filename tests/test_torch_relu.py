@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
+import threading
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from torch.utils.checkpoint import checkpoint
 
 import multibn_torch as ours
 from multibn_torch.forward.eager import PARAMETER
@@ -104,7 +108,7 @@ def test_other_ways_than_the_kernel_rectify_too() -> None:
     x = torch.randn(4, 3, 5, 5)
     y = copy.deepcopy(one)(x)
     assert y.min() == 0
-    mapped = torch.func.functional_call(copy.deepcopy(one)[0], {}, (x,))
+    mapped = torch.func.functional_call(copy.deepcopy(one), {}, (x,))
     compiled = torch.compile(copy.deepcopy(one), fullgraph=True, backend="eager")(x)
     traced = torch.fx.symbolic_trace(copy.deepcopy(one))(x)
     own = copy.deepcopy(one)
@@ -113,16 +117,115 @@ def test_other_ways_than_the_kernel_rectify_too() -> None:
         assert torch.equal(y, other)
     torch.testing.assert_close(own(x), y)
     mask = torch.ones(4, 5, 5, dtype=torch.bool)
-    assert torch.equal(copy.deepcopy(one)[0](x, mask=mask), y)
+    assert torch.equal(copy.deepcopy(one)[0](x, mask=mask).relu(), y)
+    alone = copy.deepcopy(one)[0]
+    alone.fused_in = ()  # as a program that sets fuse_relu itself has it
+    assert torch.equal(alone(x, mask=mask), y)
+    assert torch.equal(alone(x), alone(x).relu())
 
 
 def test_the_relu_has_nothing_left_to_do() -> None:
-    one = fused(net(3, inplace=False))
-    y = one[0](torch.randn(4, 3, 5, 5))
-    assert one[1](y) is y
+    one, seen = fused(net(3, inplace=False)), []
+    one[1].register_forward_hook(lambda module, given, y: seen.append((*given, y)))
+    one(torch.randn(4, 3, 5, 5))
+    ((given, y),) = seen
+    assert given is y
+    assert y.min() == 0
     other = torch.randn(3)
     assert one[1](other) is not other
     assert torch.equal(one[1](other), other.relu())
+
+
+class Inner(nn.Module):  # type: ignore[misc,name-defined]
+    """A block whose layer and ReLU are also called one by one from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x: Any) -> Any:
+        return self.relu(self.bn(x))
+
+
+class Outer(nn.Module):  # type: ignore[misc,name-defined]
+    """It cannot be traced, and goes past the forward of its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Inner()
+
+    def forward(self, x: Any) -> Any:
+        if x.sum() > 1e9:
+            return x
+        return self.block(x) + self.block.bn(x)
+
+
+def test_a_layer_that_is_called_past_its_block_is_not_rectified() -> None:
+    model, x = Outer().eval(), torch.randn(4, 3, 5, 5)
+    plain = copy.deepcopy(model)
+    swap(plain)
+    assert swap(model, fuse_relu=True).fused == ["block.bn"]
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        y = other.block.bn(x)
+        assert y.min() < 0
+        assert torch.equal(y, plain.block.bn(x))
+        assert torch.equal(other(x), plain(x))
+        assert other.block.bn(x).min() < 0
+
+
+def test_a_run_that_was_interrupted_leaves_the_layer_as_it_was() -> None:
+    model, x = Outer(), torch.randn(4, 3, 5, 5)
+    swap(model, fuse_relu=True)
+
+    def interrupt(module: Any, given: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.block.relu.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    hook.remove()
+    assert model.block.bn(x).min() < 0
+    assert model.block(x).min() == 0
+    assert model.block.bn(x).min() < 0
+
+
+def test_another_thread_does_not_rectify() -> None:
+    model, x = Outer(), torch.randn(4, 3, 5, 5)
+    swap(model, fuse_relu=True)
+    seen: list[Any] = []
+
+    def beside(module: Any, given: Any) -> None:
+        thread = threading.Thread(target=lambda: seen.append(model.block.bn(x)))
+        thread.start()
+        thread.join()
+
+    model.block.relu.register_forward_pre_hook(beside)
+    assert model.block(x).min() == 0
+    assert seen[0].min() < 0
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_relu_that_was_replaced_is_missed(inference: bool) -> None:
+    one = fused(net(3)).eval()
+    one[1] = nn.LeakyReLU()
+    with torch.inference_mode(inference), pytest.raises(RuntimeError) as caught:
+        one(torch.randn(4, 3, 5, 5))
+    assert str(caught.value) == (
+        "Sequential no longer passes the output of each fused layer to its ReLU, as it did when swap(model, fuse_relu=True) "
+        "looked at it. Call unswap before the model is changed, then swap again."
+    )
+
+
+def test_a_block_runs_again_under_checkpointing() -> None:
+    two = net(3)
+    one, x = fused(two), torch.randn(4, 3, 5, 5)
+    gradients = []
+    for model in (two, one):
+        given = x.clone().requires_grad_()
+        checkpoint(model, given, use_reentrant=False).square().sum().backward()
+        gradients.append((given.grad, model[0].weight.grad))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_what_a_hook_has_changed_is_rectified_again() -> None:
@@ -170,7 +273,7 @@ def test_only_where_a_relu_alone_takes_the_output() -> None:
     assert {name for name, module in model.named_modules() if getattr(module, "fuse_relu", False)} == {"first"}
     assert type(model.relu) is ReLU
     assert torch.equal(model(x), plain(x))
-    assert ", fuse_relu=True)" in repr(model.first)
+    assert ", fuse_relu=True, by=multibn)" in repr(model.first)
     assert "fuse_relu" not in repr(model.second)
     assert list(model.state_dict()) == list(plain.state_dict())
 
@@ -209,3 +312,16 @@ def test_a_graph_that_was_traced_before_is_taken_as_it_is() -> None:
     swap(wanted)
     assert swap(model, fuse_relu=True).fused == ["0"]
     assert torch.equal(model(x), wanted(x))
+
+
+def test_a_layer_under_checkpointing_inside_its_block_is_not_fused() -> None:
+    class Checkpointed(Inner):
+        def forward(self, x: Any) -> Any:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model, x = Checkpointed(), torch.randn(4, 3, 5, 5, requires_grad=True)
+    assert swap(model, fuse_relu=True).fused == ["bn"]
+    y = model(x)
+    assert y.min() == 0
+    y.square().sum().backward()
+    assert x.grad.any()

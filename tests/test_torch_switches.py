@@ -94,12 +94,12 @@ def test_the_text_says_what_is_frozen() -> None:
     text = "BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True"
     for each in (layer, block):
         each.freeze_statistics()
-    assert repr(layer) == f"{text}, frozen=statistics)"
+    assert repr(layer) == f"{text}, frozen=statistics, by=multibn)"
     assert repr(block) == "BatchNorm(3, 4, eps=1e-12, momentum=0.9, frozen=statistics)"
     for each in (layer, block):
         each.freeze_affine()
         each.use_moving_statistics()
-    assert repr(layer) == f"{text}, normalize_with='moving', frozen=statistics+affine)"
+    assert repr(layer) == f"{text}, normalize_with='moving', frozen=statistics+affine, by=multibn)"
     assert repr(block) == "BatchNorm(3, 4, eps=1e-12, momentum=0.9, normalize_with='moving', frozen=statistics+affine)"
 
 

@@ -143,3 +143,46 @@ def test_a_forward_without_memory_does_not_count(monkeypatch: pytest.MonkeyPatch
         layer(torch.randn(8, 16, 4, 4))
     for key, t in before.items():
         assert torch.equal(layer.state_dict()[key], t)
+
+
+CALLS = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16", torch.float64: "double"}
+
+
+@pytest.mark.parametrize("given", CALLS, ids=str)
+@pytest.mark.parametrize("loaded", CALLS, ids=str)
+def test_the_message_about_types_names_a_call_that_helps(loaded: Any, given: Any) -> None:
+    """Of a state that ``load_state_dict(assign=True)`` has put in place with its types (BN-10)."""
+    torch.manual_seed(0)
+    layer, x = ours.BatchNorm2d(3), torch.randn(4, 3, 2, 2).to(given)
+    wanted = copy.deepcopy(layer).to(given)(x)
+    state = nn.BatchNorm2d(3).to(loaded).state_dict()
+    layer.load_state_dict(state, assign=True)
+    needed = torch.float64 if given is torch.float64 else torch.float32
+    if loaded is not needed:
+        before = copy.deepcopy(state)
+        with pytest.raises(RuntimeError) as caught:
+            layer(x)
+        its, got = (str(t).removeprefix("torch.") for t in (needed, loaded))
+        assert str(caught.value) == (
+            f"weight must be {its} for {str(given).removeprefix('torch.')} input, got {got} (BN-10). Call {CALLS[given]}() of "
+            "the layer or of the model, also after load_state_dict(assign=True), which keeps the types of what it loads."
+        )
+        assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+        getattr(layer, CALLS[given])()
+    assert torch.equal(layer(x), wanted)
+    assert layer.weight.dtype is needed
+
+
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16], ids=str)
+def test_types_of_a_half_model(given: Any) -> None:
+    """``type`` makes the counter floating-point, as it does PyTorch's own."""
+    x = torch.randn(4, 3, 2, 2).to(given)
+    results = []
+    for way in ("half" if given is torch.float16 else "bfloat16", "type", "to"):
+        layer: Any = ours.BatchNorm2d(3, momentum=None)
+        layer = getattr(layer, way)() if "half" in way or "float" in way else getattr(layer, way)(given)
+        for _ in range(2):
+            results.append(layer(x))
+        assert {t.dtype for name, t in layer.state_dict().items() if "num" not in name} == {torch.float32}
+        assert layer.num_batches_tracked == 2
+    assert all(torch.equal(y, results[0]) for y in results)

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch import nn
 
 import multibn_torch as ours
+from multibn_torch.swap import ReLU
 
 
 def convolutional() -> Any:
@@ -28,7 +29,7 @@ def resnet() -> Any:
 
 def mobilenet() -> Any:
     transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
-    config = transformers.MobileNetV2Config(num_channels=3, image_size=32, depth_multiplier=0.25, num_labels=3)
+    config = transformers.MobileNetV2Config(num_channels=3, image_size=32, depth_multiplier=0.25, num_labels=3, tf_padding=False)
     return transformers.MobileNetV2ForImageClassification(config)
 
 
@@ -73,25 +74,72 @@ def test_relus_are_fused_in_the_parts_that_can_be_traced(make: Any) -> None:
     assert torch.equal(model(x).logits, wanted)
 
 
-@pytest.mark.parametrize("way", ["fx", "modules", "script"])
-def test_fusing_and_scripting_work_again(way: str) -> None:
-    model, x = convolutional().eval(), torch.randn(4, 3, 8, 8)
-    ours.swap(model, fuse_relu=True)
-    ours.unswap(model)
-    wanted = model(x)
-    if way == "fx":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch 2.13 uses what it deprecates
-            from torch.fx.experimental.optimization import fuse
+def block(make: Any) -> Any:
+    """A convolution, a BatchNorm and an activation that a model has somewhere, in inference."""
+    model = make()
+    if make is convolutional:
+        return model.eval()
+    return next(part.eval() for part in model.modules() if {"convolution", "normalization"} <= dict(part.named_children()).keys())
 
-        changed = fuse(model)
-        assert not any(isinstance(module, nn.BatchNorm2d) for module in changed.modules())
-    elif way == "modules":
-        changed = torch.ao.quantization.fuse_modules(model, [["0", "1", "2"]])
-    else:
-        with pytest.warns(DeprecationWarning, match="torch.jit.script"):
-            changed = torch.jit.script(model)
-    torch.testing.assert_close(changed(x), wanted)
+
+def fused_by_fx(model: Any) -> Any:
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(model)
+
+
+def fused_by_names(model: Any) -> Any:
+    names = [name for name, _ in model.named_children()]
+    return torch.ao.quantization.fuse_modules(model, [names[: 3 if isinstance(list(model.children())[2], nn.ReLU) else 2]])
+
+
+def observed(model: Any) -> Any:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    return prepare_fx(model, get_default_qconfig_mapping("x86"), (torch.randn(4, 3, 8, 8),))
+
+
+def observed_in_training(model: Any) -> Any:
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    return prepare_qat_fx(model.train(), get_default_qat_qconfig_mapping("x86"), (torch.randn(4, 3, 8, 8),))
+
+
+TOOLS: dict[str, Any] = {
+    "torch.fx.experimental.optimization.fuse": fused_by_fx,
+    "torch.ao.quantization.fuse_modules": fused_by_names,
+    "torch.ao.quantization.quantize_fx.prepare_fx": observed,
+    "torch.ao.quantization.quantize_fx.prepare_qat_fx": observed_in_training,
+    "torch.jit.script": torch.jit.script,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch 2.13 deprecates these tools, and uses what it deprecates
+@pytest.mark.parametrize("fuse_relu", [True, False])
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_that_look_for_own_classes_name_unswap_and_work_after_it(tool: str, make: Any, fuse_relu: bool) -> None:
+    model, x = block(make), torch.randn(4, 3, 8, 8)
+    if tool == "torch.jit.script":  # which cannot compile the forward of MobileNetV2's own class
+        model = nn.Sequential(*model.children()).eval()
+    wanted = model(x)
+    ours.swap(model, fuse_relu=fuse_relu)
+    relu = ", ReLU" if tool.endswith("fuse_modules") and fuse_relu and any(type(m) is ReLU for m in model.modules()) else ""
+    with pytest.raises(RuntimeError) as caught:
+        TOOLS[tool](model)
+    assert str(caught.value) == (
+        f"{tool} needs PyTorch's own layers, got BatchNorm2d{relu} of multibn_torch. Call multibn_torch.unswap(model) first."
+    )
+    ours.unswap(model)
+    changed = TOOLS[tool](model.eval())
+    if "qat" not in tool:
+        torch.testing.assert_close(changed(x), wanted)
+    if ("fx" in tool and "qat" not in tool) or "modules" in tool:
+        assert not any(type(module) is nn.BatchNorm2d for module in changed.modules())
+    elif "qat" in tool:
+        assert any(type(module).__module__ == "torch.ao.nn.intrinsic.qat.modules.conv_fused" for module in changed.modules())
 
 
 def test_a_layer_that_does_more_is_not_taken_back() -> None:

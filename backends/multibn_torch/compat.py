@@ -36,6 +36,11 @@ PARTS = {
     "BatchNormBase": Part("nn.modules.batchnorm._BatchNorm", "the layers, which are subclasses of it"),
     "impl_index": Part("ops.aten._batch_norm_impl_index", "implementation='framework' with gradients"),
     "impl_index_backward": Part("ops.aten._batch_norm_impl_index_backward", "implementation='framework' with gradients"),
+    "fuser_methods": Part(
+        "ao.quantization.fuser_method_mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD",
+        "the message of torch.ao.quantization.fuse_modules that names unswap",
+        required=False,
+    ),
     "eval_frame": Part("_C._dynamo.eval_frame", "silence of compiled autograd in a backward", required=False),
 }
 
@@ -69,6 +74,7 @@ unwrap_if_dead = lookup("unwrap_if_dead")
 impl_index = lookup("impl_index")
 impl_index_backward = lookup("impl_index_backward")
 is_zero = lookup("is_zero")
+fuser_methods = lookup("fuser_methods")
 lookup("BatchNormBase")
 from torch.nn.modules import batchnorm  # noqa: E402
 
@@ -106,3 +112,9 @@ def direct_apply(function: Any) -> Any:
     """
     function._backward_cls.apply = function.backward
     return super(torch.autograd.Function, function).apply
+
+
+def show_as(function: Any, name: str) -> None:
+    """Name a ``torch.autograd.Function`` for the profiler and for ``grad_fn``."""
+    function.__name__ = name
+    function._backward_cls.__name__ = f"{name}_backward"

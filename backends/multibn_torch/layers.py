@@ -14,6 +14,7 @@ from multibn import identity
 from multibn.layer.inputs import objection
 from multibn.spec.batchnorm import BatchNormSpec, spec_text
 
+from . import refusals
 from .compat import BatchNormBase, tracing_state
 from .forward.dispatch import normalise, rectify
 from .forward.eager import PARAMETER
@@ -44,8 +45,8 @@ class Layer(Switches, BatchNormBase):
             operators elsewhere.
         init: "identity" initialises gamma and beta so that the first training batch passes unchanged; see ``multibn.identity``.
         name: the layer's name in the model, for messages; set by ``swap``.
-        fuse_relu: return max(y, 0), at the cost of y alone; set by ``swap`` where a ReLU follows, so that the ReLU passes its
-            input through.
+        fuse_relu: return max(y, 0), at the cost of y alone; set by ``swap`` where a ReLU follows, which passes its input through.
+        fused_in: keys of the modules in whose forward the layer does so; set by ``swap``.
     """
 
     ranks: tuple[int, ...]
@@ -55,6 +56,7 @@ class Layer(Switches, BatchNormBase):
     _examined: Any = None  # addresses at which the kernel's gate last checked the tensors
     name: str = ""
     fuse_relu = False
+    fused_in: tuple[str, ...] = ()  # keys of the modules that call the layer and its ReLU
     moving_variance: Literal["biased", "unbiased"] = "unbiased"
 
     @property
@@ -132,14 +134,22 @@ class Layer(Switches, BatchNormBase):
         way = rectify if self.fuse_relu else normalise
         return way(input, weight, bias, moving, how, on_kernel, mask, self)
 
+    def __prepare_scriptable__(self) -> None:
+        """Called by ``torch.jit.script``, which cannot compile the layer.
+
+        Raises:
+            RuntimeError: always.
+        """
+        refusals.refuse("torch.jit.script", self)
+
     def extra_repr(self) -> str:
-        """PyTorch's repr, plus every setting that differs from PyTorch's defaults."""
+        """PyTorch's repr, plus every setting that differs from PyTorch's defaults, and ``by=multibn``."""
         text = str(super().extra_repr())  # type: ignore[no-untyped-call]
         text += "" if self.normalize_with == "batch" else f", normalize_with={self.normalize_with!r}"
         text += self.frozen_text()
         text += "" if self.init == "standard" else f", init={self.init!r}"
         text += self._relu_text()
-        return text + ("" if self.implementation == "auto" else f", implementation={self.implementation!r}")
+        return text + ("" if self.implementation == "auto" else f", implementation={self.implementation!r}") + ", by=multibn"
 
     def _relu_text(self) -> str:
         return ", fuse_relu=True" if self.fuse_relu else ""
@@ -173,6 +183,7 @@ class Layer(Switches, BatchNormBase):
             ranks=self.ranks,
             needs_batch=needs_batch,
             parameters={name: (tuple(t.shape), type_name(t)) for name, t in state.items()},
+            cast=how_to_cast(x.dtype),
         )
         if problem is not None:
             raise ERRORS[problem.kind](problem.message)
@@ -211,10 +222,22 @@ def keep_single(layer: torch.nn.Module) -> None:
 
 def as_leaf(layer: Layer, x: Proxy, mask: Proxy | None) -> Proxy:
     """Record the layer as one call_module node in a ``torch.fx`` graph, as ``torch.fx`` does for PyTorch's own layers."""
+    refusals.check_tracer(layer)
     keywords = {} if mask is None else {"mask": mask}
     tracer: Any = x.tracer
     y: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), keywords)
     return y
+
+
+_CASTS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float64: "double"}
+
+
+def how_to_cast(dtype: torch.dtype) -> str:
+    """The call that gives a layer the types that it needs for an input, as the end of a message."""
+    return (
+        f"Call {_CASTS.get(dtype, 'float')}() of the layer or of the model, also after load_state_dict(assign=True), "
+        "which keeps the types of what it loads."
+    )
 
 
 def type_name(t: Tensor) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from . import fusion, refusals
 from .compat import BatchNormBase
-from .forward.dispatch import rectified
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, check, keep_single
 
 _OURS: dict[type[torch.nn.Module], type[Layer]] = {
@@ -42,8 +44,8 @@ def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
     Args:
         fuse_relu: where a ``torch.nn.ReLU`` is the only consumer of a layer's output, the layer returns max(y, 0) and the ReLU
             passes it through: the same numbers, faster. ``swap`` finds these pairs with ``torch.fx``, in the whole model or, if
-            ``torch.fx`` cannot trace the model, in each submodule that it can trace. Call such a submodule as a whole; do not
-            call its layers from outside. A forward hook on a fused layer sees max(y, 0).
+            ``torch.fx`` cannot trace the model, in each submodule that it can trace. A layer rectifies only while the module
+            that calls both runs; called from elsewhere, it returns y. A forward hook on a fused layer sees max(y, 0).
 
     Raises:
         TypeError: model is not a module.
@@ -70,9 +72,10 @@ def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
         module.__class__ = _OURS[type(module)]
         module.name = name
         keep_single(module)
-    for module, relus in followed.items():
+    for module, pairs in followed.items():
         vars(module)["fuse_relu"] = True
-        for relu in relus:
+        vars(module)["fused_in"] = tuple(dict.fromkeys(fusion.arm(caller) for caller, _ in pairs))
+        for _, relu in pairs:
             relu.__class__ = ReLU
     fused = [name for name, module in model.named_modules() if module in followed]
     return Swapped(list(found), fused, skipped)
@@ -98,9 +101,10 @@ def unswap(model: torch.nn.Module) -> list[str]:
             )
     for layer in found.values():
         layer.__class__ = theirs[type(layer)]
-        for key in ("name", "fuse_relu", "implementation", "_examined", "_began", *_BEYOND):
+        for key in ("name", "fuse_relu", "fused_in", "implementation", "_examined", "_began", *_BEYOND):
             vars(layer).pop(key, None)
     for module in model.modules():
+        fusion.disarm(module)
         if type(module) is ReLU:
             module.__class__ = torch.nn.ReLU  # type: ignore[assignment]
     return list(found)
@@ -132,18 +136,48 @@ class ReLU(torch.nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return max(input, 0)."""
-        if type(input) is Tensor and not torch.compiler.is_compiling() and not input.is_inference() and rectified(input):
+        if type(input) is Tensor and not torch.compiler.is_compiling() and fusion.take(input):
             return input
         return super().forward(input)
 
 
-def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[torch.nn.Module, list[torch.nn.Module]]:
-    """Map each layer whose only consumer, in every call, is a ReLU module to these ReLU modules.
+refusals.register_fusers({**_OURS, torch.nn.ReLU: ReLU})
+
+Pair = tuple[torch.nn.Module, torch.nn.Module]
+"""The innermost module whose forward calls a layer and the ReLU after it, and the ReLU."""
+
+
+class _Tracer(fx.Tracer):
+    """Remember which modules were running when a node was made, the root first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[torch.nn.Module] = []
+        self.callers: dict[fx.Node, tuple[torch.nn.Module, ...]] = {}
+
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        """Whether ``torch.fx`` records a module as one node; multibn's layers are."""
+        return isinstance(m, (Layer, ReLU)) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Trace a call of a module."""
+        self.running.append(m)
+        try:
+            y = super().call_module(m, forward, args, kwargs)
+        finally:
+            self.running.pop()
+        if isinstance(y, fx.Proxy):
+            self.callers.setdefault(y.node, tuple(self.running))
+        return y
+
+
+def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[torch.nn.Module, list[Pair]]:
+    """Map each layer whose only consumer, in every call, is a ReLU module to these ReLU modules and the callers of both.
 
     If ``torch.fx`` cannot trace a submodule, descend into its children. If that submodule calls BatchNorm layers directly, they
     are not fused, and ``skipped`` gets the reason.
     """
-    relus: dict[torch.nn.Module, list[torch.nn.Module]] = {}
+    relus: dict[torch.nn.Module, list[Pair]] = {}
     alone: set[torch.nn.Module] = set()
     waiting = [("", model)]
     while waiting:
@@ -153,22 +187,24 @@ def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[t
         if type(part) in (*_OURS, *_OURS.values()):
             alone.add(part)  # called by a module that torch.fx cannot trace
             continue
+        tracer = _Tracer()
         try:
-            graph = part.graph if isinstance(part, fx.GraphModule) else fx.symbolic_trace(part).graph
+            graph = part.graph if isinstance(part, fx.GraphModule) else tracer.trace(part)
         except Exception as error:
             waiting += [(f"{name}.{child}".lstrip("."), module) for child, module in part.named_children()]
             if any(type(child) in (*_OURS, *_OURS.values()) for child in part.children()):
                 skipped[name] = f"torch.fx cannot trace {type(part).__name__}, so its own layers are not fused: {error}"
             continue
-        _look(graph, dict(part.named_modules()), relus, alone)
+        _look(graph, part, tracer.callers, relus, alone)
     return {module: its for module, its in relus.items() if module not in alone}
 
 
 def _look(
-    graph: fx.Graph, modules: dict[str, torch.nn.Module], relus: dict[torch.nn.Module, list[torch.nn.Module]],
-    alone: set[torch.nn.Module],
+    graph: fx.Graph, part: torch.nn.Module, callers: dict[fx.Node, tuple[torch.nn.Module, ...]],
+    relus: dict[torch.nn.Module, list[Pair]], alone: set[torch.nn.Module],
 ) -> None:  # fmt: skip
     """Add each layer of a graph to ``relus`` if a ReLU module is the only consumer of its output, else to ``alone``."""
+    modules = dict(part.named_modules())
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
         if module is None or type(module) not in (*_OURS, *_OURS.values()):
@@ -176,6 +212,11 @@ def _look(
         users = list(node.users)
         after = modules.get(users[0].target) if len(users) == 1 and users[0].op == "call_module" else None
         if type(after) in (torch.nn.ReLU, ReLU):
-            relus.setdefault(module, []).append(after)  # type: ignore[arg-type]
+            caller = part
+            for one, other in zip(callers.get(node, ()), callers.get(users[0], ()), strict=False):
+                if one is not other:
+                    break
+                caller = one
+            relus.setdefault(module, []).append((caller, after))  # type: ignore[arg-type]
         else:
             alone.add(module)

@@ -26,6 +26,7 @@ def objection(
     channel_axis: int = 1,
     needs_batch: bool = False,
     parameters: Mapping[str, tuple[Sequence[int], str]] | None = None,
+    cast: str = "Cast the layer or the input so that they match.",
 ) -> Objection | None:
     """Check an input; return what is wrong with it, or None.
 
@@ -36,6 +37,7 @@ def objection(
         channel_axis: may be negative.
         needs_batch: whether this forward uses batch statistics (``BatchNormSpec.uses_batch``).
         parameters: name -> (shape, dtype) of gamma, beta and the moving statistics.
+        cast: what to do about parameters of the wrong type, for the message.
     """
     shape = tuple(shape)
     rank = len(shape)
@@ -74,8 +76,7 @@ def objection(
         if its_dtype != PARAMETER_TYPE[dtype]:
             return Objection(
                 "parameter type",
-                f"{name} must be {PARAMETER_TYPE[dtype]} for {dtype} input, got {its_dtype} (BN-10). "
-                "Cast the layer or the input so that they match.",
+                f"{name} must be {PARAMETER_TYPE[dtype]} for {dtype} input, got {its_dtype} (BN-10). {cast}",
             )
     if needs_batch and values_per_channel(shape, channel_axis) == 1:
         return Objection(

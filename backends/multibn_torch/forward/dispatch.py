@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multibn_torch import fusion
 from multibn_torch.compat import dispatch_modes, tracing_state
 
 from . import formulas, masked, nonfinite
@@ -52,14 +53,21 @@ def rectify(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
     mask: Tensor | None = None, layer: nonfinite.Named | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return max(``normalise``, 0); in eager mode on the kernel, compute both in one pass over the data."""
+    """Return max(``normalise``, 0); in eager mode on the kernel, compute both in one pass over the data.
+
+    A layer that ``swap`` fused returns y, and leaves the ReLU to the module after it, unless the module that calls both runs.
+    """
     observed = torch.compiler.is_compiling() or tracing_state() is not None or transformed() or _looked_at(x)
-    if observed or mask is not None or not on_kernel:
-        return torch.relu(normalise(x, gamma, beta, moving, how, on_kernel, mask, layer))
+    keys = () if layer is None else layer.fused_in
+    apart = observed or mask is not None or not on_kernel
+    run = fusion.current(keys) if keys and not apart else None
+    if apart or (keys and run is None):
+        y = normalise(x, gamma, beta, moving, how, on_kernel, mask, layer)
+        return y if keys else torch.relu(y)
     how = again(how) if how.update and recomputed() else how
     y = _by_kernel_or_operators(x, gamma, beta, moving, how, layer, True)
-    if not y.is_inference():  # inference tensors have no version counter
-        setattr(y, _RECTIFIED, y._version)
+    if run is not None:
+        fusion.mark(y, run)
     return y
 
 
@@ -79,15 +87,6 @@ def _by_kernel_or_operators(
         check_can_be_updated(*moving)
     y = by_operators(x, gamma, beta, moving, how)
     return torch.relu(y) if rectify else y
-
-
-_RECTIFIED = "_multibn_rectified"
-"""Attribute of a tensor that ``rectify`` returned: its version counter at that time, which detects later in-place changes."""
-
-
-def rectified(y: Tensor) -> bool:
-    """Return whether y is an unchanged result of ``rectify``, so that a ReLU can pass it through."""
-    return getattr(y, _RECTIFIED, None) == y._version
 
 
 def _looked_at(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ from multibn.memory import LENT, take
 from multibn_torch.compat import direct_apply, is_legacy_batched
 from multibn_torch.compat import recomputed as recomputed
 from multibn_torch.compat import run_as_written as run_as_written
+from multibn_torch.compat import show_as as show_as
 from multibn_torch.compat import transformed as transformed
 
 from . import formulas, nonfinite, recompute
@@ -108,6 +109,7 @@ def _check_saved(x: Tensor, shape: tuple[int, int, int], seen: Seen) -> None:
 
 
 _kernel: Any = _Kernel
+show_as(_kernel, "multibn::batch_norm")
 _apply: Any = direct_apply(_kernel)  # ``dispatch`` never calls it under a transform
 run_as_written(_kernel.backward)
 

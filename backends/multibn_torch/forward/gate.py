@@ -80,6 +80,28 @@ def refusal(t: Tensor, dtype: torch.dtype, name: str) -> RuntimeError:
     )
 
 
+def check_memory(t: Tensor, dtype: torch.dtype, shape: torch.Size, name: str, origin: str = "the layer was made with") -> None:
+    """Raise unless NumPy may look at a plain tensor's values, strided or not.
+
+    Args:
+        origin: of the type and shape, for the message.
+
+    Raises:
+        RuntimeError: it has another type or shape, or its storage does not reach as far as its values.
+    """
+    if t.dtype is not dtype or t.shape != shape:
+        raise RuntimeError(
+            f"{name} must have the shape {tuple(shape)} and type {dtype} that {origin}, got shape {tuple(t.shape)} of type "
+            f"{t.dtype}. Give one of the right type and shape."
+        )
+    needed = (t.storage_offset() + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) + 1) * t.itemsize
+    if t.numel() and t.untyped_storage().nbytes() < needed:
+        raise RuntimeError(
+            f"{name} needs a storage of at least {needed} bytes, got one of {t.untyped_storage().nbytes()}. Allocate the storage "
+            "before the layer is called."
+        )
+
+
 def check_apart(mean: Tensor | None, var: Tensor | None, addresses: tuple[int, int, int, int], nbytes: int) -> None:
     """Raise unless the kernel may write to the moving statistics.
 

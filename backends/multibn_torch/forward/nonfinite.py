@@ -25,6 +25,7 @@ class Named(Protocol):
 
     name: str
     num_features: int
+    fused_in: tuple[str, ...]
     _examined: Any
 
     def __hash__(self) -> int: ...

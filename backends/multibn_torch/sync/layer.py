@@ -95,7 +95,7 @@ class SyncBatchNorm(Layer, torch.nn.SyncBatchNorm):
         self._refuse(input, False)
         how, moving = _how(self, False, False), _moving(self)
         y = normalise(input, self.weight, self.bias, moving, how, input.is_cpu, mask, self)  # type: ignore[arg-type]
-        return torch.relu(y) if self.fuse_relu else y
+        return torch.relu(y) if self.fuse_relu and not self.fused_in else y
 
     def extra_repr(self) -> str:
         """PyTorch's text, and what differs from PyTorch."""
@@ -119,7 +119,7 @@ class SyncBatchNorm(Layer, torch.nn.SyncBatchNorm):
 
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> SyncBatchNorm.convert_sync_batchnorm(model)[1]
-        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, by=multibn)
         """
         modules = {name: each for name, each in module.named_modules() if isinstance(each, torch.nn.modules.batchnorm._BatchNorm)}
         found = {name: each for name, each in modules.items() if type(each) in _CONVERTED}
@@ -197,7 +197,7 @@ def _in_training(layer: SyncBatchNorm, x: Tensor, mask: Tensor | None, update: b
     if poisoned_channels:
         _tell(layer, poisoned_channels)
     y = y if mask is None else masked.unpack(y, mask, x)
-    return torch.relu(y) if layer.fuse_relu else y
+    return torch.relu(y) if layer.fuse_relu and not layer.fused_in else y
 
 
 run_as_written(_in_training)

@@ -20,6 +20,7 @@ from multibn.whitening.kernel import Saved, merged, scaled, times, update
 from multibn.whitening.matrix import adjoint, decompose, matrix
 from multibn.whitening.spec import WhiteningSpec
 from multibn_torch.forward.eager import PARAMETER, output_like
+from multibn_torch.forward.gate import check_memory, is_plain, refusal
 
 CACHE = 1 << 20
 """Approximate number of values in a block of samples."""
@@ -38,14 +39,15 @@ class Whiten(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """Return y; in training, update the moving statistics in place."""
         ctx.save_for_backward(x, gamma)
-        ctx.spec, ctx.has_beta = spec, beta is not None
+        ctx.spec, ctx.has_beta, ctx.seen = spec, beta is not None, (x.dtype, x.shape)
         values, (mean, covariance) = _samples(x, spec.groups), (t.numpy() for t in moving)
         training = training and x.numel() > 0
+        if training:
+            _check_apart(mean, covariance, *(t.detach().numpy() for t in (gamma, beta) if t is not None))
+        old = mean, covariance
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             if training:
-                batch = _statistics(values)
-                update(mean, covariance, *batch, spec.weight_of_old(batches))
-                mean, covariance = batch
+                mean, covariance = batch = _statistics(values)
             ctx.saved = saved = Saved(mean.astype(np.float64), decompose(covariance.astype(np.float64), _eigh), training)
             w = scaled(matrix(saved.factors, spec), None if gamma is None else gamma.numpy())
             near, missed = _near(saved.mean, values)
@@ -55,6 +57,9 @@ class Whiten(torch.autograd.Function):
         centred = _like_block(values, near.dtype)
         for block, target in _blocks(values, out):
             _product(a, _less(block, near, centred), target, shift)
+        if training:  # when nothing can fail any more
+            with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+                update(*old, *batch, spec.weight_of_old(batches))
         return _restored(out, x)
 
     @staticmethod
@@ -63,6 +68,7 @@ class Whiten(torch.autograd.Function):
         """Return the gradients of x, gamma and beta."""
         x, gamma = ctx.saved_tensors
         spec, saved = ctx.spec, ctx.saved
+        _check_saved(x, gamma, *ctx.seen)
         values, slopes = _samples(x, spec.groups), _samples(dy, spec.groups)
         groups, d = saved.factors.shape[:2]
         near, missed = _near(saved.mean, values)
@@ -97,6 +103,28 @@ class Whiten(torch.autograd.Function):
             torch.from_numpy(g).to(kind) if there else None for g, there in ((dgamma, gamma is not None), (sums, ctx.has_beta))
         ]
         return _restored(out, x), *its, None, None, None, None
+
+
+def _check_apart(mean: Array, covariance: Array, *read: Array) -> None:
+    """Raise RuntimeError unless the moving statistics may be written to: not expanded, and sharing memory with nothing else."""
+    others = {"running_mean": (covariance, *read), "running_covariance": (mean, *read)}
+    for (name, its), written in zip(others.items(), (mean, covariance), strict=True):
+        expanded = any(n > 1 and step == 0 for n, step in zip(written.shape, written.strides, strict=True))
+        if expanded or any(np.may_share_memory(written, other) for other in its):
+            raise RuntimeError(
+                f"{name} must have memory of its own for each value, since it is written to, got an expanded tensor or one that "
+                "shares memory. Call .clone() on it."
+            )
+
+
+def _check_saved(x: Tensor, gamma: Tensor | None, dtype: torch.dtype, shape: torch.Size) -> None:
+    """Raise RuntimeError if x or gamma are not what forward saved."""
+    kind = PARAMETER[dtype]
+    for t, its, size, name in ((x, dtype, shape, "the input"), (gamma, kind, shape[1:2], "weight")):
+        if t is not None:
+            if not is_plain(t):
+                raise refusal(t, its, name)
+            check_memory(t, its, size, name, "forward saved")
 
 
 def _samples(x: Tensor, groups: int) -> Tensor:

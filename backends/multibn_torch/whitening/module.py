@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from multibn.whitening.arguments import layer_text, problem, resolved
 from multibn.whitening.matrix import without_variance
 from multibn.whitening.spec import Kind, WhiteningSpec
+from multibn_torch.forward.eager import PARAMETER
+from multibn_torch.forward.gate import check_can_be_saved, check_can_be_updated, check_memory, is_plain
 from multibn_torch.layers import ERRORS, Implementation, type_name
 
 from .function import Whiten
@@ -89,12 +91,38 @@ class Whitening(torch.nn.Module):
             raise ERRORS[wrong.kind](wrong.message)
         batches = int(self.num_batches_tracked) if self.spec.momentum is None else 0
         on_kernel = input.is_cpu if self.implementation == "auto" else self.implementation == "kernel"
+        if not torch.compiler.is_compiling():
+            on_kernel = self._check(input) and on_kernel
         by = Whiten.apply if on_kernel else by_framework
         moving = self.running_mean, self.running_covariance
         y: Tensor = by(input, self.weight, self.bias, moving, self.spec, training, batches)
         if training and input.numel():
             self.num_batches_tracked.add_(1)
         return y
+
+    def _check(self, x: Tensor) -> bool:
+        """Whether all tensors are plain CPU memory, so that the kernel may have their addresses.
+
+        Raises:
+            RuntimeError: one of them has another type or shape than the layer needs, or a storage that is too small.
+        """
+        groups, d, kind = self.spec.groups, self.spec.group_size(self.num_features), PARAMETER[x.dtype]
+        channels = torch.Size((self.num_features,))
+        named = {"weight": (self.weight, channels), "bias": (self.bias, channels), "running_mean": (self.running_mean, channels)}
+        named["running_covariance"] = self.running_covariance, torch.Size((groups, d, d))
+        for name, (t, shape) in named.items():
+            if t is not None and t.device != x.device:
+                raise RuntimeError(
+                    f"expected {name} on {x.device}, where the input is, got it on {t.device}. Move the layer or the input."
+                )
+            if t is not None and is_plain(t):
+                check_memory(t, kind, shape, name, f"input of type {x.dtype} needs")
+        if not is_plain(x):
+            return False
+        check_memory(x, x.dtype, x.shape, "the input")
+        if torch.is_grad_enabled() and (x.is_inference() or (self.weight is not None and self.weight.is_inference())):
+            check_can_be_saved(x, self.weight, self.bias)
+        return all(t is None or is_plain(t) for t, _ in named.values())
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
@@ -128,12 +156,14 @@ def by_framework(
         its_mean = values.mean(2, keepdim=True)
         centred = values - its_mean
         its_covariance = centred @ centred.mT / m
-        with torch.no_grad():
-            _update(mean.view(groups, d), covariance, its_mean[..., 0], its_covariance, spec.weight_of_old(batches))
     w = whitening_matrix(its_covariance, spec)
     y = w @ (values - its_mean)
     y = y if gamma is None else y * gamma.view(groups, d, 1)
     y = y if beta is None else y + beta.view(groups, d, 1)
+    if training and m > 0:  # when nothing can fail any more
+        check_can_be_updated(mean, covariance, None)
+        with torch.no_grad():
+            _update(mean.view(groups, d), covariance, its_mean[..., 0], its_covariance, spec.weight_of_old(batches))
     return y.reshape(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1).to(x.dtype)
 
 

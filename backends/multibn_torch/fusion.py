@@ -1,0 +1,111 @@
+"""When a layer may return max(y, 0) for the ReLU after it: only while the module runs that calls both.
+
+``arm`` hooks the module whose forward calls the layer and the ReLU. While it runs, the layer rectifies and the ReLU passes the
+result on. A layer that is called by anything else returns y. A rectified output that no ReLU took is an error, raised when the
+module returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import uuid
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FUSION = "_multibn_fusion"
+"""Attribute of a hooked module: its key and the handles of its hooks."""
+
+_RECTIFIED = "_multibn_rectified"
+"""Attribute of a rectified output: its version, by which PyTorch tells whether it was changed in place; None if it has none."""
+
+
+@dataclass
+class Run:
+    """A forward of a hooked module."""
+
+    module: torch.nn.Module
+    key: str
+    frame: FrameType | None
+    """The frame that calls the forward: an interrupted run is not ended, but its frame has left the stack."""
+    waiting: int = 0
+    """Rectified outputs that no ReLU has taken yet."""
+
+
+class _Runs(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Run] = []
+
+
+_runs = _Runs()
+
+
+def arm(module: torch.nn.Module) -> str:
+    """Hook a module, if it is not hooked yet, and return its key for the layers that it calls."""
+    if _FUSION not in vars(module):
+        handles = module.register_forward_pre_hook(_begin), module.register_forward_hook(_end, always_call=True)
+        vars(module)[_FUSION] = uuid.uuid4().hex, handles
+    return str(vars(module)[_FUSION][0])
+
+
+def disarm(module: torch.nn.Module) -> None:
+    """Remove the hooks of ``arm``."""
+    _, handles = vars(module).pop(_FUSION, ("", ()))
+    for handle in handles:
+        handle.remove()
+
+
+def current(keys: tuple[str, ...]) -> Run | None:
+    """The innermost run of a module with one of the keys, in this thread."""
+    for run in reversed(_runs.stack):
+        if run.key in keys:
+            frame = inspect.currentframe()
+            while frame is not None and frame is not run.frame:
+                if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                    return None  # the layer runs again in backward, when the module does not
+                frame = frame.f_back
+            return None if frame is None else run
+    return None
+
+
+def mark(y: Tensor, run: Run) -> None:
+    """Remember that y is rectified."""
+    setattr(y, _RECTIFIED, None if y.is_inference() else y._version)
+    run.waiting += 1
+
+
+def take(y: Tensor) -> bool:
+    """Tell the run that a ReLU has y; return whether y is as ``mark`` saw it, so that the ReLU has nothing left to do."""
+    if not hasattr(y, _RECTIFIED):
+        return False
+    version = getattr(y, _RECTIFIED)
+    delattr(y, _RECTIFIED)
+    for run in reversed(_runs.stack):
+        if run.waiting:
+            run.waiting -= 1
+            break
+    return version is not None and version == y._version
+
+
+def _begin(module: torch.nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        here = inspect.currentframe()
+        _runs.stack.append(Run(module, vars(module)[_FUSION][0], here and here.f_back))
+
+
+def _end(module: torch.nn.Module, args: Any, y: Any) -> None:
+    """End the run, also after an error, when y is None."""
+    if torch.compiler.is_compiling() or not any(run.module is module for run in _runs.stack):
+        return
+    run = _runs.stack.pop()
+    while run.module is not module:  # one that was interrupted
+        run = _runs.stack.pop()
+    if run.waiting and y is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} no longer passes the output of each fused layer to its ReLU, as it did when "
+            "swap(model, fuse_relu=True) looked at it. Call unswap before the model is changed, then swap again."
+        )
