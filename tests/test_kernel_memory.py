@@ -82,6 +82,7 @@ def test_forward_keeps_x_itself_and_two_numbers_per_channel() -> None:
     own = [x, layer.weight]
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in own]
     assert list(vars(y.grad_fn)) == ["kept"]
-    statistics, how, *switches = y.grad_fn.kept
+    statistics, how, *switches, seen = y.grad_fn.kept
+    assert seen == (x.dtype, (x.shape[0], 64, x[0, 0].numel()), x.data_ptr(), layer.weight.data_ptr())
     assert ctypes.sizeof(statistics) == 2 * 64 * 8
     assert {type(value) for value in (*how, *switches)} == {float, bool}
