@@ -31,7 +31,7 @@ quick: .venv/ready  # in under a minute: lint of what changed, the quick cases, 
 	$(PY) -m pytest -q -n auto -p no:cacheprovider $(QUICK)
 
 versions: .venv/ready  # the tests that need no framework on other Pythons, PyTorch's with the newest NumPy, JAX's with another JAX
-	PATH="$$PATH:$$(echo $$HOME/.pyenv/versions/3.1*/bin | tr ' ' ':')" .venv/bin/nox  # pyenv's Pythons too
+	PATH="$$PATH:$$(echo $$HOME/.pyenv/versions/3.1*/bin | tr ' ' ':')" env -u CI .venv/bin/nox  # pyenv's Pythons too
 
 gpu:  # on a machine with a GPU, PyTorch and NumPy; nothing is installed or fetched
 	timeout 240 $(PYTHON) tests/gpu_check.py build/gpu.json
