@@ -17,6 +17,7 @@ PLAIN = ["tests/test_array.py", "tests/test_dialects.py", "tests/test_layer_mess
 PLAIN += ["tests/test_reference.py", "tests/test_spec.py", "tests/test_threads.py", "tests/test_port_params.py"]
 TORCH = ["tests/test_torch_layers.py", "tests/test_torch_switches.py", "tests/test_torch_relu.py", "tests/test_kernel_exact.py"]
 TORCH += ["tests/test_port_match.py"]
+JAX = ["tests/with_jax/test_transformations.py", "tests/with_jax/test_layer.py"]
 TOOLS = ["pytest", "hypothesis", "mpmath", "pytest-xdist"]
 
 
