@@ -35,6 +35,7 @@ if not ON_GPU:
 import numpy as np
 import triton
 from golden_bits import FILE, SHAPES, golden
+from gpu_route import ROUTED
 from rounding import rounded
 
 import multibn_torch as ours
@@ -45,7 +46,6 @@ from multibn_conformance.cases.fixed import CASES
 from multibn_conformance.cases.fixed.quick import QUICK
 from multibn_conformance.judging.judge import judge
 from multibn_conformance.subjects.backends import Candidate
-from multibn_torch.forward import eager, on_gpu, operators
 
 CUDA: Any = torch.cuda
 CUDNN: Any = torch.backends.cudnn
@@ -359,8 +359,8 @@ def main(file: Path) -> int:
     """Run, write, print."""
     report = Report(environment(), [], {}, [], {}, [], [], [])
     if not ON_GPU:  # CPU tensors go where CUDA tensors go
-        for module in (eager, operators):
-            vars(module).update(kernel_forward=on_gpu.kernel_forward, kernel_backward=on_gpu.kernel_backward)
+        for routed in ROUTED:
+            setattr(*routed)
         np.seterr(all="ignore")  # the interpreter computes with NumPy
     file.parent.mkdir(parents=True, exist_ok=True)
     run(report, lambda: _write(report, file))

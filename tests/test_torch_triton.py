@@ -154,7 +154,7 @@ def test_what_a_compiler_sees_of_a_layer_on_a_gpu(implementation: Any) -> None:
         assert ("multibn.forward.default" in code) == (implementation == "kernel")
         assert "_local_scalar_dense" not in code
         statistics = torch.empty(2, 3, dtype=torch.float64, device="cuda")
-        dx, dgamma, dbeta = torch.ops.multibn.backward(y, x, None, layer.weight, statistics, True)
+        dx, dgamma, dbeta = torch.ops.multibn.backward(y, x, None, layer.weight, None, statistics, True, False)
         assert (dx.device, dx.stride()) == (x.device, x.stride())
         assert (dgamma.device, dgamma.shape, dbeta.shape) == (x.device, (3,), (3,))
 

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 
+from gpu_route import ROUTED
 from triton_interpreted import bits
 
 import multibn_torch as ours
-from multibn_torch.forward import eager, on_gpu, operators
 from multibn_torch.forward.formulas import How, Moving
 
 pytestmark = [
@@ -45,9 +45,8 @@ def both(program: Callable[[Any], Any], layer: Any) -> None:
         mine = copy.deepcopy(layer)
         with pytest.MonkeyPatch.context() as patch:
             if gpu:
-                for module in (eager, operators):
-                    patch.setattr(module, "kernel_forward", on_gpu.kernel_forward)
-                    patch.setattr(module, "kernel_backward", on_gpu.kernel_backward)
+                for routed in ROUTED:
+                    patch.setattr(*routed)
             torch.manual_seed(1)
             results = program(mine)
         ran.append([*results, *mine.buffers(), *(p.grad for p in mine.parameters())])
@@ -170,15 +169,15 @@ def test_transforms() -> None:
 @pytest.mark.parametrize("weight_of_old", [0.9, None])
 def test_the_operators_are_what_they_say(weight_of_old: float | None, monkeypatch: Any) -> None:
     """PyTorch's own check: schema, autograd, and shapes and layouts of the fake implementations."""
-    monkeypatch.setattr(operators, "kernel_forward", on_gpu.kernel_forward)
-    monkeypatch.setattr(operators, "kernel_backward", on_gpu.kernel_backward)
+    for routed in ROUTED:
+        monkeypatch.setattr(*routed)
     for x in (torch.randn(4, 3, 5, 6), torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)):
         x.requires_grad_()
         gamma, beta = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
         moving = Moving(torch.zeros(3), torch.ones(3), torch.tensor(0))
         how = How(1e-5, weight_of_old, True, True, True)
-        arguments = (x, None, gamma, beta, *moving, *how)
+        arguments = (x, None, gamma, beta, *moving, *how, False)
         torch.library.opcheck(torch.ops.multibn.forward.default, arguments)
         statistics = torch.ops.multibn.forward(*arguments)[1]
-        given = (torch.randn_like(x), x.detach(), None, gamma.detach(), statistics, True)
+        given = (torch.randn_like(x), x.detach(), None, gamma.detach(), None, statistics, True, False)
         torch.library.opcheck(torch.ops.multibn.backward.default, given)

@@ -1,6 +1,8 @@
 """BatchNorm for PyTorch, as multibn's specification defines it."""
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 if find_spec("torch") is None:
     raise ModuleNotFoundError("multibn_torch needs PyTorch, which is not installed: pip install 'multibn[torch]'", name="torch")
@@ -19,6 +21,15 @@ from .swap import unswap as unswap
 from .switches import freeze_affine as freeze_affine
 from .switches import freeze_statistics as freeze_statistics
 from .switches import use_moving_statistics as use_moving_statistics
-from .sync import SyncBatchNorm as SyncBatchNorm
-from .sync import TorchGroup as TorchGroup
 from .whitening.module import Whitening as Whitening
+
+if TYPE_CHECKING:
+    from .sync import SyncBatchNorm as SyncBatchNorm
+    from .sync import TorchGroup as TorchGroup
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs Numba when it is first used."""
+    if name in ("SyncBatchNorm", "TorchGroup"):
+        return getattr(import_module(".sync", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,11 +11,12 @@ from multibn.backend import Backend
 from multibn.layer.nonfinite import PoisonedBatch
 from multibn.layer.types import Array
 from multibn.spec.batchnorm import BatchNormSpec
-from multibn.sync.group import Group
 
 from .layers import BatchNorm, Layer
-from .sync import SyncBatchNorm
 from .whitening.subject import TorchWhitening
+
+if TYPE_CHECKING:
+    from multibn.sync.group import Group
 
 
 class TorchSubject:
@@ -72,6 +73,8 @@ class TorchSubject:
 
 
 def _synchronised(num_features: int, spec: BatchNormSpec, group: Group) -> TorchSubject:
+    from .sync import SyncBatchNorm  # loads Numba
+
     subject = TorchSubject(num_features, spec, "cpu", "kernel")
     SyncBatchNorm.convert_sync_batchnorm(subject._layer, group)
     return subject

@@ -71,6 +71,9 @@ class MpiGroup:
                 _unfinished.append((request, kept))
                 raise self._missing({gave_up[0]} if gave_up else set())
             time.sleep(0 if waited < _SPIN else min(1e-3, waited / 20))
+        gave_up = self._hear()
+        if gave_up:  # the sum is whole here, but others have raised
+            raise self._missing({gave_up[0]})
 
     def _missing(self, heard: set[int]) -> PeersMissing:
         """Tell the other ranks that this one gives up; the error names those that do not tell the same within a moment."""

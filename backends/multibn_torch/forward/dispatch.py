@@ -83,6 +83,11 @@ def _by_kernel_or_operators(
         x, gamma, beta = plain
         with suppress(NotPlainError):
             return by_kernel(x, gamma, beta, moving, how, layer, rectify)
+    for name, t in (("weight", gamma), ("bias", beta), ("running_mean", moving.mean), ("running_var", moving.var)):
+        if t is not None and t.device != x.device:
+            raise RuntimeError(
+                f"expected {name} on {x.device}, where the input is, got it on {t.device}. Move the layer or the input."
+            )
     if how.update:
         check_can_be_updated(*moving)
     y = by_operators(x, gamma, beta, moving, how)
