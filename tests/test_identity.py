@@ -136,7 +136,7 @@ def test_torch_begins_once_and_keeps_what_was_loaded() -> None:
 
     x, other = draw(1, 2), draw(5, 3, seed=1)
     layer: Any = multibn_torch.BatchNorm2d(3, init="identity", implementation="framework")
-    assert repr(layer).endswith(", init='identity', implementation='framework')")
+    assert repr(layer).endswith(", init='identity', implementation='framework', by=multibn)")
     fresh = copy.deepcopy(layer.state_dict())
     layer.eval()(torch.from_numpy(other))
     np.testing.assert_allclose(torch_run(layer.train(), x), x, atol=1e-5)
@@ -156,7 +156,7 @@ def test_torch_begins_once_and_keeps_what_was_loaded() -> None:
     torch.nn.init.zeros_(set_by_hand.weight)
     torch_run(set_by_hand, x)
     assert set_by_hand.weight.tolist() == [0, 0, 0]
-    assert repr(set_by_hand) == "BatchNorm(3, 4, eps=1e-05, momentum=0.9, init='identity')"
+    assert repr(set_by_hand) == "BatchNorm(3, 4, eps=1e-05, momentum=0.9, init='identity', by=multibn)"
 
 
 def test_torch_learns_from_there() -> None:
