@@ -156,7 +156,7 @@ def test_torch_begins_once_and_keeps_what_was_loaded() -> None:
     torch.nn.init.zeros_(set_by_hand.weight)
     torch_run(set_by_hand, x)
     assert set_by_hand.weight.tolist() == [0, 0, 0]
-    assert repr(set_by_hand) == "BatchNorm(3, 4, eps=1e-05, momentum=0.9, init='identity', by=multibn)"
+    assert repr(set_by_hand) == "BatchNorm(3, 4, eps=1e-05, momentum=0.9, init='identity')"
 
 
 def test_torch_learns_from_there() -> None:

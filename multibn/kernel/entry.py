@@ -111,7 +111,8 @@ def prepare(kind: Any) -> Bodies:
             notice = _Notice(kind.name)
             cache.when_compiling.append(notice.start)
             try:
-                if not forward_at.stats.cache_path:  # nothing can be on disk
+                stats = getattr(forward_at, "stats", None)  # absent where NUMBA_DISABLE_JIT is set
+                if stats is not None and not stats.cache_path:  # nothing can be on disk
                     notice.start()
                 _ready[kind] = bodies(kind.name)
             finally:
