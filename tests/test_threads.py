@@ -37,8 +37,8 @@ def starters(request: pytest.FixtureRequest) -> Array:
 def forward(body: int, starters: Array, count: int, shape: tuple[int, int, int], use_batch: bool = True) -> Array:
     """y, saved and the moving statistics of a forward by a body and so many threads."""
     x = np.random.default_rng(0).normal(3, 2, shape).astype(np.float32)
-    y, (gamma, beta, mean, var) = np.empty_like(x), np.ones((4, shape[1]), np.float32)
-    saved = np.empty((2, shape[1]))
+    y, (gamma, beta, mean, var) = np.zeros_like(x), np.ones((4, shape[1]), np.float32)
+    saved = np.zeros((2, shape[1]))
     places = (a.ctypes.data for a in (x, y, gamma, beta, mean, var, saved))
     schedule.forward_at(
         (body, starters.ctypes.data, count, 1 << 60), shape, *places, 0, 1e-5, 0.9, True, use_batch, use_batch, False
