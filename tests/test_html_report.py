@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -33,7 +32,7 @@ from multibn_conformance.reports import charts, curves
 from multibn_conformance.reports.files import publish
 from multibn_conformance.reports.html import html_report, short
 from multibn_conformance.reports.junit import junit
-from multibn_conformance.reports.record import TITLES, _both, _processor, record
+from multibn_conformance.reports.record import TITLES, _both, record
 from multibn_conformance.subjects.backends import Absent, Candidate
 from multibn_conformance.whitening.cases import CASES as WHITENING
 from multibn_conformance.whitening.judge import judge as judge_whitening
@@ -190,12 +189,6 @@ def test_an_error_has_no_number(failing: dict[str, Any]) -> None:
 )
 def test_what_came_and_what_should_have_come(message: str, came: str | None, wanted: str | None) -> None:
     assert _both(message) == (came, wanted)
-
-
-def test_the_processor_has_a_name_without_linux(tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text("processor: 0\nmodel name\t: Some Chip 9\nmodel name\t: another\n")
-    assert _processor(tmp_path / "cpuinfo") == "Some Chip 9"
-    assert _processor(tmp_path / "none") == (platform.processor() or platform.machine())
 
 
 def test_measure_leaves_out_what_has_no_numbers() -> None:

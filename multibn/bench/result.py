@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Final
 
 from multibn import __version__
+from multibn.machine import processor
 
 TIMES: Final = "\N{MULTIPLICATION SIGN}"
 
@@ -91,7 +91,7 @@ class Result:
     absent: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    processor: str = field(default_factory=lambda: processor())
+    processor: str = field(default_factory=lambda: processor(count=True))
 
     @property
     def versions(self) -> dict[str, str]:
@@ -178,10 +178,3 @@ def median_of_ratios(above: Sequence[float], below: Sequence[float]) -> float:
 def geometric_mean(values: Sequence[float]) -> float:
     """The mean for ratios: that of the inverse ratios is its inverse."""
     return math.exp(math.fsum(map(math.log, values)) / len(values))
-
-
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} processors" if names else platform.processor() or platform.machine()

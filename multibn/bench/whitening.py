@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from multibn import __version__
+from multibn.machine import processor
 
-from .result import TIMES, median_of_ratios, processor
+from .result import TIMES, median_of_ratios
 
 MODULE: Final = "multibn_torch.studies.whitening_bench"
 """The module that is run to measure."""
@@ -83,7 +84,7 @@ class Result:
     threads: int
     rows: list[Row] = field(default_factory=list)
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    processor: str = field(default_factory=processor)
+    processor: str = field(default_factory=lambda: processor(count=True))
 
     def to_dict(self) -> dict[str, Any]:
         """The run as JSON takes it: ``{"format": "multibn whitening bench 1", "command", "date", "processor", "threads",

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import entry_points, version
-from pathlib import Path
 from typing import Any
 
+from multibn.machine import processor
 from multibn.spec.batchnorm import BatchNormSpec
 from multibn.spec.clauses import CLAUSES
 from multibn.whitening import spec as whitening
@@ -81,7 +81,7 @@ def record(
         "machine": {
             "python": f"{platform.python_implementation()} {platform.python_version()}",
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "processors": os.cpu_count(),
         },
         "subjects": [_subject(each, spec) for each in candidates],
@@ -208,10 +208,3 @@ def _both(message: str) -> tuple[str | None, str | None]:
         if found := form.search(message):
             return found["came"], found.groupdict().get("wanted", "no error")
     return None, None
-
-
-def _processor(told: Path = Path("/proc/cpuinfo")) -> str:
-    """Its name as Linux has it, or what Python knows."""
-    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
