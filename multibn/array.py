@@ -15,6 +15,7 @@ from .layer.inputs import objection, plain
 from .layer.nonfinite import PoisonedBatch, poisoned, poisoned_channels
 from .layer.types import Array
 from .spec.batchnorm import BatchNormSpec, spec_text
+from .spec.parameters import check_features, check_rank
 
 
 class BatchNorm:
@@ -26,19 +27,22 @@ class BatchNorm:
 
     Args:
         num_features: channels C.
-        num_dims: rank of the input, 2 for (N, C), 4 for (N, C, H, W); None for any.
+        num_dims: rank of the input, 2 to 5: 2 for (N, C), 4 for (N, C, H, W); None for any.
         spec: what the layer computes; ``BatchNormSpec()`` if None.
         init: "identity" sets gamma and beta so that the first training batch passes unchanged: ``multibn.identity``.
 
     Raises:
-        ValueError: init="identity" without gamma, beta or batch statistics.
+        ValueError: num_features < 1, num_dims not 2 to 5, or init="identity" without gamma, beta or batch statistics.
     """
 
     def __init__(
         self, num_features: int, num_dims: int | None, spec: BatchNormSpec | None = None, *, init: identity.Init = "standard"
     ) -> None:
+        check_features(num_features)
+        if num_dims is not None:
+            check_rank(num_dims)
         self.num_features, self.num_dims, self.spec = num_features, num_dims, BatchNormSpec() if spec is None else spec
-        identity.check(init, self.spec)
+        identity.check_init(init, self.spec)
         self.init = init
         self.gamma = np.ones(num_features, np.float32) if self.spec.scale else None
         self.beta = np.zeros(num_features, np.float32) if self.spec.center else None

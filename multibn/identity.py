@@ -24,7 +24,7 @@ Init = Literal["standard", "identity"]
 _MADE: Final = {"gamma": 1, "beta": 0, "moving_mean": 0, "moving_var": 1}
 
 
-def check(init: object, spec: BatchNormSpec) -> None:
+def check_init(init: object, spec: BatchNormSpec) -> None:
     """Raise ValueError if a layer of this spec cannot be initialised so."""
     if init not in get_args(Init):
         raise ValueError(f"init must be {' or '.join(map(repr, get_args(Init)))}, got {init!r}.")

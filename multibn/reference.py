@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .layer.inputs import objection
-from .layer.types import Array
+from .layer.types import Array, three_axes
 from .spec.batchnorm import BatchNormSpec
 from .spec.clauses import BLOCK, JOINED, LANES, PIVOT
 
@@ -215,10 +215,8 @@ def _padded(a: Array, axis: int, multiple: int) -> Array:
 
 
 def by_channel(x: Array, channel_axis: int) -> Array:
-    """Return x as float64 (N, C, S): the axes before the channel axis, the channels, the axes after it."""
-    axis = channel_axis % x.ndim
-    before, after = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
-    return _float64(x).reshape(before, x.shape[axis], after)
+    """Return x as float64 (N, C, S), with the shape of ``three_axes``."""
+    return _float64(x).reshape(three_axes(x.shape, channel_axis))
 
 
 def _float64(a: Array) -> Array:

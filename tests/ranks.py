@@ -80,11 +80,11 @@ def warm() -> None:
     import numpy as np
 
     from multibn.sync import passes
-    from multibn.sync.passes import How, Peers
+    from multibn.sync.passes import Peers, SyncSettings
 
     for kind in ("float32", "float64", "int16", "uint16"):
         x, peers = np.zeros((2, 3, 4), kind), Peers(None, "warm")
-        batch = passes.describe(x, peers, How(1e-5, 0.9, True, True, True), True)
+        batch = passes.describe(x, peers, SyncSettings(1e-5, 0.9, True, True, True), True)
         passes.normalise(x, x.copy(), None, None, batch.saved)
         means = passes.gradients(x, x, None, batch, peers, True).means
         assert means is not None

@@ -340,10 +340,10 @@ def operators_have_the_kernels_bits(rank: int, size: int) -> None:
 
 def _by_operators(rank: int, size: int, device: torch.device, operators: Any) -> None:
     from multibn.sync import passes
-    from multibn.sync.passes import How, Peers
+    from multibn.sync.passes import Peers, SyncSettings
 
     exchange = next(iter(_shared.values()))
-    how = How(1e-5, 0.9, True, True, True)
+    how = SyncSettings(1e-5, 0.9, True, True, True)
     generator = random.Random(7)
     for case in range(24):
         shape, kind, dtype = generator.choice(SHAPES), generator.choice(list(KINDS)), generator.choice(TYPES)

@@ -26,6 +26,22 @@ def test_the_articles_example() -> None:
     assert [None if a is None else a.shape for a in layer.backward(X)] == [(2, 3, 2, 2), (3,), (3,)]
 
 
+@pytest.mark.parametrize(
+    ("num_features", "num_dims", "message"),
+    [
+        (0, 4, "num_features must be an integer >= 1, the size of the channel axis, got 0 (BN-01)."),
+        (True, 4, "num_features must be an integer >= 1, the size of the channel axis, got True (BN-01)."),
+        (2.0, None, "num_features must be an integer >= 1, the size of the channel axis, got 2.0 (BN-01)."),
+        (3, 1, "num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got 1 (BN-01)."),
+        (3, 6, "num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got 6 (BN-01)."),
+    ],
+)
+def test_sizes_that_no_layer_has(num_features: Any, num_dims: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        BatchNorm(num_features, num_dims)
+    assert str(caught.value) == message
+
+
 def test_repr() -> None:
     assert repr(BatchNorm(3, 4)) == "BatchNorm(3, 4, eps=1e-05, momentum=0.9)"
 

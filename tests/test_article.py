@@ -148,7 +148,7 @@ def test_the_way_of_a_median() -> None:
 def studies() -> dict[str, processes.Study]:
     from rich.console import Console
 
-    present = processes.check((), Path("article.html"))
+    present = processes.frameworks_to_run((), Path("article.html"))
     return processes.run(present, TINY, Console(quiet=True))
 
 

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from multibn import cli
+from multibn import cli, machine
 from multibn.bench import contest, result, show
 from multibn.bench import run as bench
 from multibn.bench.inputs import MODELS
@@ -77,9 +77,10 @@ def test_geometric_means_are_those_of_the_stages(made_up: Result) -> None:
 def test_the_processor_is_named(tmp_path: Path) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text("processor\t: 0\nmodel name\t: A processor\nflags\t: x\nprocessor\t: 1\nmodel name\t: A processor\n")
-    assert result.processor(info) == "A processor, 2 processors"
-    nameless = result.processor(tmp_path / "missing")
-    assert nameless == (platform.processor() or platform.machine())
+    assert machine.processor(True, info) == "A processor, 2 processors"
+    assert machine.processor(False, info) == "A processor"
+    for count in (True, False):
+        assert machine.processor(count, tmp_path / "missing") == (platform.processor() or platform.machine())
 
 
 def test_the_table(made_up: Result) -> None:
@@ -360,12 +361,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_all_that_is_installed_is_measured_unless_chosen(installed: Callable[..., None]) -> None:
-    assert bench.check([], None, None, None) == (["mxnet", "torch"], {}, min(2, PROCESSORS))
-    assert bench.check(["mxnet", "mxnet"], 1, Path("a.json"), None) == (["mxnet"], {}, 1)
+    assert bench.what_to_measure([], None, None, None) == (["mxnet", "torch"], {}, min(2, PROCESSORS))
+    assert bench.what_to_measure(["mxnet", "mxnet"], 1, Path("a.json"), None) == (["mxnet"], {}, 1)
     installed("torch")
     absent = {"mxnet": "not installed: pip install 'multibn[mxnet]'"}
-    assert bench.check([], 1, None, None) == (["torch"], absent, 1)
-    assert bench.check(["torch"], 1, None, None) == (["torch"], {}, 1)
+    assert bench.what_to_measure([], 1, None, None) == (["torch"], absent, 1)
+    assert bench.what_to_measure(["torch"], 1, None, None) == (["torch"], {}, 1)
 
 
 @pytest.mark.parametrize(
@@ -392,14 +393,14 @@ def test_a_wrong_call_ends_with_2(installed: Callable[..., None], arguments: lis
 def test_a_framework_asked_for_must_be_installed(installed: Callable[..., None]) -> None:
     installed("torch")
     with pytest.raises(ValueError) as raised:
-        bench.check(["mxnet"], None, None, None)
+        bench.what_to_measure(["mxnet"], None, None, None)
     assert str(raised.value) == "mxnet is not installed: pip install 'multibn[mxnet]'."
 
 
 def test_with_nothing_installed_there_is_nothing_to_measure(installed: Callable[..., None]) -> None:
     installed()
     with pytest.raises(ValueError) as raised:
-        bench.check([], None, None, None)
+        bench.what_to_measure([], None, None, None)
     assert str(raised.value) == (
         "nothing to measure: mxnet is not installed: pip install 'multibn[mxnet]'; "
         "torch is not installed: pip install 'multibn[torch]'."
@@ -409,7 +410,7 @@ def test_with_nothing_installed_there_is_nothing_to_measure(installed: Callable[
 def test_a_picture_needs_matplotlib(installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError) as raised:
-        bench.check([], None, None, Path("a.svg"))
+        bench.what_to_measure([], None, None, Path("a.svg"))
     assert str(raised.value) == "--picture needs matplotlib, which is not installed: pip install 'multibn[conformance]'."
 
 

@@ -17,15 +17,15 @@ from multibn import BatchNormSpec
 from multibn.kernel import arrays, cache, jit, threads
 from multibn.kernel import entry as kernel
 
-LARGE = (70, 3, 37, 39)
+SHAPE = (70, 3, 37, 39)
 """Enough for threads."""
 
 
 def step(seed: int, dtype: Any = np.float32) -> list[bytes]:
     """The bits of a forward and a backward."""
     rng = np.random.default_rng(seed)
-    x, dy = (rng.normal(3, 2, LARGE).astype(dtype) for _ in range(2))
-    gamma, beta, mean, var = (rng.uniform(1, 2, LARGE[1]).astype(dtype) for _ in range(4))
+    x, dy = (rng.normal(3, 2, SHAPE).astype(dtype) for _ in range(2))
+    gamma, beta, mean, var = (rng.uniform(1, 2, SHAPE[1]).astype(dtype) for _ in range(4))
     y, saved = arrays.forward(x, gamma, beta, mean, var, BatchNormSpec(), True)
     return [a.tobytes() for a in (y, *arrays.backward(dy, saved), mean, var)]
 
@@ -126,7 +126,7 @@ def test_torch_keeps_to_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             asked.clear()
-            BatchNorm(3, 4)(torch.ones(LARGE, requires_grad=True)).sum().backward()
+            BatchNorm(3, 4)(torch.ones(SHAPE, requires_grad=True)).sum().backward()
             assert asked == [count, count]
     finally:
         torch.set_num_threads(before)

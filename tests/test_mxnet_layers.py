@@ -43,7 +43,7 @@ SPECS = [
     BatchNormSpec(update_statistics=False),
     BatchNormSpec(learn_affine=False),
 ]
-SMALL, LARGE = (6, 3, 5, 2), (16, 4, 26, 26)  # done natively, and by threads
+NATIVE, THREADED = (6, 3, 5, 2), (16, 4, 26, 26)  # done natively, and by threads
 
 
 def random(*shape: int, seed: int = 0, dtype: str = "float32") -> Array:
@@ -86,7 +86,7 @@ def same(a: Array | None, b: Array | None) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("shape", [NATIVE, THREADED], ids=["small", "large"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_way_gives_the_bits_of_the_reference(
@@ -113,7 +113,7 @@ def test_every_way_gives_the_bits_of_the_reference(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), SMALL, (2, 3, 4, 2, 2), LARGE], ids=str)
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), NATIVE, (2, 3, 4, 2, 2), THREADED], ids=str)
 def test_types_and_ranks(shape: tuple[int, ...], dtype: str) -> None:
     block = multibn_mxnet.BatchNorm(shape[1], len(shape))
     block.initialize()
@@ -150,15 +150,15 @@ def test_inside_a_parent_it_defers_and_trains(way: str, numpy_mode: bool) -> Non
     if (options := WAYS[way]) is not None:
         net.hybridize(**options)
     for step in range(2):
-        y, dx = train(net, random(*SMALL, seed=step), random(*SMALL, seed=100 + step))
-    done, gradients = expect(BatchNormSpec(), 2, SMALL)
+        y, dx = train(net, random(*NATIVE, seed=step), random(*NATIVE, seed=100 + step))
+    done, gradients = expect(BatchNormSpec(), 2, NATIVE)
     same(y, done.y)
     same(dx, gradients.dx)
     same(net[1].running_mean.data().asnumpy(), done.moving_mean)
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
-@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("shape", [NATIVE, THREADED], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_grad_req_write_add_null(dtype: str, shape: tuple[int, ...], hybrid: bool) -> None:
     requests = ("write", "add", "null")
@@ -198,7 +198,7 @@ def test_two_forwards_before_one_backward_and_a_shared_block() -> None:
         block.initialize()
         if hybrid:
             block.hybridize(static_alloc=True)
-        first, second = array(random(*SMALL)), array(random(*SMALL, seed=1))
+        first, second = array(random(*NATIVE)), array(random(*NATIVE, seed=1))
         first.attach_grad()
         second.attach_grad()
         with mx.autograd.record():
@@ -209,10 +209,10 @@ def test_two_forwards_before_one_backward_and_a_shared_block() -> None:
             (b, 101),
             (a, 100),
         ):  # without retain_graph, MXNet forgets the parameters that both graphs share
-            y.backward(array(random(*SMALL, seed=seed)), retain_graph=True)
-        done, gradients = expect(BatchNormSpec(), 2, SMALL)
+            y.backward(array(random(*NATIVE, seed=seed)), retain_graph=True)
+        done, gradients = expect(BatchNormSpec(), 2, NATIVE)
         same(second.grad.asnumpy(), gradients.dx)
-        same(first.grad.asnumpy(), expect(BatchNormSpec(), 1, SMALL)[1].dx)
+        same(first.grad.asnumpy(), expect(BatchNormSpec(), 1, NATIVE)[1].dx)
         same(block.running_mean.data().asnumpy(), done.moving_mean)  # two forwards, three backwards
 
 
@@ -231,9 +231,9 @@ def test_a_block_used_twice_in_one_graph_updates_twice() -> None:
         net.initialize()
         if hybrid:
             net.hybridize()
-        train(net, random(*SMALL), random(*SMALL, seed=100))
+        train(net, random(*NATIVE), random(*NATIVE, seed=100))
         moving.append(net.block.running_mean.data().asnumpy())
-    one = expect(BatchNormSpec(), 1, SMALL)[0]
+    one = expect(BatchNormSpec(), 1, NATIVE)[0]
     zeros, ones = np.zeros(3, "f"), np.ones(3, "f")
     two = reference.forward(one.y, ones, zeros, one.moving_mean, one.moving_var, BatchNormSpec(), True)
     same(moving[0], two.moving_mean)
@@ -259,20 +259,20 @@ def test_no_update_without_training_mode_and_one_without_recording() -> None:
     block = multibn_mxnet.BatchNorm(3, 4)
     block.initialize()
     with mx.autograd.record(train_mode=False):
-        block(array(random(*SMALL)))
+        block(array(random(*NATIVE)))
     same(block.running_mean.data().asnumpy(), np.zeros(3, "f"))
     with mx.autograd.train_mode():
-        block(array(random(*SMALL)))
-    same(block.running_mean.data().asnumpy(), expect(BatchNormSpec(), 1, SMALL)[0].moving_mean)
+        block(array(random(*NATIVE)))
+    same(block.running_mean.data().asnumpy(), expect(BatchNormSpec(), 1, NATIVE)[0].moving_mean)
 
 
 def test_trainer_learns_what_the_gradient_says() -> None:
     block = multibn_mxnet.BatchNorm(3, 4)
     block.initialize()
     trainer = mx.gluon.Trainer(block.collect_params(), "sgd", {"learning_rate": 1.0, "momentum": 0.0})
-    train(block, random(*SMALL), random(*SMALL, seed=100))
+    train(block, random(*NATIVE), random(*NATIVE, seed=100))
     trainer.step(1)
-    gradients = expect(BatchNormSpec(), 1, SMALL)[1]
+    gradients = expect(BatchNormSpec(), 1, NATIVE)[1]
     assert gradients.dgamma is not None
     same(block.gamma.data().asnumpy(), np.ones(3, "f") - gradients.dgamma)
 
@@ -285,15 +285,15 @@ def test_scale_and_center_false_count_for_nothing_and_are_not_overwritten(tmp_pa
         block.initialize()
         if hybrid:
             block.hybridize()
-        y, _ = train(block, random(*SMALL), random(*SMALL, seed=100))
-        same(y, expect(BatchNormSpec(), 1, SMALL)[0].y)
+        y, _ = train(block, random(*NATIVE), random(*NATIVE, seed=100))
+        same(y, expect(BatchNormSpec(), 1, NATIVE)[0].y)
         same(block.gamma.data().asnumpy(), np.zeros(3, "f"))
         same(block.beta.data().asnumpy(), np.ones(3, "f"))
     assert block.spec == BatchNormSpec(scale=False, center=False)
     block.export(str(tmp_path / "model"))
     with pytest.warns(UserWarning, match="Cannot decide type for the following arguments"):
         loaded = mx.gluon.SymbolBlock.imports(str(tmp_path / "model-symbol.json"), ["data"], str(tmp_path / "model-0000.params"))
-    for shape in (SMALL, (16, 3, 40, 40)):  # there they have gradients
+    for shape in (NATIVE, (16, 3, 40, 40)):  # there they have gradients
         train(loaded, random(*shape), random(*shape, seed=100))
         for name in ("gamma", "beta"):
             same(loaded.collect_params()[block.prefix + name].grad().asnumpy(), np.zeros(3, "f"))
@@ -302,8 +302,8 @@ def test_scale_and_center_false_count_for_nothing_and_are_not_overwritten(tmp_pa
 def test_use_global_stats_leaves_them() -> None:
     block = multibn_mxnet.GluonBatchNorm(use_global_stats=True, in_channels=3)
     block.initialize()
-    y, _ = train(block, random(*SMALL), random(*SMALL, seed=100))
-    same(y, expect(BatchNormSpec(normalize_with="moving"), 1, SMALL)[0].y)
+    y, _ = train(block, random(*NATIVE), random(*NATIVE, seed=100))
+    same(y, expect(BatchNormSpec(normalize_with="moving"), 1, NATIVE)[0].y)
     same(block.running_mean.data().asnumpy(), np.zeros(3, "f"))
 
 
@@ -327,12 +327,12 @@ def test_export_and_import_keep_state_and_training(momentum: float | None, tmp_p
     block = multibn_mxnet.BatchNorm(3, 4, spec)
     block.initialize()
     block.hybridize()
-    train(block, random(*SMALL), random(*SMALL, seed=100))
+    train(block, random(*NATIVE), random(*NATIVE, seed=100))
     block.export(str(tmp_path / "model"))
     with pytest.warns(UserWarning, match="Cannot decide type for the following arguments"):  # so it does with Gluon's own
         loaded = mx.gluon.SymbolBlock.imports(str(tmp_path / "model-symbol.json"), ["data"], str(tmp_path / "model-0000.params"))
-    y, dx = train(loaded, random(*SMALL, seed=1), random(*SMALL, seed=101))
-    done, gradients = expect(spec, 2, SMALL)
+    y, dx = train(loaded, random(*NATIVE, seed=1), random(*NATIVE, seed=101))
+    done, gradients = expect(spec, 2, NATIVE)
     same(y, done.y)
     same(dx, gradients.dx)
     values = {name.split("_", 1)[1]: p.data().asnumpy() for name, p in loaded.collect_params().items()}
@@ -344,7 +344,7 @@ def test_export_and_import_keep_state_and_training(momentum: float | None, tmp_p
 def test_state_follows_cast_and_context() -> None:
     block = multibn_mxnet.BatchNorm(3, 4, BatchNormSpec(momentum=None))
     block.initialize()
-    train(block, random(*SMALL), random(*SMALL, seed=100))
+    train(block, random(*NATIVE), random(*NATIVE, seed=100))
     block.cast("float16")
     assert {p.data().dtype for p in block.collect_params().values()} == {np.float32, np.int64}
     block.cast("float64")
@@ -352,7 +352,7 @@ def test_state_follows_cast_and_context() -> None:
     assert block.num_batches_tracked.data().asnumpy().tolist() == [1]
     block.cast("float32")
     block.collect_params().reset_ctx(mx.cpu(1))
-    y = block(array(random(*SMALL)).as_in_context(mx.cpu(1)))
+    y = block(array(random(*NATIVE)).as_in_context(mx.cpu(1)))
     assert y.context == mx.cpu(1)
 
 
@@ -362,8 +362,8 @@ def test_relu_stays_with_the_normalization(numpy_mode: bool) -> None:
         block.initialize()
         if hybrid:
             block.hybridize()
-        y, _ = train(block, random(*SMALL), random(*SMALL, seed=100))
-        same(y, np.maximum(expect(BatchNormSpec(), 1, SMALL)[0].y, 0))
+        y, _ = train(block, random(*NATIVE), random(*NATIVE, seed=100))
+        same(y, np.maximum(expect(BatchNormSpec(), 1, NATIVE)[0].y, 0))
 
 
 @pytest.mark.parametrize("implementation", ["kernel", "framework", "composed"])
@@ -450,7 +450,7 @@ def slowly(values: Any) -> Any:
     return mx.nd.Custom(values, op_type="multibn_test_slowly")
 
 
-@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("shape", [NATIVE, THREADED], ids=["small", "large"])
 def test_x_and_gamma_may_be_overwritten_at_once(shape: tuple[int, ...]) -> None:
     block = multibn_mxnet.BatchNorm(shape[1], 4)
     block.initialize()
@@ -468,7 +468,7 @@ def test_x_and_gamma_may_be_overwritten_at_once(shape: tuple[int, ...]) -> None:
     same(x.asnumpy(), np.zeros(shape, "f"))
 
 
-@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("shape", [NATIVE, THREADED], ids=["small", "large"])
 def test_what_is_still_to_be_written_or_read_comes_first(shape: tuple[int, ...]) -> None:
     block = multibn_mxnet.BatchNorm(shape[1], 4)
     block.initialize()
@@ -484,7 +484,7 @@ def test_what_is_still_to_be_written_or_read_comes_first(shape: tuple[int, ...])
     same(mean.asnumpy(), done.moving_mean)
 
 
-@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("shape", [NATIVE, THREADED], ids=["small", "large"])
 def test_gradients_that_are_asked_for_by_name(shape: tuple[int, ...]) -> None:
     block = multibn_mxnet.BatchNorm(shape[1], 4)
     block.initialize()
@@ -496,7 +496,7 @@ def test_gradients_that_are_asked_for_by_name(shape: tuple[int, ...]) -> None:
     same(x.asnumpy(), random(*shape))
 
 
-@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("shape", [NATIVE, THREADED], ids=["small", "large"])
 def test_an_error_of_the_kernel_or_of_x_is_raised_and_leaves_the_state(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -640,7 +640,7 @@ def test_what_is_not_finite_stays_in_its_channel(implementation: str) -> None:
 def test_a_forked_child_gives_the_same_bits() -> None:
     block = multibn_mxnet.BatchNorm(4, 4)
     block.initialize()
-    steps = [(random(*shape), random(*shape, seed=100)) for shape in ((6, 4, 5, 2), LARGE)]
+    steps = [(random(*shape), random(*shape, seed=100)) for shape in ((6, 4, 5, 2), THREADED)]
     expected = [train(block, *step) for step in steps]
     child = os.fork()
     if child == 0:  # pragma: no cover - in the child

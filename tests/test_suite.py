@@ -214,9 +214,9 @@ def test_the_oracle_differentiates() -> None:
     model.load(state(3, "float64", 0, asked.spec))
     x, dy = usual(2, dtype="float64").array(), usual(2, 1, "float64").array()
     model.forward(x, training=True)
-    start, cotangent = model.y.value, oracle._exactly(oracle.by_channel(dy))
+    start, cotangent = model.y.value, oracle._exactly(oracle.channel_rows(dy))
     for channel, sample in ((0, 0), (1, 5), (2, 11)):
-        moved = oracle._exactly(oracle.by_channel(x))
+        moved = oracle._exactly(oracle.channel_rows(x))
         moved[channel, sample] += step
         average = Term(moved).average()
         deviation = Term(moved) - average

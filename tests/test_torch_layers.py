@@ -295,7 +295,7 @@ def test_bad_input_is_refused_and_changes_nothing(x: Any, error: Any, message: A
     ("make", "message"),
     [
         (lambda: ours.BatchNorm(3, 6), "num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got 6 (BN-01)."),
-        (lambda: ours.BatchNorm(0, 4), "num_features must be a whole number >= 1, the size of the channel axis, got 0 (BN-01)."),
+        (lambda: ours.BatchNorm(0, 4), "num_features must be an integer >= 1, the size of the channel axis, got 0 (BN-01)."),
         (
             lambda: ours.BatchNorm2d(3, implementation="cuda"),  # type: ignore[arg-type]
             "implementation must be 'auto' or 'kernel' or 'framework', got 'cuda'.",

@@ -123,8 +123,8 @@ def test_the_spec_round_trips_and_refuses() -> None:
             "PyTorch's number is the weight of the new one, so use 1 minus it.",
         ),
         ({"kind": "ica"}, "kind must be 'zca' or 'pca' or 'newton', got 'ica' (WH-03)."),
-        ({"groups": 0}, "groups must be a whole number >= 1, the number of groups of channels, got 0 (WH-01)."),
-        ({"steps": True}, "steps must be a whole number >= 1, the number of Newton steps, got True (WH-03)."),
+        ({"groups": 0}, "groups must be an integer >= 1, the number of groups of channels, got 0 (WH-01)."),
+        ({"steps": True}, "steps must be an integer >= 1, the number of Newton steps, got True (WH-03)."),
         ({"scale": 1}, "scale must be True or False, got 1 of type int."),
     ]
     for values, message in cases:
@@ -145,7 +145,7 @@ def test_the_spec_round_trips_and_refuses() -> None:
     )
     with pytest.raises(ValueError) as features:
         Whitening(0, 4)
-    assert str(features.value) == "num_features must be a whole number >= 1, the size of the channel axis, got 0 (WH-01)."
+    assert str(features.value) == "num_features must be an integer >= 1, the size of the channel axis, got 0 (WH-01)."
     with pytest.raises(ValueError) as dims:
         Whitening(4, 6)
     assert str(dims.value) == "num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got 6 (WH-01)."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.export
 import jax.numpy as jnp
 
 from multibn.layer.inputs import objection
-from multibn.layer.types import PARAMETER_TYPE
+from multibn.layer.types import PARAMETER_TYPE, three_axes
 
 from . import formulas, handler, primitives
 from .compat import equally_varying
@@ -59,13 +58,12 @@ def batch_norm(x: Any, gamma: Any, beta: Any, mean: Any, var: Any, batches: Any,
     )
     if problem is not None:
         raise (TypeError if problem.kind.endswith("type") else ValueError)(problem.message)
-    axis = how.channel_axis % x.ndim
-    n, s = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
+    n, channels, s = three_axes(x.shape, how.channel_axis)
     if symbolic and uses_batch and not n * s >= 2:  # JAX raises where a symbolic shape leaves it open, with what to do
         raise ValueError(f"Expected more than 1 value per channel when training, got input of shape {x.shape} (BN-12).")
     if x.size == 0:  # BN-12
         return x, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
-    given = equally_varying([x.reshape(n, x.shape[axis], s), gamma, beta, mean, var, jnp.asarray(batches, jnp.int32)])
+    given = equally_varying([x.reshape(n, channels, s), gamma, beta, mean, var, jnp.asarray(batches, jnp.int32)])
     compute: Callable[..., Any] = formulas.forward if how.implementation == "framework" else primitives.bind
     y, mean, var = compute(*given, how=how)
     return y.reshape(x.shape), mean, var

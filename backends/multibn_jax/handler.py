@@ -29,7 +29,7 @@ from multibn.kernel.jit import SOURCES, c_function, inner
 FORWARD, BACKWARD = "multibn_forward", "multibn_backward"
 """The names that XLA knows the handlers by."""
 
-HUGE, HUGE_PAGE, MADV_HUGEPAGE = 4 << 20, 2 << 20, 14
+ADVISED, HUGE_PAGE, MADV_HUGEPAGE = 4 << 20, 2 << 20, 14
 """XLA allocates outputs anew: from this many bytes on, ask for pages of 2 MiB (Linux), since faults then cost a fifth."""
 
 KINDS = {"float16": "int16", "bfloat16": "uint16", "float32": "float32", "float64": "float64"}
@@ -203,7 +203,7 @@ def _team(table_at: int, body: int, size: int) -> tuple[int, int, int, int]:
 def _advise(table_at: int, address: int, nbytes: int) -> None:
     """Ask for huge pages for a large output."""
     madvise = _record(table_at, _TABLE).madvise
-    if nbytes >= HUGE and madvise != 0:
+    if nbytes >= ADVISED and madvise != 0:
         start = -(-address // HUGE_PAGE) * HUGE_PAGE
         call(madvise, (start, (address + nbytes - start) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE))
 

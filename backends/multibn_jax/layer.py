@@ -16,6 +16,7 @@ from multibn.layer.inputs import objection
 from multibn.layer.nonfinite import PoisonedBatch, poisoned, poisoned_channels
 from multibn.layer.types import PARAMETER_TYPE
 from multibn.spec.batchnorm import BatchNormSpec, spec_text
+from multibn.spec.parameters import check_features, check_rank
 
 from .compat import canonicalize_dtype
 from .formulas import How
@@ -41,7 +42,7 @@ class BatchNorm(nnx.BatchNorm):
 
     Args:
         num_features: channels C.
-        num_dims: rank of the input, 2 for (N, C), 4 for (N, C, H, W): the channel axis is then 1. None: any rank, axis -1.
+        num_dims: rank of the input, 2 to 5, such as 4 for (N, C, H, W): the channel axis is then 1. None: any rank, axis -1.
         spec: what it computes; None: what Flax's arguments say.
         implementation: "kernel", or "framework" for JAX's operators in place of the CPU kernel.
         arguments: Flax's, by their names: axis, momentum, epsilon, use_running_average, rngs and others.
@@ -69,6 +70,9 @@ class BatchNorm(nnx.BatchNorm):
             twice = [name for name in (*_SPEC_SAYS, "dtype") if name in arguments]
             if twice:
                 raise ValueError(f"{', '.join(twice)}: the spec says what this layer computes. Put it there, or leave it out.")
+            check_features(num_features)
+            if num_dims is not None:
+                check_rank(num_dims)
             spec = BatchNormSpec() if spec is None else spec
             momentum = 0.0 if spec.momentum is None else spec.momentum
             arguments |= {"epsilon": spec.eps, "momentum": momentum, "use_scale": spec.scale, "use_bias": spec.center}
@@ -78,7 +82,7 @@ class BatchNorm(nnx.BatchNorm):
         self.num_dims, self.spec, self.implementation = num_dims, spec, implementation
         if spec is not None and spec.momentum is None:
             self.batches = nnx.BatchStat(jnp.zeros((), jnp.int32))
-        check(self)
+        check_layer(self)
 
     def __repr__(self) -> str:
         if self.spec is None:
@@ -133,7 +137,7 @@ class BatchNorm(nnx.BatchNorm):
             warnings.warn(poisoned(f"BatchNorm({self.num_features})", channels), PoisonedBatch, stacklevel=3)
 
 
-def check(layer: nnx.BatchNorm) -> None:
+def check_layer(layer: nnx.BatchNorm) -> None:
     """Whether a layer has parameters that the specification allows.
 
     Raises:

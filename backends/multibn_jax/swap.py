@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flax import nnx
 
-from .layer import BatchNorm, check
+from .layer import BatchNorm, check_layer
 
 
 def swap(model: nnx.Module) -> list[str]:
@@ -27,7 +27,7 @@ def swap(model: nnx.Module) -> list[str]:
     }
     for path, layer in found.items():
         try:
-            check(layer)
+            check_layer(layer)
         except ValueError as error:
             raise ValueError(f"{path or 'the model'}: {error}") from None
     for layer in found.values():

@@ -15,6 +15,7 @@ from mxnet.base import MXNetError
 
 from multibn import identity
 from multibn.spec.batchnorm import BatchNormSpec, spec_text
+from multibn.spec.parameters import check_features, check_rank
 
 from . import nonfinite
 from .compat import LIB, DeferredInitializationError, check_call
@@ -248,15 +249,13 @@ class BatchNorm(Normalization):
         prefix: str | None = None,
         params: Any = None,
     ) -> None:
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"num_features must be an integer >= 1, the size of the channel axis, got {num_features!r} (BN-01).")
-        if num_dims not in (2, 3, 4, 5):
-            raise ValueError(f"num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got {num_dims!r} (BN-01).")
+        check_features(num_features)
+        check_rank(num_dims)
         check_implementation(implementation)
         super().__init__(prefix=prefix, params=params)
         self.num_features, self.num_dims, self.implementation = num_features, num_dims, implementation
         self._spec = spec or BatchNormSpec()
-        identity.check(init, self._spec)
+        identity.check_init(init, self._spec)
         self.init = init
         learn = "write" if self._spec.learn_affine else "null"
         for name, here, start, request in (
@@ -297,7 +296,7 @@ class GluonNormalization(Normalization):
         check_implementation(implementation)
         super().__init__(*arguments, **named)
         self.implementation = implementation
-        identity.check(init, self.layer.spec)  # arguments that the specification does not allow raise here too
+        identity.check_init(init, self.layer.spec)  # arguments that the specification does not allow raise here too
         if init != "standard":
             self.init = init
             del self._layer

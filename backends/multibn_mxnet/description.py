@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from multibn.identity import Init
 from multibn.layer.inputs import objection
-from multibn.layer.types import Array
+from multibn.layer.types import Array, three_axes
 from multibn.spec.batchnorm import BatchNormSpec
 
 
@@ -84,8 +83,7 @@ class Description:
 
     def by_channel(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Return the shape as (N, C, S): the axes before the channel axis, the channels, the axes after the channel axis."""
-        axis = self.axis % len(shape)
-        return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+        return three_axes(shape, self.axis)
 
 
 def as_numpy(array: Any) -> Array:

@@ -50,14 +50,14 @@ class SyncBatchNorm(BatchNorm):
             MXNetError: as ``BatchNorm``; the other ranks then raise too (SY-08). The ranks disagree, or do not answer (SY-07 to
                 SY-09). Inside a hybridized parent MXNet raises with a message of its own, and our message goes to stderr.
         """
-        by_group.errors.pop(self._peers, None)
+        by_group.messages.pop(self._peers, None)
         try:
             y = super().forward(x)
             if isinstance(x, mx.nd.NDArray) and autograd.is_training():
                 y.wait_to_read()  # raise here, with the message of the pass
         except MXNetError as error:
-            if self._peers in by_group.errors:
-                raise MXNetError(by_group.errors.pop(self._peers)) from None
+            if self._peers in by_group.messages:
+                raise MXNetError(by_group.messages.pop(self._peers)) from None
             if isinstance(x, mx.nd.NDArray) and self.spec.uses_batch(autograd.is_training()) and self._problem(x) is not None:
                 by_group.refuse(self.layer, self.num_features, x, str(error))
             raise

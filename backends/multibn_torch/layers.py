@@ -13,6 +13,7 @@ from torch.fx import Proxy
 from multibn import identity
 from multibn.layer.inputs import objection
 from multibn.spec.batchnorm import BatchNormSpec, spec_text
+from multibn.spec.parameters import check_features, check_rank
 
 from . import refusals
 from .compat import BatchNormBase, tracing_state
@@ -83,7 +84,7 @@ class Layer(Switches, BatchNormBase):
             )
         if implementation != "auto":
             self.implementation = implementation
-        check(self)
+        check_layer(self)
         keep_single(self)
         self._set_init(init)
 
@@ -165,7 +166,7 @@ class Layer(Switches, BatchNormBase):
 
     def _set_init(self, init: identity.Init) -> None:
         if init != "standard":
-            identity.check(init, self.spec)
+            identity.check_init(init, self.spec)
             self.init = init
 
     def _old(self) -> float | None:
@@ -208,7 +209,7 @@ class Layer(Switches, BatchNormBase):
         return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
 
 
-def check(layer: Any) -> None:
+def check_layer(layer: Any) -> None:
     """Raise ValueError or TypeError if the eps or momentum of a PyTorch layer violates the specification."""
     momentum = None if layer.momentum is None else layer.momentum and 1.0 - layer.momentum
     BatchNormSpec(eps=layer.eps, momentum=momentum)
@@ -291,12 +292,8 @@ class BatchNorm(Layer):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(
-                f"num_features must be a whole number >= 1, the size of the channel axis, got {num_features!r} (BN-01)."
-            )
-        if num_dims not in (2, 3, 4, 5):
-            raise ValueError(f"num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got {num_dims!r} (BN-01).")
+        check_features(num_features)
+        check_rank(num_dims)
         spec = spec or BatchNormSpec()
         momentum = None if spec.momentum is None else 1.0 - spec.momentum
         affine = spec.scale or spec.center

@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import fusion, refusals
 from .compat import BatchNormBase
-from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, check, keep_single
+from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, check_layer, keep_single
 
 _OURS: dict[type[torch.nn.Module], type[Layer]] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
@@ -63,7 +63,7 @@ def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
     found = {name: module for name, module in model.named_modules() if type(module) in _OURS}
     for name, module in found.items():
         try:
-            check(module)
+            check_layer(module)
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from None
     skipped = {name: why for name, module in model.named_modules() if (why := _why_not(module))}

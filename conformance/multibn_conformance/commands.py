@@ -172,4 +172,4 @@ def check_vectors(
     """
     with needed("vectors", "conformance"):
         from .vectors import run
-    raise typer.Exit(not run.check(folder, answers, case or (), precision, Console()))
+    raise typer.Exit(not run.judge_folder(folder, answers, case or (), precision, Console()))

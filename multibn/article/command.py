@@ -29,7 +29,7 @@ def article(
     with needed("article", "article"):
         from . import page, plan, run
     others = elsewhere(framework or run.modules(), python or ())
-    frameworks = run.check(framework or (), out, others)
+    frameworks = run.frameworks_to_run(framework or (), out, others)
     try:
         command = shlex.join(["multibn", *sys.argv[1:]])
         page.write(out, frameworks, plan.QUICK if quick else plan.FULL, command, Console(), others)

@@ -39,7 +39,7 @@ class Study(NamedTuple):
     results: dict[Run, dict[str, Any]]
 
 
-def check(frameworks: Sequence[str], out: Path, others: Mapping[str, Elsewhere] = MappingProxyType({})) -> list[str]:
+def frameworks_to_run(frameworks: Sequence[str], out: Path, others: Mapping[str, Elsewhere] = MappingProxyType({})) -> list[str]:
     """The frameworks to run: those asked for, or all that are installed here or, ``others``, in other interpreters.
 
     Raises:

@@ -60,7 +60,7 @@ def bench(
     known = COMPILED if compiled else MEMORY if memory else MODELS
     in_torch = whitening or compiled or memory
     others = {} if in_torch else elsewhere(framework or run.modules(), python or ())
-    plan = run.check(["torch"] if in_torch else framework or (), threads, json, picture, model or (), others, known)
+    plan = run.what_to_measure(["torch"] if in_torch else framework or (), threads, json, picture, model or (), others, known)
     if whitening:
         raise typer.Exit(not of_whitening.run(plan[2], quick, json, command))
     if compiled or memory:

@@ -41,7 +41,7 @@ def modules() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=GROUP)}
 
 
-def check(
+def what_to_measure(
     frameworks: Sequence[str],
     threads: int | None,
     json_file: Path | None,

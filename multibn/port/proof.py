@@ -90,7 +90,7 @@ def expected(bn: StoredBatchNorm, spec: BatchNormSpec, its: Batch) -> dict[str, 
     return {name: value for name, value in zip(RESULTS, values, strict=True) if value is not None}
 
 
-def errors(
+def errors_in_bounds(
     bn: StoredBatchNorm, spec: BatchNormSpec, its: Batch, got: Mapping[str, Array], double: bool = False
 ) -> dict[str, float]:
     """How far each result is off, in units of what is allowed: at most 1 is right. What is missing, or too much, is infinite.

@@ -21,7 +21,7 @@ from .limbs import MOST_VALUES, gradient_sums, mean_and_variance
 from .sums import Sums, local_sums, no_sums, range_of
 
 
-class How(NamedTuple):
+class SyncSettings(NamedTuple):
     """What one forward does, as ``BatchNormSpec`` says, resolved for its mode."""
 
     eps: float
@@ -72,7 +72,7 @@ class Statistics:
     mean: Array
     variance: Array
     saved: Array
-    how: How
+    how: SyncSettings
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Gradients:
 
 
 def describe(
-    x: Array, peers: Peers, how: How, needs: bool, which: str = "forward", threads: int | None = None,
+    x: Array, peers: Peers, how: SyncSettings, needs: bool, which: str = "forward", threads: int | None = None,
     moving: tuple[Array, Array] | None = None,
 ) -> Statistics:  # fmt: skip
     """The statistics of all ranks' batch (SY-01 to SY-04).
@@ -110,7 +110,7 @@ def describe(
 
 
 def describe_by(
-    local: Callable[[], Sums], channels: int, kind: str, count: int, peers: Peers, how: How, needs: bool, which: str,
+    local: Callable[[], Sums], channels: int, kind: str, count: int, peers: Peers, how: SyncSettings, needs: bool, which: str,
     moving: tuple[Array, Array] | None,
 ) -> Statistics:  # fmt: skip
     """``describe`` by the sums that ``local`` makes of ``count`` values per channel; kind: "float32" or "float64"."""
@@ -211,7 +211,7 @@ def propagate(x: Array, dy: Array, dx: Array, means: Array, batch: Statistics, t
     )  # fmt: skip
 
 
-def refuse(peers: Peers, channels: int, kind: str, error: BaseException, how: How, which: str = "forward") -> None:
+def refuse(peers: Peers, channels: int, kind: str, error: BaseException, how: SyncSettings, which: str = "forward") -> None:
     """Tell the other ranks that this one raises ``error`` in place of a pass that they make (SY-08).
 
     Args:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 from multibn.layer.inputs import Objection, objection
+from multibn.spec.parameters import check_rank
 
 from .spec import Kind, WhiteningSpec
 
@@ -18,8 +19,7 @@ def resolved(
     Raises:
         ValueError, TypeError: WhiteningSpec refuses a value; num_dims is not 2 to 5; groups do not divide num_features.
     """
-    if num_dims not in (2, 3, 4, 5):
-        raise ValueError(f"num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got {num_dims!r} (WH-01).")
+    check_rank(num_dims, "WH-01")
     spec = spec or WhiteningSpec()
     given = {name: value for name, value in (("kind", kind), ("groups", groups)) if value is not None}
     spec = replace(spec, **given)  # type: ignore[arg-type]

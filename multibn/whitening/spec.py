@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
-from multibn.spec.parameters import one_of, real_number
+from multibn.spec.parameters import check_features, one_of, real_number
 
 Kind = Literal["zca", "pca", "newton"]
 
@@ -116,7 +116,7 @@ class WhiteningSpec:
         for name, what, clause in (("groups", "groups of channels", "WH-01"), ("steps", "Newton steps", "WH-03")):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, the number of {what}, got {value!r} ({clause}).")
+                raise ValueError(f"{name} must be an integer >= 1, the number of {what}, got {value!r} ({clause}).")
         for name in ("scale", "center"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -143,12 +143,9 @@ class WhiteningSpec:
         """Return d, the number of channels of a group.
 
         Raises:
-            ValueError: num_features is not a whole number >= 1, or groups do not divide it.
+            ValueError: num_features is not an integer >= 1, or groups do not divide it.
         """
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(
-                f"num_features must be a whole number >= 1, the size of the channel axis, got {num_features!r} (WH-01)."
-            )
+        check_features(num_features, "WH-01")
         if num_features % self.groups:
             raise ValueError(
                 f"groups must divide num_features, for the groups are equal, got {self.groups} groups of {num_features} channels "

@@ -158,6 +158,16 @@ def test_what_is_not_supported_is_refused_and_changes_nothing() -> None:
         ValueError,
         "implementation must be kernel or framework, got 'fast'.",
     )
+    refused(
+        lambda: BatchNorm(0, 4),
+        ValueError,
+        "num_features must be an integer >= 1, the size of the channel axis, got 0 (BN-01).",
+    )
+    refused(
+        lambda: BatchNorm(3, 6),
+        ValueError,
+        "num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got 6 (BN-01).",
+    )
     for layer_ in (layer, masked):
         np.testing.assert_allclose(layer_(X, True, mask=X > 0), nnx.BatchNorm(3, rngs=nnx.Rngs(0))(X, True), rtol=1e-6)
     for a, b in zip(before, [a for each in (layer, masked) for a in jax.tree.leaves(nnx.state(each))], strict=True):

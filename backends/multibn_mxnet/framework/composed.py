@@ -41,7 +41,7 @@ def normalize(layer: Description, x: Any, arrays: list[Any]) -> Any:
         )
     spec, training, kind = layer.spec, autograd.is_training(), PARAMETER_TYPE[type_name(x)]
     parameters, states = dict(zip(layer.parameters, arrays, strict=False)), arrays[len(layer.parameters) :]
-    values = _by_channel(_cast(x, kind), layer.axis)
+    values = _channel_rows(_cast(x, kind), layer.axis)
     ones = mx.nd.ones(values.shape, values.context, dtype=kind)
     if spec.uses_batch(training):
         deviations, mean, var = _statistics(values, ones)
@@ -111,7 +111,7 @@ def _per_channel(parameter: Any) -> Any:
     return mx.nd.gather_nd(parameter, _index(np.arange(parameter.shape[0]).reshape(1, -1, 1, 1), parameter))
 
 
-def _by_channel(x: Any, axis: int) -> Any:
+def _channel_rows(x: Any, axis: int) -> Any:
     """Transpose and reshape x to (C, m, 1)."""
     others = _others(x.ndim, axis)
     rows = np.indices([x.shape[i] for i in others]).reshape(len(others), 1, -1)

@@ -13,7 +13,7 @@ from mxnet.base import MXNetError
 
 from multibn.sync import passes
 from multibn.sync.group import SyncError
-from multibn.sync.passes import How, Peers, Statistics
+from multibn.sync.passes import Peers, Statistics, SyncSettings
 from multibn_mxnet.compat import ADD, NULL
 from multibn_mxnet.description import Description, type_name
 
@@ -23,7 +23,7 @@ from .by_kernel import view
 _peers: dict[int, Peers] = {}
 _registering = threading.Lock()
 
-errors: dict[int, str] = {}
+messages: dict[int, str] = {}
 """``Description.peers`` -> message of the last failed pass, because MXNet raises with a message of its own."""
 
 
@@ -115,17 +115,17 @@ def _of(layer: Description) -> Peers:
     return _peers[layer.peers]
 
 
-def _how(layer: Description, batches: int) -> How:
+def _how(layer: Description, batches: int) -> SyncSettings:
     spec = layer.spec
     update = spec.update_statistics
     old = spec.weight_of_old(batches) if update else 0.0
-    return How(spec.eps, old, spec.moving_variance == "unbiased", spec.normalize_with == "batch", update)
+    return SyncSettings(spec.eps, old, spec.moving_variance == "unbiased", spec.normalize_with == "batch", update)
 
 
 def _said(layer: Description, function: Any) -> Any:
-    """Call a pass and return the result; raise an error as MXNetError, and keep the message in ``errors``."""
+    """Call a pass and return the result; raise an error as MXNetError, and keep the message in ``messages``."""
     try:
         return function()
     except (SyncError, ValueError) as error:
-        errors[layer.peers] = str(error)
+        messages[layer.peers] = str(error)
         raise MXNetError(str(error)) from None

@@ -102,7 +102,7 @@ def _masked(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool, mask: Tensor,
     layer: nonfinite.Named | None,
 ) -> Tensor:  # fmt: skip
-    masked.check(mask, x)
+    masked.check_mask(mask, x)
     function = partial(normalise, gamma=gamma, beta=beta, moving=moving, on_kernel=on_kernel, layer=layer)
     if not (how.use_batch or how.update):
         return masked.each_alone(x, mask, partial(function, how=how))

@@ -29,7 +29,7 @@ def begin(layer: Any, x: Tensor, mask: Tensor | None = None) -> None:
             "Train one batch before torch.compile."
         )
     if mask is not None:
-        masked.check(mask, x)
+        masked.check_mask(mask, x)
         x = masked.pack(x, mask)
         masked.check_count(x)
         if x.numel() == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from multibn_torch import compat
 
 
-def check(mask: Tensor, x: Tensor) -> None:
+def check_mask(mask: Tensor, x: Tensor) -> None:
     """Check that a mask fits x.
 
     Raises:

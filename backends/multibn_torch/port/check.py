@@ -25,7 +25,7 @@ INPUTS: Final = ("standard normal values", "values uniform from 0 to 255")
 _SECONDS: Final = 600
 
 
-def check(
+def compare_with_mxnet(
     imported: Imported,
     heads: Sequence[str],
     symbol: Path,

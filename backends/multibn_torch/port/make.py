@@ -67,10 +67,10 @@ def make(
         "into": None,
     }
     if check:
-        from .check import check as beside
+        from .check import compare_with_mxnet
 
         heads = [graph.nodes[node].name for node, _ in graph.heads]
-        report["check"] = beside(imported, heads, symbol, params, examples, report["batch_norms"], python)
+        report["check"] = compare_with_mxnet(imported, heads, symbol, params, examples, report["batch_norms"], python)
     writes: Writes = {}
     if fold:
         from .fold import fold as folded

@@ -13,7 +13,7 @@ from torch import nn
 
 from multibn.layer.types import Array
 from multibn.port.batchnorm import ARRAYS, StoredBatchNorm
-from multibn.port.proof import LINE, Batch, batch, errors, line
+from multibn.port.proof import LINE, Batch, batch, errors_in_bounds, line
 from multibn.spec.batchnorm import BatchNormSpec
 
 STATES = ("weight", "bias", "running_mean", "running_var")
@@ -76,7 +76,7 @@ def _deviation(bn: StoredBatchNorm, layer: Any) -> float:
 def _training(bn: StoredBatchNorm, layer: nn.Module, own: bool) -> tuple[dict[str, float], tuple[str, ...]]:
     its = batch(bn)
     got = step(layer, its, torch.float64 if own else torch.float32)
-    found = errors(bn, bn.spec, its, got, double=own)
+    found = errors_in_bounds(bn, bn.spec, its, got, double=own)
     if max(found.values()) <= 1:
         return found, ()
     if own and not bn.use_global_stats and _is(bn, replace(bn.spec, moving_variance="unbiased"), its, got):
@@ -96,7 +96,7 @@ def _training(bn: StoredBatchNorm, layer: nn.Module, own: bool) -> tuple[dict[st
 
 
 def _is(bn: StoredBatchNorm, spec: BatchNormSpec, its: Batch, got: Mapping[str, Array]) -> bool:
-    return max(errors(bn, spec, its, got, double=True).values()) <= 1
+    return max(errors_in_bounds(bn, spec, its, got, double=True).values()) <= 1
 
 
 def step(layer: nn.Module, its: Batch, dtype: torch.dtype) -> dict[str, Array]:

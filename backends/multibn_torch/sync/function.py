@@ -10,7 +10,7 @@ from torch import Tensor
 
 from multibn.layer.types import Array
 from multibn.sync import passes
-from multibn.sync.passes import How, Peers, Statistics
+from multibn.sync.passes import Peers, Statistics, SyncSettings
 from multibn_torch.forward.eager import looked_through, output_like, recomputed
 
 from . import operators
@@ -28,7 +28,7 @@ class Job(NamedTuple):
     """What a forward is told besides its tensors."""
 
     peers: Peers
-    how: How
+    how: SyncSettings
     moving: tuple[Tensor, Tensor] | None
     """What normalises where the batch's statistics do not."""
     update: Update | None

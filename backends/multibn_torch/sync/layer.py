@@ -15,7 +15,7 @@ from multibn.layer.inputs import objection
 from multibn.layer.nonfinite import PoisonedBatch, poisoned
 from multibn.sync import passes
 from multibn.sync.exchange import Exchange, open_channel
-from multibn.sync.passes import How, Peers
+from multibn.sync.passes import Peers, SyncSettings
 from multibn_torch.forward import masked
 from multibn_torch.forward.dispatch import again, normalise
 from multibn_torch.forward.eager import recomputed, run_as_written, transformed
@@ -28,7 +28,7 @@ from multibn_torch.layers import (
     BatchNorm3d,
     Layer,
     as_leaf,
-    check,
+    check_layer,
     keep_single,
     type_name,
 )
@@ -39,7 +39,7 @@ from .group import shared_exchange
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 _made: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-"""How many layers were made for a process group."""
+"""SyncSettings many layers were made for a process group."""
 
 
 class SyncBatchNorm(Layer, torch.nn.SyncBatchNorm):
@@ -128,7 +128,7 @@ class SyncBatchNorm(Layer, torch.nn.SyncBatchNorm):
         ]
         for name, each in found.items():
             try:
-                check(each)
+                check_layer(each)
                 if getattr(each, "init", "standard") != "standard" and not each._began:
                     raise ValueError(_NO_IDENTITY)
             except ValueError as error:
@@ -203,7 +203,7 @@ def _in_training(layer: SyncBatchNorm, x: Tensor, mask: Tensor | None, update: b
 run_as_written(_in_training)
 
 
-def _checked(layer: SyncBatchNorm, x: Tensor, mask: Tensor | None, how: How) -> Tensor:
+def _checked(layer: SyncBatchNorm, x: Tensor, mask: Tensor | None, how: SyncSettings) -> Tensor:
     """The values that count, or an error."""
     layer._refuse(x, False)
     if transformed() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or torch._C._get_tracing_state() is not None:
@@ -217,16 +217,16 @@ def _checked(layer: SyncBatchNorm, x: Tensor, mask: Tensor | None, how: How) -> 
         again(how)  # type: ignore[arg-type]
     if mask is None:
         return x
-    masked.check(mask, x)
+    masked.check_mask(mask, x)
     return masked.pack(x, mask)
 
 
-def _how(layer: SyncBatchNorm, update: bool, use_batch: bool) -> How:
+def _how(layer: SyncBatchNorm, update: bool, use_batch: bool) -> SyncSettings:
     old = layer._old() if update else 0.0
     if old is None:
         batches = int(layer.num_batches_tracked)  # type: ignore[arg-type]
         old = batches / (batches + 1)
-    return How(layer.eps, old, layer.moving_variance == "unbiased", use_batch, update)
+    return SyncSettings(layer.eps, old, layer.moving_variance == "unbiased", use_batch, update)
 
 
 def _moving(layer: SyncBatchNorm) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from multibn.layer.types import Array
 from multibn.sync import passes
 from multibn.sync.limbs import NARROW, WIDE, carry
-from multibn.sync.passes import Gradients, How, Peers, Statistics
+from multibn.sync.passes import Gradients, Peers, Statistics, SyncSettings
 from multibn.sync.sums import Sums, no_sums
 
 _MASK = 0xFFFFFFFF
@@ -23,7 +23,7 @@ _LEVEL = 51
 
 
 def describe(
-    x: Tensor, peers: Peers, how: How, needs: bool, which: str = "forward", moving: tuple[Array, Array] | None = None
+    x: Tensor, peers: Peers, how: SyncSettings, needs: bool, which: str = "forward", moving: tuple[Array, Array] | None = None
 ) -> Statistics:
     """``passes.describe`` of a tensor."""
     return passes.describe_by(_summing(x, x), x.shape[1], _kind(x), _count(x), peers, how, needs, which, moving)

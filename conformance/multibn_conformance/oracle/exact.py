@@ -66,7 +66,7 @@ class Expected(NamedTuple):
     updates: dict[str, tuple[Update, ...]]
 
 
-def by_channel(a: Array) -> Array:
+def channel_rows(a: Array) -> Array:
     """(N, C, ...) as (C, m)."""
     return np.moveaxis(a, 1, 0).reshape(a.shape[1], -1 if a.size else 0)
 
@@ -111,7 +111,7 @@ class _Model:
     def forward(self, x: Array, training: bool) -> None:
         spec = self.spec
         self.shape, self.dtype = x.shape, x.dtype.name
-        self.x = Term(_exactly(by_channel(x)))
+        self.x = Term(_exactly(channel_rows(x)))
         m = self.x.value.shape[1]
         mean, var = (Term(each[:, None]) for each in self.moving.values())
         batch_mean = batch_var = None
@@ -128,7 +128,7 @@ class _Model:
         if batch_mean is not None and batch_var is not None:
             estimate = batch_var.value * m / (m - 1) if spec.moving_variance == "unbiased" else batch_var.value  # BN-06
         self.facts = Facts(
-            x=by_channel(x).astype(np.float64),
+            x=channel_rows(x).astype(np.float64),
             dy=None,
             gamma=_round(self.gamma.value),
             beta=_round(self.beta.value),
@@ -160,8 +160,8 @@ class _Model:
 
     def backward(self, dy: Array) -> None:
         assert self.facts is not None
-        self.facts = replace(self.facts, dy=by_channel(dy).astype(np.float64))
-        self.gradients = differentiate(self.y, _exactly(by_channel(dy)))
+        self.facts = replace(self.facts, dy=channel_rows(dy).astype(np.float64))
+        self.gradients = differentiate(self.y, _exactly(channel_rows(dy)))
 
     def answer(self, names: tuple[str, ...]) -> Expected:
         values: dict[str, Exact | None] = {}

@@ -70,8 +70,8 @@ def caught(defect: SyncDefect, cases: Sequence[SyncCase], size: int) -> str:
     return ""
 
 
-def last_line(judgements: Sequence[Judgement]) -> str:
-    """``synchronised: conforms: ...`` or ``synchronised: does not conform: ...``."""
+def verdict_line(judgements: Sequence[Judgement]) -> str:
+    """``synchronised statistics conform: ...`` or ``synchronised statistics do not conform: ...``."""
     broken: dict[str, dict[str, None]] = {}
     for each in judgements:
         if each.status == "fail":
@@ -136,4 +136,4 @@ def _show(judgements: Sequence[Judgement], names: Sequence[str], console: Consol
                 clause, *("[red]FAIL[/red]" if any(e.status == "fail" for e in row) else "[green]ok[/green]" for row in rows)
             )
     console.print(table)
-    console.print(last_line(judgements), style="bold red" if failures else "bold green", soft_wrap=True)
+    console.print(verdict_line(judgements), style="bold red" if failures else "bold green", soft_wrap=True)

@@ -13,7 +13,7 @@ from multibn.layer.types import Array
 from multibn.spec.batchnorm import BatchNormSpec
 from multibn.sync import passes
 from multibn.sync.exchange import open_channel
-from multibn.sync.passes import Gradients, How, Peers, Statistics
+from multibn.sync.passes import Gradients, Peers, Statistics, SyncSettings
 
 from .right import Right
 
@@ -52,7 +52,7 @@ def gathered(group: Any, values: Array) -> Array:
     return flat.view(np.float64).reshape(group.size, values.size)
 
 
-def statistics(mean: Array, var: Array, m: int, how: How) -> Statistics:
+def statistics(mean: Array, var: Array, m: int, how: SyncSettings) -> Statistics:
     """As ``passes.describe`` returns them."""
     with np.errstate(all="ignore"):
         invstd = np.where(np.isfinite(var), 1 / np.sqrt(var + how.eps), np.nan)
@@ -88,7 +88,7 @@ class AloneOnEachRank(Right):
 class EqualWeights(_Gathering):
     """Averages the ranks' means and variances, whatever their samples are."""
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         m = int(self.counts(x).sum())
         values = x.astype(np.float64)
         mean = self.sums(values.mean((0, 2)))[0] / self.channel.size
@@ -117,7 +117,7 @@ class LocalSumsInBackward(Right):
 class WholeWorld(Right):
     """Adds over all ranks there are, not over those of its group."""
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         world = getattr(self.group, "world", None)
         peers = self.peers if world is None else Peers(*open_channel(world))
         return passes.describe(x, peers, how, True)
@@ -127,7 +127,7 @@ class WholeWorld(Right):
 class FloatMessage(_Gathering):
     """Sends its sums as float32."""
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         m = int(self.counts(x).sum())
         values = x.astype(np.float64)
         single = [a.astype(np.float32) for a in (values.sum((0, 2)), (values * values).sum((0, 2)))]
@@ -140,7 +140,7 @@ class FloatMessage(_Gathering):
 class DoubleSums(_Gathering):
     """Adds in float64, as accurately as that goes, in the order of the ranks."""
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         m = int(self.counts(x).sum())
         values = x.astype(np.float64)
         mean = self.sums(values.sum((0, 2)))[0] / m
@@ -165,7 +165,7 @@ class DoubleGradients(_Gathering):
 class NothingToSay(Right):
     """Leaves the exchange out where it has no samples."""
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         if x.size == 0:
             nothing = np.zeros(self.num_features)
             return statistics(nothing, nothing, 0, how)
@@ -176,7 +176,7 @@ class NothingToSay(Right):
 class OwnCountIsOne(Right):
     """Refuses one value per channel, though the other ranks have more."""
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         if x.shape[0] * x.shape[2] == 1:
             raise ValueError("Expected more than 1 value per channel when training")
         return super().describe(x, how)
@@ -186,7 +186,7 @@ class OwnCountIsOne(Right):
 class AcceptsOneValue(_Gathering):
     """Accepts one value per channel on all ranks together."""
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         if int(self.counts(x).sum()) == 1:
             mean = self.sums(x.astype(np.float64).sum((0, 2)))[0]
             return statistics(mean, np.zeros_like(mean), 1, how._replace(unbiased=False))
@@ -233,7 +233,7 @@ class SummedGradients(_Gathering):
 class AnySettings(Right):
     """Does not compare settings."""
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         its = passes.describe(x, self.peers, how._replace(eps=1e-5), True)
         return statistics(its.mean, its.variance, its.m, how)
 
@@ -242,7 +242,7 @@ class AnySettings(Right):
 class RefusesSilently(Right):
     """Raises without a word to the others."""
 
-    def refused(self, error: Exception, how: How) -> None:
+    def refused(self, error: Exception, how: SyncSettings) -> None:
         raise error
 
 
@@ -250,7 +250,7 @@ class RefusesSilently(Right):
 class StateOnRefusal(Right):
     """Counts a batch that another rank refused."""
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         self.moving_mean = self.moving_mean * np.float32(0.9) if self.batches else self.moving_mean
         return super().describe(x, how)
 
@@ -268,5 +268,5 @@ class TalksInInference(Right):
 class SkipsNan(Right):
     """Leaves values that are not finite out."""
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         return super().describe(np.nan_to_num(x, nan=0.0), how)

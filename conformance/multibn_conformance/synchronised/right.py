@@ -12,7 +12,7 @@ from multibn.layer.types import Array
 from multibn.spec.batchnorm import BatchNormSpec
 from multibn.sync import passes
 from multibn.sync.exchange import open_channel
-from multibn.sync.passes import Gradients, How, Peers, Statistics
+from multibn.sync.passes import Gradients, Peers, Statistics, SyncSettings
 
 
 class Right(BatchNorm):
@@ -39,7 +39,9 @@ class Right(BatchNorm):
         """y."""
         if not training:
             return self.infer(x)
-        how = How(self.spec.eps, self.spec.weight_of_old(self.batches), self.spec.moving_variance == "unbiased", True, True)
+        how = SyncSettings(
+            self.spec.eps, self.spec.weight_of_old(self.batches), self.spec.moving_variance == "unbiased", True, True
+        )
         if x.shape[1] != self.num_features:
             self.refused(ValueError("too many channels"), how)
         self._x, self._shape = by_channel(x, 1), x.shape
@@ -63,12 +65,12 @@ class Right(BatchNorm):
         y: Array = super().forward(x, False)
         return y
 
-    def refused(self, error: Exception, how: How) -> None:
+    def refused(self, error: Exception, how: SyncSettings) -> None:
         """Tell the others, and raise."""
         passes.refuse(self.peers, self.num_features, "float32", error, how)
         raise error
 
-    def describe(self, x: Array, how: How) -> Statistics:
+    def describe(self, x: Array, how: SyncSettings) -> Statistics:
         """The statistics of all ranks."""
         return passes.describe(x, self.peers, how, True)
 

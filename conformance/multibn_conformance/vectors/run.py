@@ -51,7 +51,7 @@ def write(folder: Path, ids: Sequence[str], clauses: Sequence[str], console: Con
     console.print(f"{len(cases) - len(left_out)} cases in {folder}; {folder / 'README.md'} says how to answer.", soft_wrap=True)
 
 
-def check(folder: Path, answers: Path, ids: Sequence[str], precision: str, console: Console) -> bool:
+def judge_folder(folder: Path, answers: Path, ids: Sequence[str], precision: str, console: Console) -> bool:
     """Judge answers, print the report, and return whether all conform.
 
     Raises:
