@@ -43,10 +43,7 @@ def defined() -> set[str]:
     return names
 
 
-NOT_YET = {"fold.py", "graphs.py", "sync/layer.py"}
-"""2026-11-29: files that still use private parts directly."""
-
-CHECKED = [path for path in FILES if path.name != "compat.py" and not any(path.as_posix().endswith(name) for name in NOT_YET)]
+CHECKED = [path for path in FILES if path != Path(compat.__file__)]
 
 
 @pytest.mark.parametrize("path", CHECKED, ids=lambda path: path.stem)

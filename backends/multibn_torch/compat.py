@@ -1,16 +1,18 @@
 """The private parts of PyTorch that this package uses; no other module accesses them, so a missing part raises here.
 
-``PARTS`` lists each part with what stops working without it. Required parts are looked up at import; an optional part is ``None``
-if PyTorch lacks it, and the caller works without it.
+``PARTS`` lists each part with what stops working without it. Required parts are looked up at import, or when used if only
+``SyncBatchNorm`` or ``multibn port`` needs them. An optional part is ``None`` if PyTorch lacks it; the caller works without it.
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Part(NamedTuple):
@@ -39,6 +41,16 @@ PARTS = {
     "fuser_methods": Part(
         "ao.quantization.fuser_method_mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD",
         "the message of torch.ao.quantization.fuse_modules that names unswap",
+        required=False,
+    ),
+    "schema": Part("ops.aten.add.Tensor._schema", "multibn port --into"),
+    "store": Part("distributed.distributed_c10d._get_process_group_store", "SyncBatchNorm over torch.distributed"),
+    "group_device": Part("distributed.distributed_c10d._get_pg_default_device", "SyncBatchNorm over nccl and mpi"),
+    "backend_of_group": Part("distributed.ProcessGroup._get_backend", "SyncBatchNorm over gloo"),
+    "timeout": Part("distributed.ProcessGroupGloo._Options._timeout", "SyncBatchNorm over gloo"),
+    "ddp_check": Part(
+        "nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle",
+        "SyncBatchNorm on CPU in DistributedDataParallel, if it refuses every torch.nn.SyncBatchNorm there",
         required=False,
     ),
     "eval_frame": Part("_C._dynamo.eval_frame", "silence of compiled autograd in a backward", required=False),
@@ -118,3 +130,41 @@ def show_as(function: Any, name: str) -> None:
     """Name a ``torch.autograd.Function`` for the profiler and for ``grad_fn``."""
     function.__name__ = name
     function._backward_cls.__name__ = f"{name}_backward"
+
+
+def operator_arguments(operator: Any) -> Any:
+    """Return the arguments that an operator of ``torch.ops`` declares; none for another function."""
+    lookup("schema")
+    return operator._schema.arguments if hasattr(operator, "_schema") else ()
+
+
+def store_of(process_group: Any) -> Any:
+    """Return the store through which the ranks of a process group found each other."""
+    return lookup("store")(process_group)
+
+
+def timeout_of(process_group: Any) -> timedelta:
+    """Return how long the gloo connections of a process group wait."""
+    lookup("timeout")
+    options: Any = lookup("backend_of_group")(process_group, torch.device("cpu")).options
+    timeout: timedelta = options._timeout
+    return timeout
+
+
+def device_of(process_group: Any) -> torch.device:
+    """Return the device on which the communication backend of a process group takes tensors."""
+    device: torch.device = lookup("group_device")(process_group)
+    return device
+
+
+def accept_in_ddp(ours: type[torch.nn.Module]) -> None:
+    """Let DistributedDataParallel accept ``ours``, subclasses of ``torch.nn.SyncBatchNorm``, on CPU, where ours compute."""
+    check = lookup("ddp_check")
+    if check is None:
+        return
+
+    def check_others(self: Any, module: torch.nn.Module) -> None:
+        if any(isinstance(each, torch.nn.SyncBatchNorm) and not isinstance(each, ours) for each in module.modules()):
+            check(self, module)
+
+    DistributedDataParallel._passing_sync_batchnorm_handle = check_others  # type: ignore[method-assign]

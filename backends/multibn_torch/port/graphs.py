@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from multibn.port.errors import PortError
+from multibn_torch.compat import operator_arguments
 
 COMMUTES: Final = ("add", "mul", "maximum", "minimum")
 _SAME: Final = ("dropout", "feature_dropout", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy")
@@ -145,10 +146,10 @@ class _Reader:
         """Name, settings and inputs; a list of inputs counts as so many, and its length as a setting."""
         target: Any = node.target
         kind = getattr(target, "overloadpacket", target).__name__
-        schema = target._schema.arguments if hasattr(target, "_schema") else None
-        names = [each.name for each in schema] if schema else [str(i) for i in range(len(node.args))]
+        schema = operator_arguments(target)
+        names = [each.name for each in schema] or [str(i) for i in range(len(node.args))]
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
-        defaults = {each.name: each.default_value for each in schema or [] if each.name not in given}
+        defaults = {each.name: each.default_value for each in schema if each.name not in given}
         settings: dict[str, Any] = {}
         inputs: list[Step] = []
         for name, value in {**given, **defaults}.items():

@@ -1,7 +1,8 @@
 """BatchNorm over many processes, in PyTorch."""
 
-from . import compat
+from multibn_torch import compat
+
 from .group import TorchGroup as TorchGroup
 from .layer import SyncBatchNorm as SyncBatchNorm
 
-compat.admit(SyncBatchNorm)
+compat.accept_in_ddp(SyncBatchNorm)

@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from multibn.layer.types import Array
 from multibn.sync.exchange import Exchange
 from multibn.sync.group import PeersMissing
-
-from . import compat
+from multibn_torch import compat
 
 _LATE = 1.0
 """Seconds after which a rank writes into the store that it waits."""
@@ -83,10 +83,10 @@ class TorchGroup:
 
     def _connect(self) -> None:
         parent: Any = self._parent
-        self._store = compat.store_of(parent, f"multibn{self._key}")
+        self._store = PrefixStore(f"multibn{self._key}", compat.store_of(parent))
         # each group with the same key has a number of its own, the same on all ranks that make them in the same order
         made = self._store.add(f"made by {self.rank}", 1)
-        self._store = compat.part_of(self._store, str(made))
+        self._store = PrefixStore(str(made), self._store)
         start = time.monotonic()
         try:
             self._gloo = dist.ProcessGroupGloo(self._store, self.rank, self.size, compat.timeout_of(parent))

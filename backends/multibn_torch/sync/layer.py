@@ -16,6 +16,7 @@ from multibn.layer.nonfinite import PoisonedBatch, poisoned
 from multibn.sync import passes
 from multibn.sync.exchange import Exchange, open_channel
 from multibn.sync.passes import Peers, SyncSettings
+from multibn_torch.compat import BatchNormBase, tracing_state
 from multibn_torch.forward import masked
 from multibn_torch.forward.dispatch import again, normalise
 from multibn_torch.forward.eager import recomputed, run_as_written, transformed
@@ -121,7 +122,7 @@ class SyncBatchNorm(Layer, torch.nn.SyncBatchNorm):
         >>> SyncBatchNorm.convert_sync_batchnorm(model)[1]
         SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, by=multibn)
         """
-        modules = {name: each for name, each in module.named_modules() if isinstance(each, torch.nn.modules.batchnorm._BatchNorm)}
+        modules = {name: each for name, each in module.named_modules() if isinstance(each, BatchNormBase)}
         found = {name: each for name, each in modules.items() if type(each) in _CONVERTED}
         left = [
             f"{name} ({type(each).__name__})" for name, each in modules.items() if name not in found and type(each) is not cls
@@ -206,7 +207,7 @@ run_as_written(_in_training)
 def _checked(layer: SyncBatchNorm, x: Tensor, mask: Tensor | None, how: SyncSettings) -> Tensor:
     """The values that count, or an error."""
     layer._refuse(x, False)
-    if transformed() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or torch._C._get_tracing_state() is not None:
+    if transformed() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or tracing_state() is not None:
         raise RuntimeError(
             "SyncBatchNorm in training takes plain tensors, outside of transforms of torch.func and of tracers: its statistics "
             "come from other processes. Use inference, or BatchNorm2d, with statistics of this process's own samples."
