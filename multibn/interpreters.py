@@ -46,7 +46,7 @@ def elsewhere(frameworks: Iterable[str], pythons: Sequence[str]) -> dict[str, El
     """
     found: dict[str, Elsewhere] = {}
     for name in frameworks:
-        for python in () if _installed(name) else pythons:
+        for python in () if installed(name) else pythons:
             try:
                 found[name] = Elsewhere(python, ask(python, _VERSION, name))
                 break
@@ -55,7 +55,8 @@ def elsewhere(frameworks: Iterable[str], pythons: Sequence[str]) -> dict[str, El
     return found
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
+    """Whether this interpreter has a distribution of this name."""
     try:
         version(name)
     except PackageNotFoundError:

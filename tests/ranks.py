@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,27 @@ def failures(answers: list[Any]) -> str:
         else:
             told.append(f"rank {rank}: {answer}")
     return "\n".join(told)
+
+
+class Checks(dict[str, Callable[..., None]]):
+    """Functions that all ranks run at the same time, by their names; decorate each with an instance."""
+
+    def __call__(self, function: Callable[..., None]) -> Callable[..., None]:
+        self[function.__name__] = function
+        return function
+
+
+def over_gloo(checks: Checks, rank: int, size: int, folder: Path) -> dict[str, str]:
+    """Run the checks with a process group of torch.distributed."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    try:
+        return outcomes(checks, rank, size)
+    finally:
+        dist.destroy_process_group()
 
 
 def outcomes(checks: dict[str, Any], *arguments: Any) -> dict[str, str]:

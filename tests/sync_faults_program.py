@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from ranks import outcomes
+from ranks import Checks, over_gloo
 
 from multibn.sync import SyncError
 from multibn_torch import SyncBatchNorm
@@ -22,21 +22,11 @@ from multibn_torch import SyncBatchNorm
 SECONDS = 4
 """Timeout of the group of which a rank does not come."""
 
-CHECKS: dict[str, Callable[[int, int], None]] = {}
-
-
-def check(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    CHECKS[function.__name__] = function
-    return function
+check = Checks()
 
 
 def program(rank: int, size: int, folder: Path) -> dict[str, str]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    try:
-        return outcomes(CHECKS, rank, size)
-    finally:
-        dist.destroy_process_group()
+    return over_gloo(check, rank, size, folder)
 
 
 def dies(rank: int, size: int, folder: Path) -> str | None:

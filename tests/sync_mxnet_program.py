@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,13 @@ import numpy as np
 import pytest
 from mxnet import autograd, gluon
 from mxnet.base import MXNetError
-from ranks import outcomes
+from ranks import Checks, outcomes
 
 import multibn_mxnet
 from multibn import BatchNormSpec
 from multibn.sync import Alone, MpiGroup
 
-Check = Callable[[int, int, Any], None]
-CHECKS: dict[str, Check] = {}
-WITH_TORCH: dict[str, Check] = {}
-
-
-def check(function: Check) -> Check:
-    CHECKS[function.__name__] = function
-    return function
-
-
-def with_torch(function: Check) -> Check:
-    WITH_TORCH[function.__name__] = function
-    return function
+check, with_torch = Checks(), Checks()
 
 
 def over_gloo(rank: int, size: int, folder: Path) -> dict[str, str]:
@@ -46,7 +33,7 @@ def over_gloo(rank: int, size: int, folder: Path) -> dict[str, str]:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
     try:
-        return outcomes({**CHECKS, **WITH_TORCH}, rank, size, TorchGroup())
+        return outcomes({**check, **with_torch}, rank, size, TorchGroup())
     finally:
         mx.nd.waitall()
         dist.destroy_process_group()
@@ -55,7 +42,7 @@ def over_gloo(rank: int, size: int, folder: Path) -> dict[str, str]:
 def over_mpi(rank: int, size: int, folder: Path) -> dict[str, str]:
     from mpi4py import MPI
 
-    return outcomes({**CHECKS, "late": _late_over_mpi}, rank, size, MpiGroup(MPI.COMM_WORLD, timeout=60))
+    return outcomes({**check, "late": _late_over_mpi}, rank, size, MpiGroup(MPI.COMM_WORLD, timeout=60))
 
 
 SPECS = (

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import outcomes
+from ranks import Checks, over_gloo
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -24,21 +24,11 @@ from multibn.sync import Alone
 from multibn_torch import SyncBatchNorm
 from multibn_torch.sync.group import _shared
 
-CHECKS: dict[str, Callable[[int, int], None]] = {}
-
-
-def check(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    CHECKS[function.__name__] = function
-    return function
+check = Checks()
 
 
 def program(rank: int, size: int, folder: Path) -> dict[str, str]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    try:
-        return outcomes(CHECKS, rank, size)
-    finally:
-        dist.destroy_process_group()
+    return over_gloo(check, rank, size, folder)
 
 
 def bits(t: torch.Tensor) -> bytes:

@@ -16,7 +16,7 @@ def test_every_check_on_every_rank(tmp_path: Path) -> None:
     ranks.warm()
     answers = ranks.run("sync_faults_program:program", 3, tmp_path)
     assert ranks.failures(answers) == ""
-    assert all(set(answer) == set(sync_faults_program.CHECKS) for answer in answers)
+    assert all(set(answer) == set(sync_faults_program.check) for answer in answers)
 
 
 def test_a_rank_that_dies(tmp_path: Path) -> None:

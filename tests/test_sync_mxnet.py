@@ -19,5 +19,5 @@ def test_every_check_on_every_rank(engine: str, tmp_path: Path) -> None:
     ranks.warm()
     answers = ranks.run(f"sync_mxnet_program:over_{engine}", 3, tmp_path, mpi=engine == "mpi")
     assert ranks.failures(answers) == ""
-    more = {"late"} if engine == "mpi" else set(sync_mxnet_program.WITH_TORCH)
-    assert all(set(answer) == {*sync_mxnet_program.CHECKS, *more} for answer in answers)
+    more = {"late"} if engine == "mpi" else set(sync_mxnet_program.with_torch)
+    assert all(set(answer) == {*sync_mxnet_program.check, *more} for answer in answers)

@@ -16,4 +16,4 @@ def test_every_check_on_every_rank(tmp_path: Path) -> None:
     ranks.warm()
     answers = ranks.run("sync_torch_program:program", 3, tmp_path)
     assert ranks.failures(answers) == ""
-    assert all(set(answer) == set(sync_torch_program.CHECKS) for answer in answers)
+    assert all(set(answer) == set(sync_torch_program.check) for answer in answers)

@@ -15,14 +15,14 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from rich.console import Console
 
-from multibn.interpreters import Elsewhere
+from multibn.interpreters import Elsewhere, installed
 from multibn.usage import UsageError
 
 from .inputs import MALLOC, MODELS
@@ -84,7 +84,7 @@ def what_to_measure(
     absent = {
         name: f"not installed: pip install 'multibn[{name}]'"
         for name in known_frameworks
-        if not _installed(name) and name not in others
+        if not installed(name) and name not in others
     }
     for name in frameworks:
         if name in absent:
@@ -177,11 +177,3 @@ def measure(
             yield Row(Input.from_dict(answer["input"]), answer["own"], answer["samples"], answer.get("peaks", {}))
     if process.returncode:
         raise ChildProcessError(f"its process ended with code {process.returncode}; what it said stands above.")
-
-
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True

@@ -120,6 +120,7 @@ def _row_sums(x: Any, d: Any, m0: float, m1: float, m2: float) -> tuple[int, int
 
 @inner
 def _row_squares(x: Any, m0: float, m1: float, m2: float) -> tuple[int, int, int]:
+    """Compute ``_row_sums(x, x, m0, m1, m2)``, which takes a tenth longer."""
     a0 = a1 = a2 = np.int64(0)
     for j in range(x.shape[0]):
         v = np.float64(x[j])

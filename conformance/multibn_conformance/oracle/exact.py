@@ -30,16 +30,6 @@ _nearest = np.frompyfunc(float, 1, 1)
 class Term(Recorded):
     """(C, m) numbers of elements or (C, 1) of channels."""
 
-    def __add__(self, other: Term) -> Term:
-        return Term(self.value + other.value, (self, lambda g: g), (other, lambda g: g))
-
-    def __sub__(self, other: Term) -> Term:
-        return Term(self.value - other.value, (self, lambda g: g), (other, lambda g: -g))
-
-    def __mul__(self, other: Term) -> Term:
-        a, b = self.value, other.value
-        return Term(a * b, (self, lambda g: g * b), (other, lambda g: g * a))
-
     def average(self) -> Term:
         """The mean of each channel, (C, 1)."""
         m = self.value.shape[1]

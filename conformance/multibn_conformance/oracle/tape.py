@@ -22,6 +22,17 @@ class Recorded:
     def __init__(self, value: Array, *inputs: tuple[Any, Callable[[Array], Array]]) -> None:
         self.value, self.inputs = value, inputs
 
+    def __add__(self: AnyRecorded, other: AnyRecorded) -> AnyRecorded:
+        return type(self)(self.value + other.value, (self, lambda g: g), (other, lambda g: g))
+
+    def __sub__(self: AnyRecorded, other: AnyRecorded) -> AnyRecorded:
+        return type(self)(self.value - other.value, (self, lambda g: g), (other, lambda g: -g))
+
+    def __mul__(self: AnyRecorded, other: AnyRecorded) -> AnyRecorded:
+        """Elementwise; a row, a column or a number is broadcast."""
+        a, b = self.value, other.value
+        return type(self)(a * b, (self, lambda g: g * b), (other, lambda g: g * a))
+
 
 def differentiate(result: AnyRecorded, cotangent: Array) -> dict[AnyRecorded, Array]:
     """The gradient of ``sum(cotangent * result)`` with respect to every value that the result depends on."""

@@ -41,15 +41,20 @@ def show(judgements: Sequence[Judgement], candidates: Sequence[Candidate], absen
 
 def verdict_line(judgements: Sequence[Judgement], what: str = "") -> str:
     """``conforms: ...`` or ``does not conform: ...``; ``what`` is put before it."""
-    broken: dict[str, dict[str, None]] = {}
-    for each in judgements:
-        if each.status == "fail":
-            broken.setdefault(each.subject, {})[each.clause] = None
-    if broken:
-        told = "; ".join(f"{name} breaks {', '.join(sorted(its))}" for name, its in broken.items())
+    told = broken_clauses(judgements)
+    if told:
         return f"{what}does not conform: {told}"
     subjects, passed = {each.subject for each in judgements}, sum(each.status == "pass" for each in judgements)
     return f"{what}conforms: {', '.join(sorted(subjects))} ({passed} checks)"
+
+
+def broken_clauses(judgements: Sequence[Judgement]) -> str:
+    """``subject breaks BN-05, BN-06; ...``; empty if all conform."""
+    broken: dict[str, set[str]] = {}
+    for each in judgements:
+        if each.status == "fail":
+            broken.setdefault(each.subject, set()).add(each.clause)
+    return "; ".join(f"{name} breaks {', '.join(sorted(its))}" for name, its in broken.items())
 
 
 def _table(judgements: Sequence[Judgement], candidates: Sequence[Candidate]) -> Table:

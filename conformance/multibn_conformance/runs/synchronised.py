@@ -12,6 +12,7 @@ from rich.table import Table
 from multibn.sync.clauses import CLAUSES
 from multibn.usage import UsageError
 from multibn_conformance.judging.judge import Judgement
+from multibn_conformance.reports.terminal import broken_clauses
 from multibn_conformance.subjects.backends import backends
 from multibn_conformance.synchronised.case import CASES, SyncCase
 from multibn_conformance.synchronised.defects import DEFECTS, SyncDefect
@@ -72,12 +73,8 @@ def caught(defect: SyncDefect, cases: Sequence[SyncCase], size: int) -> str:
 
 def verdict_line(judgements: Sequence[Judgement]) -> str:
     """``synchronised statistics conform: ...`` or ``synchronised statistics do not conform: ...``."""
-    broken: dict[str, dict[str, None]] = {}
-    for each in judgements:
-        if each.status == "fail":
-            broken.setdefault(each.subject, {})[each.clause] = None
-    if broken:
-        told = "; ".join(f"{name} breaks {', '.join(its)}" for name, its in broken.items())
+    told = broken_clauses(judgements)
+    if told:
         return f"synchronised statistics do not conform: {told}"
     return (
         f"synchronised statistics conform: {', '.join(sorted({each.subject for each in judgements}))} ({len(judgements)} checks)"

@@ -29,17 +29,6 @@ _nearest = np.frompyfunc(float, 1, 1)
 class Node(Recorded):
     """A matrix of numbers of 80 digits."""
 
-    def __add__(self, other: Node) -> Node:
-        return Node(self.value + other.value, (self, lambda g: g), (other, lambda g: g))
-
-    def __sub__(self, other: Node) -> Node:
-        return self + other * constant(-np.ones((1, 1)))
-
-    def __mul__(self, other: Node) -> Node:
-        """Elementwise; a row, a column or a number is broadcast."""
-        a, b = self.value, other.value
-        return Node(a * b, (self, lambda g: g * b), (other, lambda g: g * a))
-
     def __matmul__(self, other: Node) -> Node:
         a, b = self.value, other.value
         return Node(a.dot(b), (self, lambda g: g.dot(b.T)), (other, lambda g: a.T.dot(g)))
