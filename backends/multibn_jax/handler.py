@@ -214,18 +214,31 @@ def _copy(source: int, target: int, nbytes: int) -> None:
         carray(pointer(target), nbytes, np.uint8)[:] = carray(pointer(source), nbytes, np.uint8)
 
 
+@inner
+def _read(frame_at: int, table_at: int, args: int, rets: int, backward: bool) -> Any:
+    """Read a call that has this many arguments and results.
+
+    Returns (status, address of the kernel's loops, addresses of the lists of arguments and of results, number of BatchNorms under
+    vmap, (N, C, S) of each, bytes of a value of the input, bytes of a parameter). Unless the status is ``_OK``, the rest is 0.
+    """
+    if not _known(frame_at, args, rets):
+        return _LAYOUT, 0, 0, 0, 0, (0, 0, 0), 0, 0
+    frame = _record(frame_at, _FRAME)
+    kind = np.int64(_record(_integers(frame.args, 1)[0], _BUFFER).kind)
+    body = _body(table_at, kind, backward)
+    if body == 0:
+        return _UNCOMPILED, 0, 0, 0, 0, (0, 0, 0), 0, 0
+    count, n, channels, s = _shape(frame.args)
+    size_x, size_p = _sizes(kind)
+    return _OK, body, frame.args, frame.rets, count, (n, channels, s), size_x, size_p
+
+
 def _forward(frame_at: int, table_at: int) -> int:
     """x, gamma, beta, moving mean, moving var, batches -> y, statistics, new mean, new var."""
-    if not _known(frame_at, 6, 4):
-        return _LAYOUT
-    frame = _record(frame_at, _FRAME)
-    args, rets, how = frame.args, frame.rets, _settings(frame_at)
-    kind = np.int64(_record(_integers(args, 1)[0], _BUFFER).kind)
-    count, n, channels, s = _shape(args)
-    size, (size_x, size_p) = n * channels * s, _sizes(kind)
-    body = _body(table_at, kind, False)
-    if body == 0:
-        return _UNCOMPILED
+    status, body, args, rets, count, shape, size_x, size_p = _read(frame_at, table_at, 6, 4, False)
+    if status != _OK:
+        return status
+    how, channels, size = _settings(frame_at), shape[1], shape[0] * shape[1] * shape[2]
     batches = carray(pointer(_at(args, 5)), count, np.int32)
     _copy(_at(args, 3), _at(rets, 2), count * channels * size_p)
     _copy(_at(args, 4), _at(rets, 3), count * channels * size_p)
@@ -234,7 +247,7 @@ def _forward(frame_at: int, table_at: int) -> int:
         old = batches[i] / (batches[i] + 1) if how[1] < 0 else how[1]
         p, q = i * channels * size_p, i * size * size_x
         forward_at(
-            _team(table_at, body, size), (n, channels, s), _at(args, 0) + q, _at(rets, 0) + q, _at(args, 1) + p, _at(args, 2) + p,
+            _team(table_at, body, size), shape, _at(args, 0) + q, _at(rets, 0) + q, _at(args, 1) + p, _at(args, 2) + p,
             _at(rets, 2) + p, _at(rets, 3) + p, _at(rets, 1) + i * channels * 16, 0,
             how[0], old, how[2] != 0, how[3] != 0, how[4] != 0, False,
         )  # fmt: skip
@@ -243,21 +256,15 @@ def _forward(frame_at: int, table_at: int) -> int:
 
 def _backward(frame_at: int, table_at: int) -> int:
     """x, dy, gamma, statistics -> dx, dgamma, dbeta."""
-    if not _known(frame_at, 4, 3):
-        return _LAYOUT
-    frame = _record(frame_at, _FRAME)
-    args, rets, how = frame.args, frame.rets, _settings(frame_at)
-    kind = np.int64(_record(_integers(args, 1)[0], _BUFFER).kind)
-    count, n, channels, s = _shape(args)
-    size, (size_x, size_p) = n * channels * s, _sizes(kind)
-    body = _body(table_at, kind, True)
-    if body == 0:
-        return _UNCOMPILED
+    status, body, args, rets, count, shape, size_x, size_p = _read(frame_at, table_at, 4, 3, True)
+    if status != _OK:
+        return status
+    how, channels, size = _settings(frame_at), shape[1], shape[0] * shape[1] * shape[2]
     _advise(table_at, _at(rets, 0), count * size * size_x)
     for i in range(count):
         p, q = i * channels * size_p, i * size * size_x
         backward_at(
-            _team(table_at, body, size), (n, channels, s), _at(args, 0) + q, _at(args, 1) + q, _at(rets, 0) + q, _at(args, 2) + p,
+            _team(table_at, body, size), shape, _at(args, 0) + q, _at(args, 1) + q, _at(rets, 0) + q, _at(args, 2) + p,
             _at(args, 2) + p, _at(args, 3) + i * channels * 16, _at(rets, 1) + p, _at(rets, 2) + p, how[0] != 0, False,
         )  # fmt: skip
     return _OK

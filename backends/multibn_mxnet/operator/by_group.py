@@ -48,17 +48,13 @@ def forward(
     if not layer.spec.uses_batch(training):
         by_kernel.forward(layer, x, parameters, states, y, saved, wanted, training)
         return
-    shape, its_type, kind = layer.by_channel(x.shape), type_name(x), by_kernel.state_type(x)
-    channels = shape[1]
     try:
-        values, its_y = view("x", x, its_type, shape), view("y", y, its_type, shape, x)
-        mean, var = (view(name, state, kind, (channels,)) for name, state in zip(layer.states, states[:2], strict=False))
-        batches = view("num_batches_tracked", states[2], "int64", (1,)) if len(states) == 3 else np.zeros(1, np.int64)
-        its_saved = np.zeros((3, channels)) if wanted[1] == NULL else view("saved", saved, "float64", (3, channels))
-        gamma, beta = (by_kernel.vector(layer, parameters, name, x) for name in ("gamma", "beta"))
+        values, its_y, gamma, beta, mean, var, batches, its_saved = by_kernel.views(
+            layer, x, parameters, states, y, saved, wanted
+        )
         by_kernel.check_apart(running_mean=mean, running_var=var, gamma=gamma, beta=beta, x=values)
     except MXNetError as error:
-        refuse(layer, channels, x, str(error))
+        refuse(layer, layer.by_channel(x.shape)[1], x, str(error))
         raise
     how = _how(layer, int(batches[0]))
     batch = _said(layer, lambda: passes.describe(values, _of(layer), how, True, moving=(mean, var)))
@@ -66,7 +62,7 @@ def forward(
         passes.move(batch, mean, var)
         batches += 1
     its_saved[:2], its_saved[2] = batch.saved, batch.m + 1 if how.use_batch else 0
-    out = np.empty(shape, values.dtype) if wanted[0] in (NULL, ADD) else its_y
+    out = np.empty_like(values) if wanted[0] in (NULL, ADD) else its_y
     passes.normalise(values, out, gamma, beta, batch.saved)
     if wanted[0] == ADD:
         by_kernel.add(its_y, out)
@@ -94,11 +90,7 @@ def backward(
         passes.propagate(values, dys, dx, found.means, batch)
         if not direct:
             by_kernel.add(targets["x"], dx)
-    for name, sums in (("gamma", found.dgamma), ("beta", found.dbeta)):
-        if wanted.get(name, NULL) != NULL:
-            counts = layer.spec.scale if name == "gamma" else layer.spec.center
-            out = targets[name]
-            out[:] = (out if wanted[name] == ADD else 0) + (sums if counts else 0)
+    by_kernel.write_sums(layer, targets, wanted, {"gamma": found.dgamma, "beta": found.dbeta})
 
 
 def refuse(layer: Description, channels: int, x: Any, problem: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mxnet.base import MXNetError
@@ -32,17 +32,11 @@ def forward(
 
     Arrays are NDArrays; wanted: MXNet's write requests for y and saved.
     """
-    spec, shape, m = layer.spec, layer.by_channel(x.shape), values_per_channel(layer, x)
-    channels = shape[1]
-    kind, its_type = state_type(x), type_name(x)
-    values, its_y = view("x", x, its_type, shape), view("y", y, its_type, shape, x)
-    gamma, beta = (vector(layer, parameters, name, x) for name in ("gamma", "beta"))
-    mean, var = (view(name, state, kind, (channels,)) for name, state in zip(layer.states, states[:2], strict=False))
-    batches = view("num_batches_tracked", states[2], "int64", (1,)) if len(states) == 3 else np.zeros(1, np.int64)
-    its_saved = np.zeros((3, channels)) if wanted[1] == NULL else view("saved", saved, "float64", (3, channels))
+    spec, m = layer.spec, values_per_channel(layer, x)
+    values, its_y, gamma, beta, mean, var, batches, its_saved = views(layer, x, parameters, states, y, saved, wanted)
     if training and spec.update_statistics:
         check_apart(running_mean=mean, running_var=var, gamma=gamma, beta=beta, x=values)
-    out = np.empty(shape, values.dtype) if wanted[0] in (NULL, ADD) else its_y
+    out = np.empty_like(values) if wanted[0] in (NULL, ADD) else its_y
     if wanted[0] not in (NULL, ADD):
         memory.advise(out.ctypes.data, out.nbytes)
     use_batch = training and spec.normalize_with == "batch"
@@ -76,10 +70,41 @@ def backward(
     kernel.run_backward(values, slopes, dx, gamma, its_saved[:2], sums["gamma"], sums["beta"], bool(its_saved[2].any()))
     if wanted["x"] == ADD:
         add(into["x"], dx)
+    write_sums(layer, into, wanted, sums)
+
+
+class Views(NamedTuple):
+    """Views of the arrays of a forward: x and y (N, C, S), the parameters and states (C,), batches (1,), saved (3, C)."""
+
+    x: Array
+    y: Array
+    gamma: Array
+    beta: Array
+    mean: Array
+    var: Array
+    batches: Array
+    saved: Array
+
+
+def views(
+    layer: Description, x: Any, parameters: dict[str, Any], states: list[Any], y: Any, saved: Any, wanted: list[int]
+) -> Views:
+    """View the arrays of a forward, given as to ``forward``; new arrays take the place of those that are absent or not wanted."""
+    shape, kind = layer.by_channel(x.shape), type_name(x)
+    channels = shape[1]
+    values, its_y = view("x", x, kind, shape), view("y", y, kind, shape, x)
+    gamma, beta = (vector(layer, parameters, name, x) for name in ("gamma", "beta"))
+    mean, var = (view(name, state, state_type(x), (channels,)) for name, state in zip(layer.states, states[:2], strict=False))
+    batches = view("num_batches_tracked", states[2], "int64", (1,)) if len(states) == 3 else np.zeros(1, np.int64)
+    its_saved = np.zeros((3, channels)) if wanted[1] == NULL else view("saved", saved, "float64", (3, channels))
+    return Views(values, its_y, gamma, beta, mean, var, batches, its_saved)
+
+
+def write_sums(layer: Description, into: dict[str, Array], wanted: dict[str, int], sums: dict[str, Array]) -> None:
+    """Write the gradients of gamma and beta into their targets; 0 for a parameter that the spec does not use."""
     for name, counts in (("gamma", layer.spec.scale), ("beta", layer.spec.center)):
         if name in into:
-            out = into[name]
-            out[:] = (out if wanted[name] == ADD else 0) + (sums[name] if counts else 0)
+            into[name][:] = (into[name] if wanted[name] == ADD else 0) + (sums[name] if counts else 0)
 
 
 def targets(layer: Description, x: Any, gradients: dict[str, Any], wanted: dict[str, int]) -> dict[str, Array]:
