@@ -101,7 +101,7 @@ def test_does_not_conform() -> None:
     assert code == 1
     assert lines[0].startswith("wrong/wrong/cpu fails BN-05-ten-steps-rank-2-float32: step 1 of 10 (train), moving_mean[")
     assert lines[1] == f"BN-05: {CLAUSES['BN-05']}"
-    assert lines[3].startswith("These are the values of a BatchNorm that updates twice for one forward (updates-twice: ")
+    assert lines[3].startswith("These are the values of a BatchNorm that updates twice per forward (updates-twice: ")
     assert lines[4].startswith(
         "It fails 14 more of this clause: BN-05-ten-steps-rank-3-float32, BN-05-ten-steps-rank-4-float32, "
     )

@@ -1,4 +1,4 @@
-"""Wrong in memory, order or accuracy: BN-14 to BN-16."""
+"""Defects in memory layout, order of summation or accuracy: BN-14 to BN-16."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .sums import flat, simple
 
 @defect("BN-14", "pytorch#64039: input that is not contiguous", alone=True)
 class IgnoresStrides(Right):
-    """Reads its input in the order of memory."""
+    """Reads its input in memory order, ignoring strides."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         return super()._forward(x.ravel(order="K").reshape(x.shape), training)
 
 
-@defect("BN-14", "pytorch#175189: a gradient that lies channels last", alone=True)
+@defect("BN-14", "pytorch#175189: a channels-last gradient", alone=True)
 class IgnoresStridesOfTheGradient(Right):
-    """Reads the gradient in the order of memory."""
+    """Reads the gradient in memory order, ignoring strides."""
 
     def _backward(self, dy: Array) -> Any:
         return super()._backward(dy.ravel(order="K").reshape(dy.shape))
 
 
-@defect("BN-14", "mxnet#11192, NVIDIA/apex#1768: a path of its own for channels last", alone=True)
+@defect("BN-14", "mxnet#11192, NVIDIA/apex#1768: a separate code path for channels-last input", alone=True)
 class WrongForChannelsLast(Right):
-    """Leaves the last pixel out of the statistics if the channels lie last."""
+    """Leaves the last pixel out of the statistics for channels-last input."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         self._last = x.ndim > 2 and x.strides[1] == x.itemsize and x.shape[1] > 1
@@ -43,9 +43,9 @@ class WrongForChannelsLast(Right):
         return super().statistics(values[:, :, :-1] if self._last and values.shape[2] > 1 else values)
 
 
-@defect("BN-14", "strides read as unsigned, or a copy that forgets their sign", alone=True)
+@defect("BN-14", "strides read as unsigned, or a copy that drops their sign", alone=True)
 class ForgetsTheSignOfStrides(Right):
-    """Reads axes with negative strides forwards."""
+    """Ignores the sign of negative strides."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         return super()._forward(x[tuple(slice(None, None, -1 if s < 0 else 1) for s in x.strides)], training)
@@ -53,7 +53,7 @@ class ForgetsTheSignOfStrides(Right):
 
 @defect("BN-15", "the samples summed from the last to the first", alone=True)
 class SumsBackwards(Right):
-    """Adds the samples in the other order."""
+    """Sums the samples in reverse order."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         return super()._forward(x[::-1], training)[::-1]
@@ -63,9 +63,9 @@ class SumsBackwards(Right):
         return dx[::-1], dgamma, dbeta
 
 
-@defect("BN-15", "NumPy's own order, which is the processor's", alone=True)
+@defect("BN-15", "NumPy's order of summation, which depends on the processor", alone=True)
 class SumsInNumpyOrder(Right):
-    """Adds with numpy.sum, in an order that differs by processor."""
+    """Sums with numpy.sum, whose order depends on the processor."""
 
     def statistics(self, values: Array) -> Any:
         return simple(values)
@@ -77,9 +77,9 @@ class SumsInNumpyOrder(Right):
 _RUNS = itertools.count()
 
 
-@defect("BN-15", "pytorch#53691: another order in every run", alone=True)
+@defect("BN-15", "pytorch#53691: a different order of summation in each run", alone=True)
 class AnotherOrderEachRun(Right):
-    """Adds in another order each time that it is made."""
+    """Sums in a different order in each instance."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -96,16 +96,16 @@ class AnotherOrderEachRun(Right):
 
 @defect("BN-16", "a mean that passes through float32")
 class SingleMean(Right):
-    """Rounds the mean to float32 before it takes the deviations."""
+    """Rounds the mean to float32 before computing the deviations."""
 
     def statistics(self, values: Array) -> Any:
         mean, var = reference.statistics(values)
         return mean.astype(np.float32).astype(np.float64), var
 
 
-@defect("BN-16", "pytorch#8283: a constant channel of 100 does not come out as 0")
+@defect("BN-16", "pytorch#8283: a constant channel of 100 is not normalised to 0")
 class SingleSums(Right):
-    """Adds up in float32, one value after the other."""
+    """Accumulates in float32, sequentially."""
 
     def statistics(self, values: Array) -> Any:
         single = flat(values)[0].astype(np.float32)
@@ -116,14 +116,14 @@ class SingleSums(Right):
 
 @defect("BN-16", "a processor's estimate of 1/sqrt, with one step of Newton's method or none")
 class FastRoot(Right):
-    """Takes 1/sqrt from an estimate of 22 bits."""
+    """Computes 1/sqrt by an estimate with 22 correct bits."""
 
     def inverse_std(self, var: Array) -> Array:
         fraction, exponent = np.frexp(super().inverse_std(var))
         return np.ldexp(np.round(fraction * 2**22) / 2**22, exponent)
 
 
-@defect("BN-16", "x*scale + (beta - mean*scale) in float32: cancels far from 0")
+@defect("BN-16", "x*scale + (beta - mean*scale) in float32: cancellation far from 0")
 class FoldsTheShift(Right):
     """Computes x*scale + (beta - mean*scale) in float32."""
 
@@ -140,7 +140,7 @@ class FoldsTheShift(Right):
 
 @defect("BN-16", "flush-to-zero switched on by another library")
 class FlushesDenormals(Right):
-    """Reads numbers below the smallest normal as 0."""
+    """Treats subnormal numbers as 0."""
 
     def read(self, x: Array) -> Array:
         return super().read(np.where(np.abs(x) < np.finfo(x.dtype).tiny, x.dtype.type(0), x))
@@ -148,7 +148,7 @@ class FlushesDenormals(Right):
 
 @defect("BN-16", "squares in float32")
 class SquaresInSingle(Right):
-    """Squares in float32, which cannot hold them all."""
+    """Squares in float32, which overflows and underflows."""
 
     def statistics(self, values: Array) -> Any:
         mean, _ = reference.statistics(values)
@@ -156,9 +156,9 @@ class SquaresInSingle(Right):
         return mean, squares.astype(np.float64).mean(axis=(0, 2))
 
 
-@defect("BN-16", "gradients of the parameters added up in float32")
+@defect("BN-16", "gradients of the parameters accumulated in float32")
 class SingleGradientSums(Right):
-    """Adds the gradients of gamma and beta up in float32."""
+    """Accumulates the gradients of gamma and beta in float32."""
 
     def parameter_gradients(self, dys: Array, deviations: Array, invstd: Array) -> tuple[Array, Array]:
         terms = flat(dys * deviations * invstd[:, None])[0], flat(dys)[0]

@@ -1,7 +1,7 @@
-"""Wrong BatchNorms that the suite must catch, by the clause that each breaks. They measure the suite, and name what fails it.
+"""Defective BatchNorms that the suite must catch, by the clause that each breaks: to test the suite, and to diagnose failures.
 
-What no subject can show is not here: a subject gives values and first gradients, so a wrong second derivative (pytorch#196699,
-pytorch#186256) is invisible to it. Layers that promise one test it by themselves, with their framework's own means.
+Not covered is what the interface of a subject does not show: it gives values and first gradients, so the suite cannot see a wrong
+second derivative (pytorch#196699, pytorch#186256). The tests of a layer that promises one check it with its framework's tools.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a defect is, and how a class becomes one."""
+"""``Defect``, and the decorator that registers a class as one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from multibn.numpy_backend import ReferenceSubject
 
 @dataclass(frozen=True)
 class Defect:
-    """A wrong BatchNorm.
+    """A BatchNorm that breaks one clause.
 
     Args:
         id: its name.
         clause: the clause that it breaks.
         change: what it does wrong, to follow "a BatchNorm that".
-        bug: the bug that it stands for, with the public issue where there is one.
+        bug: the bug that it represents, with a public issue if there is one.
         make: makes a subject.
-        alone: what it gets wrong is a matter of this clause; no other may accuse it, but BN-15, which sees every bit.
+        alone: only cases of this clause may fail for it, apart from BN-15, which compares every bit.
     """
 
     id: str

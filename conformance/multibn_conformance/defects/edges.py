@@ -1,4 +1,4 @@
-"""Wrong at the edges: types, NaN, empty batches and state; BN-10 to BN-13."""
+"""Defects in edge cases: types, NaN, empty batches and state; BN-10 to BN-13."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Promotes(Right):
         return super()._forward(x, training).astype(np.result_type(x, np.float32))
 
 
-@defect("BN-10", "Keras casts integers, others truncate", alone=True)
+@defect("BN-10", "Keras casts integers, other frameworks truncate", alone=True)
 class TakesIntegers(Right):
-    """Takes integers, and returns integers."""
+    """Accepts integers, and returns integers."""
 
     def forward(self, x: Array, training: bool) -> Array:
         if x.dtype.kind in "iub":
@@ -52,9 +52,9 @@ class HalfParameters(Right):
         )
 
 
-@defect("BN-10", "double input for a single layer, silently", alone=True)
+@defect("BN-10", "double-precision input accepted silently by a single-precision layer", alone=True)
 class TakesOtherTypes(Right):
-    """Takes float64 input for a float32 state."""
+    """Accepts float64 input with a float32 state."""
 
     def forward(self, x: Array, training: bool) -> Array:
         if x.dtype == np.float64 and self.moving_mean.dtype == np.float32:
@@ -70,7 +70,7 @@ class DoubleInSingle(Right):
         return super().read(x.astype(np.float32) if x.dtype == np.float64 else x)
 
 
-@defect("BN-11", "pytorch#88474 across channels: one sum for all", alone=True)
+@defect("BN-11", "pytorch#88474 across channels: one sum for all channels", alone=True)
 class SpreadsNan(Right):
     """Spreads a NaN to all channels."""
 
@@ -80,23 +80,23 @@ class SpreadsNan(Right):
             return np.add(y, np.asarray(0 * x.sum(dtype=np.float64), x.dtype), dtype=x.dtype)
 
 
-@defect("BN-11", "pytorch#88474, pytorch#90342, pytorch#115500: running statistics turn NaN for good")
+@defect("BN-11", "pytorch#88474, pytorch#90342, pytorch#115500: running statistics stay NaN")
 class PoisonsItsState(Right):
-    """Updates its moving statistics with NaN."""
+    """Lets NaN into its moving statistics."""
 
     def made(self, mean: Array, var: Array) -> Array:
         return np.ones(len(mean), bool)
 
 
-@defect("BN-11", "a guard for the whole layer: one bad channel stops all", alone=True)
+@defect("BN-11", "a guard for the whole layer: one bad channel stops all updates", alone=True)
 class SkipsAllChannels(Right):
-    """Updates no channel if one of them has a NaN."""
+    """Updates no channel if any channel contains NaN."""
 
     def made(self, mean: Array, var: Array) -> Array:
         return np.full(len(mean), bool(super().made(mean, var).all()))
 
 
-@defect("BN-11", "a guard that looks at each statistic by itself")
+@defect("BN-11", "a guard that checks each statistic separately")
 class GuardsEachByItself(Right):
     """Updates the mean of a channel whose variance is not finite."""
 
@@ -107,9 +107,9 @@ class GuardsEachByItself(Right):
         self.moving_mean = np.where(np.isfinite(new), new, before)
 
 
-@defect("BN-11", "nan_to_num: a NaN that nobody sees any more", alone=True)
+@defect("BN-11", "nan_to_num: a hidden NaN", alone=True)
 class HidesNan(Right):
-    """Returns 0 where the result is NaN."""
+    """Returns 0 instead of NaN."""
 
     def output(self, deviations: Array, gamma: Array, invstd: Array, beta: Array) -> Array:
         y = super().output(deviations, gamma, invstd, beta)
@@ -118,7 +118,7 @@ class HidesNan(Right):
 
 @defect("BN-12", "pytorch: num_batches_tracked counts an empty batch", alone=True)
 class CountsEmptyBatches(Right):
-    """Counts an empty batch."""
+    """Counts an empty batch as a batch."""
 
     def forward(self, x: Array, training: bool) -> Array:
         y = super().forward(x, training)
@@ -126,9 +126,9 @@ class CountsEmptyBatches(Right):
         return y
 
 
-@defect("BN-12", "mxnet with NumPy's interface: an empty batch makes the statistics NaN", alone=True)
+@defect("BN-12", "mxnet with its NumPy interface: an empty batch makes the statistics NaN", alone=True)
 class PoisonedByEmptyBatches(Right):
-    """Makes its moving statistics NaN on an empty batch."""
+    """Sets its moving statistics to NaN on an empty batch."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         y = super()._forward(x, training)
@@ -147,25 +147,25 @@ class RefusesEmptyBatches(Right):
         return super().forward(x, training)
 
 
-@defect("BN-12", "mxnet, Keras, Flax: train silently on one value", alone=True)
+@defect("BN-12", "mxnet, Keras, Flax: training on one value is silently accepted", alone=True)
 class TrainsOnOneValue(Right):
-    """Trains on one value per channel, and leaves its statistics alone."""
+    """Accepts one value per channel in training, without updating its statistics."""
 
     def forward(self, x: Array, training: bool) -> Array:
         return super().forward(x, training and x.size != x.shape[1])
 
 
-@defect("BN-12", "Paddle on CPU: one value per channel comes out as it went in")
+@defect("BN-12", "Paddle on CPU: one value per channel is returned unchanged")
 class ReturnsOneValue(Right):
-    """Returns its input where there is one value per channel in training."""
+    """Returns its input unchanged for one value per channel in training."""
 
     def forward(self, x: Array, training: bool) -> Array:
         return x.copy() if training and x.size == self.num_features else super().forward(x, training)
 
 
-@defect("BN-13", "a count that loading does not set back", alone=True)
+@defect("BN-13", "a counter that loading does not reset", alone=True)
 class KeepsCounting(Right):
-    """Goes on counting batches after another state was loaded."""
+    """Keeps its count of batches when another state is loaded."""
 
     def load(self, *arrays: Array | None) -> None:
         batches = self.batches
@@ -173,7 +173,7 @@ class KeepsCounting(Right):
         self.batches = batches
 
 
-@defect("BN-13", "state that was rounded on its way")
+@defect("BN-13", "state that was rounded when stored")
 class StaysSingle(Right):
     """Keeps its float64 state in float32."""
 
@@ -182,18 +182,18 @@ class StaysSingle(Right):
         return mean.astype(np.float32).astype(mean.dtype), var.astype(np.float32).astype(var.dtype)
 
 
-@defect("BN-13", "pytorch2keras#120: mean and variance in the other order")
+@defect("BN-13", "pytorch2keras#120: mean and variance swapped")
 class SwapsMeanAndVariance(Right):
-    """Shows mean and variance in the other order."""
+    """Returns mean and variance swapped."""
 
     def moving(self) -> tuple[Array, Array]:
         mean, var = super().moving()
         return var, mean
 
 
-@defect("BN-13", "state lost in a cast: the layer begins anew in another type", alone=True)
+@defect("BN-13", "state lost in a cast: the layer starts again in another type", alone=True)
 class LosesStateInCast(Right):
-    """Begins anew, with mean 0 and variance 1, when it gets a state of another type."""
+    """Resets to mean 0 and variance 1 when it loads a state of another type."""
 
     def load(self, *arrays: Array | None) -> None:
         before = getattr(self, "_kind", None)
@@ -206,9 +206,9 @@ class LosesStateInCast(Right):
 _LAST: dict[int, Any] = {}
 
 
-@defect("BN-13", "a module-level buffer: what one layer saved is another's", alone=True)
+@defect("BN-13", "a module-level buffer that all layers share", alone=True)
 class SharesWhatItSaved(Right):
-    """Keeps what backward needs in one place for all layers, so that a second layer overwrites it."""
+    """Saves what backward needs in one buffer for all layers, so that a second layer overwrites it."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         y = super()._forward(x, training)
@@ -220,9 +220,9 @@ class SharesWhatItSaved(Right):
         return super()._backward(dy)
 
 
-@defect("BN-13", "stale statistics with two layers: a default argument that is shared", alone=True)
+@defect("BN-13", "stale statistics with two layers: a shared mutable default argument", alone=True)
 class SharesItsState(Right):
-    """Has one pair of moving statistics for all layers that were made without another."""
+    """Shares one pair of moving statistics among all layers that are made with the defaults."""
 
     shared: Any = None
 
@@ -246,7 +246,7 @@ class SharesItsState(Right):
 
 @defect("BN-13", "torch.from_numpy: a buffer that shares the memory of the caller's array")
 class SharesWhatItLoads(Right):
-    """Updates its moving statistics in the arrays that it was given to load."""
+    """Keeps the arrays that it was given to load and updates them in place."""
 
     def load(self, gamma: Array | None, beta: Array | None, moving_mean: Array | None, moving_var: Array | None) -> None:
         super().load(gamma, beta, moving_mean, moving_var)

@@ -1,4 +1,4 @@
-"""Wrong in a formula or its gradient: BN-03, BN-04 and BN-08."""
+"""Defects in a formula or its gradient: BN-03, BN-04 and BN-08."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from multibn_conformance.subjects.right import Right
 from .defect import defect
 
 
-@defect("BN-03", "tensorflow#8090, tensorflow#37768: cuDNN's least eps")
+@defect("BN-03", "tensorflow#8090, tensorflow#37768: cuDNN's minimum eps")
 class EpsClamped(Right):
-    """Takes 1e-5 for any eps below it."""
+    """Uses 1e-5 for any eps below 1e-5."""
 
     def of_spec(self, spec: BatchNormSpec) -> BatchNormSpec:
         return replace(spec, eps=max(spec.eps, 1e-5))
 
 
-@defect("BN-03", "deepinsight/insightface#67, ZQCNN#115: a converter with its own eps")
+@defect("BN-03", "deepinsight/insightface#67, ZQCNN#115: a converter with a fixed eps")
 class ItsOwnEps(Right):
-    """Uses 1e-3 whatever eps it is given."""
+    """Uses 1e-3 whatever eps is."""
 
     def of_spec(self, spec: BatchNormSpec) -> BatchNormSpec:
         return replace(spec, eps=1e-3)
 
 
-@defect("BN-03", "sqrt(var)+eps for sqrt(var+eps)")
+@defect("BN-03", "sqrt(var)+eps instead of sqrt(var+eps)")
 class EpsOutsideTheRoot(Right):
-    """Adds eps outside the root."""
+    """Adds eps outside the square root."""
 
     def inverse_std(self, var: Array) -> Array:
         return 1 / (np.sqrt(var) + self.spec.eps)
 
 
-@defect("BN-03", "a variance that had eps in it already, folded with eps once more")
+@defect("BN-03", "a variance that contains eps already, folded with eps again")
 class EpsTwice(Right):
     """Adds eps twice."""
 
@@ -46,9 +46,9 @@ class EpsTwice(Right):
         return super().inverse_std(var + self.spec.eps)
 
 
-@defect("BN-03", "pytorch/vision#2169: FrozenBatchNorm2d had no eps")
+@defect("BN-03", "pytorch/vision#2169: FrozenBatchNorm2d without eps")
 class NoEpsInInference(Right):
-    """Leaves eps out in inference."""
+    """Omits eps in inference."""
 
     def inverse_std(self, var: Array) -> Array:
         return super().inverse_std(var if self.training else var - self.spec.eps)
@@ -62,33 +62,33 @@ class EpsInHalf(Right):
         return 1 / np.sqrt(var + float(np.float16(self.spec.eps))) if self.dtype == np.float16 else super().inverse_std(var)
 
 
-@defect("BN-03", "max(var, eps) for var+eps")
+@defect("BN-03", "max(var, eps) instead of var+eps")
 class EpsAsFloor(Right):
-    """Takes the larger of the variance and eps for their sum."""
+    """Uses the larger of the variance and eps instead of their sum."""
 
     def inverse_std(self, var: Array) -> Array:
         return 1 / np.sqrt(np.where(np.isnan(var), var, np.maximum(var, self.spec.eps)))
 
 
-@defect("BN-04", "mxnet: center=False still adds the beta that it holds", alone=True)
+@defect("BN-04", "mxnet: center=False still adds the stored beta", alone=True)
 class BetaWithoutCenter(Right):
-    """Adds a beta though center=False."""
+    """Adds beta despite center=False."""
 
     def output(self, deviations: Array, gamma: Array, invstd: Array, beta: Array) -> Array:
         return super().output(deviations, gamma, invstd, beta if self.spec.center else beta + 0.25)
 
 
-@defect("BN-04", "mxnet#9624: fix_gamma=True computes with 1")
+@defect("BN-04", "mxnet#9624: fix_gamma=True uses 1 instead of gamma")
 class GammaIgnored(Right):
-    """Takes gamma for 1."""
+    """Ignores gamma."""
 
     def affine(self) -> tuple[Array, Array]:
         return np.ones(self.num_features), super().affine()[1]
 
 
-@defect("BN-04", "mxnet: fix_gamma=True writes 1 into gamma")
+@defect("BN-04", "mxnet: fix_gamma=True overwrites gamma with 1")
 class GammaOverwritten(Right):
-    """Writes 1 into gamma in backward."""
+    """Overwrites gamma with 1 in backward."""
 
     def _backward(self, dy: Array) -> Any:
         gradients = super()._backward(dy)
@@ -97,42 +97,42 @@ class GammaOverwritten(Right):
         return gradients
 
 
-@defect("BN-04", "inplace_abn: |gamma| + eps for gamma")
+@defect("BN-04", "inplace_abn: |gamma| + eps instead of gamma")
 class AbsoluteGamma(Right):
-    """Uses |gamma| for gamma."""
+    """Uses |gamma| instead of gamma."""
 
     def affine(self) -> tuple[Array, Array]:
         gamma, beta = super().affine()
         return np.abs(gamma), beta
 
 
-@defect("BN-04", "zero-centred scales, stored as gamma-1")
+@defect("BN-04", "zero-centred scales, which are stored as gamma-1")
 class OnePlusGamma(Right):
-    """Uses 1+gamma for gamma."""
+    """Uses 1+gamma instead of gamma."""
 
     def affine(self) -> tuple[Array, Array]:
         gamma, beta = super().affine()
         return gamma if self.gamma is None else 1 + gamma, beta
 
 
-@defect("BN-04", "ultralytics/yolov3#807, ncnn#1339: a shift that was folded is not scaled as it must be")
+@defect("BN-04", "ultralytics/yolov3#807, ncnn#1339: a folded shift that is not scaled")
 class BetaScaled(Right):
-    """Adds beta before it multiplies by gamma."""
+    """Adds beta before multiplying by gamma."""
 
     def output(self, deviations: Array, gamma: Array, invstd: Array, beta: Array) -> Array:
         return super().output(deviations, gamma, invstd, beta * gamma)
 
 
-@defect("BN-04", "a gradient for a gamma that there is not", alone=True)
+@defect("BN-04", "a gradient of an absent gamma", alone=True)
 class GradientOfNoGamma(Right):
-    """Returns a gradient of gamma though scale=False."""
+    """Returns a gradient of gamma despite scale=False."""
 
     def backward(self, dy: Array) -> Any:
         dx, dgamma, dbeta = super().backward(dy)
         return dx, np.zeros_like(self.moving_mean) if not self.spec.scale else dgamma, dbeta
 
 
-@defect("BN-04", "NVIDIA/apex#158: crashes with affine=False", alone=True)
+@defect("BN-04", "NVIDIA/apex#158: a crash with affine=False", alone=True)
 class NeedsGamma(Right):
     """Fails without a gamma."""
 
@@ -144,7 +144,7 @@ class NeedsGamma(Right):
 
 @defect("BN-08", "Ioffe & Szegedy, section 2: a bias that grows without bound")
 class StatisticsAsConstants(Right):
-    """Takes mean and variance for constants in the gradient."""
+    """Treats mean and variance as constants in the gradient."""
 
     def through_statistics(self, dys: Array, deviations: Array, invstd: Array, dgamma: Array, dbeta: Array) -> Array:
         return dys
@@ -152,7 +152,7 @@ class StatisticsAsConstants(Right):
 
 @defect("BN-08", "a detached mean")
 class NoGradientThroughTheMean(Right):
-    """Lets no gradient through the mean."""
+    """Omits the gradient through the mean."""
 
     def through_statistics(self, dys: Array, deviations: Array, invstd: Array, dgamma: Array, dbeta: Array) -> Array:
         return super().through_statistics(dys, deviations, invstd, dgamma, 0 * dbeta)
@@ -160,33 +160,33 @@ class NoGradientThroughTheMean(Right):
 
 @defect("BN-08", "a detached variance")
 class NoGradientThroughTheVariance(Right):
-    """Lets no gradient through the variance."""
+    """Omits the gradient through the variance."""
 
     def through_statistics(self, dys: Array, deviations: Array, invstd: Array, dgamma: Array, dbeta: Array) -> Array:
         return super().through_statistics(dys, deviations, invstd, 0 * dgamma, dbeta)
 
 
-@defect("BN-08", "the gradient of the unbiased variance, with the output of the biased")
+@defect("BN-08", "the gradient of the unbiased variance with the output of the biased one")
 class DividesByOneLess(Right):
-    """Averages over m-1 values in the gradient."""
+    """Divides by m-1 instead of m in the gradient."""
 
     def through_statistics(self, dys: Array, deviations: Array, invstd: Array, dgamma: Array, dbeta: Array) -> Array:
         part = self.m / max(1, self.m - 1)
         return super().through_statistics(dys, deviations, invstd, dgamma * part, dbeta * part)
 
 
-@defect("BN-08", "mxnet#18209: backward(train_mode=False) takes the training formula")
+@defect("BN-08", "mxnet#18209: backward(train_mode=False) uses the training formula")
 class TrainingGradientInInference(Right):
-    """Takes the training gradient in inference too."""
+    """Uses the training gradient in inference too."""
 
     def _backward(self, dy: Array) -> Any:
         self._saved = self._saved._replace(through_statistics=dy.size > 0)
         return super()._backward(dy)
 
 
-@defect("BN-08", "saved tensors of another call: two forwards, then a backward", alone=True)
+@defect("BN-08", "saved tensors of another call, after two forwards and a backward", alone=True)
 class GradientOfAnOldForward(Right):
-    """Gives the gradient of the training forward before an inference."""
+    """Gives the gradient of the previous training forward after an inference."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         old = self._saved
@@ -195,9 +195,9 @@ class GradientOfAnOldForward(Right):
         return y
 
 
-@defect("BN-08", "grad_req 'add' that nobody asked for", alone=True)
+@defect("BN-08", "grad_req 'add' that was not requested", alone=True)
 class AddsUpGradients(Right):
-    """Adds the gradients of gamma and beta to those of the backward before."""
+    """Adds the gradients of gamma and beta to those of the previous backward."""
 
     def _backward(self, dy: Array) -> Any:
         dx, dgamma, dbeta = super()._backward(dy)
@@ -206,17 +206,17 @@ class AddsUpGradients(Right):
         return dx, *self._sums
 
 
-@defect("BN-08", "a gradient without gamma")
+@defect("BN-08", "a gradient that omits gamma")
 class SlopeWithoutGamma(Right):
-    """Leaves gamma out of dx."""
+    """Omits gamma in dx."""
 
     def slope(self, gamma: Array, invstd: Array) -> Array:
         return invstd
 
 
-@defect("BN-08", "CrypTen pull 143: a wrong gradient that its test had wrong too")
+@defect("BN-08", "CrypTen pull 143: a wrong gradient, with the same error in its test")
 class GradientOfTheValuesThemselves(Right):
-    """Multiplies by x-mean and not by xhat for the gradient of gamma."""
+    """Multiplies by x-mean instead of xhat in the gradient of gamma."""
 
     def parameter_gradients(self, dys: Array, deviations: Array, invstd: Array) -> tuple[Array, Array]:
         dgamma, dbeta = super().parameter_gradients(dys, deviations, invstd)
@@ -228,25 +228,25 @@ class GradientOfTheValuesThemselves(Right):
 
 @defect("BN-08", "pytorch#156513: parameter gradients of the wrong size")
 class AveragesParameterGradients(Right):
-    """Averages the gradients of gamma and beta over the batch, which must be sums."""
+    """Averages the gradients of gamma and beta over the batch instead of summing them."""
 
     def _backward(self, dy: Array) -> Any:
         dx, dgamma, dbeta = super()._backward(dy)
         return dx, dgamma / dgamma.dtype.type(max(1, len(dy))), dbeta / dbeta.dtype.type(max(1, len(dy)))
 
 
-@defect("BN-08", "inplace_abn: xhat is found again from y, by (y-beta)/gamma", alone=True)
+@defect("BN-08", "inplace_abn: xhat recomputed from y, as (y-beta)/gamma", alone=True)
 class InvertsItsOutput(Right):
-    """Finds xhat as (y-beta)/gamma, which a gamma of 0 does not allow."""
+    """Recomputes xhat as (y-beta)/gamma, which fails for gamma 0."""
 
     def parameter_gradients(self, dys: Array, deviations: Array, invstd: Array) -> tuple[Array, Array]:
         dgamma, dbeta = super().parameter_gradients(dys, deviations, invstd)
         return np.where(self._saved.gamma == 0, np.nan, dgamma), dbeta
 
 
-@defect("BN-08", "backward left for later")
+@defect("BN-08", "a backward that is not implemented")
 class HasNoBackward(Right):
-    """Has no backward."""
+    """Does not implement backward."""
 
     def _backward(self, dy: Array) -> Any:
         raise NotImplementedError("backward is not implemented")

@@ -1,4 +1,4 @@
-"""Wrong in the moving statistics or the modes: BN-05, BN-06, BN-07 and BN-09."""
+"""Defects in the moving statistics or the modes: BN-05, BN-06, BN-07 and BN-09."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from multibn_conformance.subjects.right import Right
 from .defect import defect
 
 
-@defect("BN-05", "microsoft/MMdnn, gluon2pytorch: MXNet's 0.9 handed to PyTorch; pytorch/examples#289", alone=True)
+@defect("BN-05", "microsoft/MMdnn, gluon2pytorch: MXNet's 0.9 passed to PyTorch; pytorch/examples#289", alone=True)
 class MomentumOfTheNewValue(Right):
-    """Takes momentum for the weight of the new value."""
+    """Uses momentum as the weight of the new value."""
 
     def of_spec(self, spec: BatchNormSpec) -> BatchNormSpec:
         return replace(spec, momentum=1 - spec.momentum) if spec.momentum else spec
 
 
-@defect("BN-05", "a converter that leaves momentum at its own default (ludwig pull 2100)")
+@defect("BN-05", "a converter that uses its own default momentum (ludwig pull 2100)")
 class ItsOwnMomentum(Right):
-    """Uses 0.99 whatever momentum it is given."""
+    """Uses 0.99 whatever momentum is."""
 
     def of_spec(self, spec: BatchNormSpec) -> BatchNormSpec:
         return replace(spec, momentum=0.99 if spec.momentum else spec.momentum)
 
 
-@defect("BN-05", "pytorch2keras#70: a momentum of None turned into a number")
+@defect("BN-05", "pytorch2keras#70: momentum None replaced by a number")
 class NoneAsNumber(Right):
-    """Takes momentum None for 0.9."""
+    """Uses 0.9 if momentum is None."""
 
     def of_spec(self, spec: BatchNormSpec) -> BatchNormSpec:
         return replace(spec, momentum=0.9 if spec.momentum is None else spec.momentum)
@@ -41,7 +41,7 @@ class NoneAsNumber(Right):
 
 @defect("BN-05", "pytorch#96136: activation checkpointing")
 class UpdatesTwice(Right):
-    """Updates twice for one forward."""
+    """Updates twice per forward."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         if training:
@@ -51,7 +51,7 @@ class UpdatesTwice(Right):
 
 @defect("BN-05", "mxnet#14357, mxnet#18751: the update is in backward")
 class UpdatesInBackward(Right):
-    """Updates in backward and not in forward."""
+    """Updates in backward instead of forward."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         before = self.moving_mean, self.moving_var
@@ -79,24 +79,24 @@ class UpdatesInBackwardToo(Right):
         return super()._backward(dy)
 
 
-@defect("BN-05", "the initial state as the first batch of an average")
+@defect("BN-05", "the initial state counted as the first batch of an average")
 class CountsTheInitialState(Right):
-    """Counts the initial state as a batch of the average."""
+    """Counts the initial state as a batch in the average."""
 
     def load(self, *arrays: Array | None) -> None:
         super().load(*arrays)
         self.batches = 1
 
 
-@defect("BN-05", "an average over samples, not over batches")
+@defect("BN-05", "an average over samples instead of batches")
 class WeighsByBatchSize(Right):
-    """Weighs batches by their size."""
+    """Weights batches by their size."""
 
     def weight(self) -> float:
         return 1 - min(1, 0.01 * self.m)
 
 
-@defect("BN-05", "Haiku's zero-debiased average in place of the plain one")
+@defect("BN-05", "Haiku's zero-debiased average instead of the plain one")
 class Debiases(Right):
     """Divides by 1-momentum^n, as if the initial state were 0."""
 
@@ -105,26 +105,26 @@ class Debiases(Right):
         return old if self.spec.momentum is None else old * (1 - old**self.batches) / (1 - old ** (self.batches + 1))
 
 
-@defect("BN-05", "Caffe's moving sum, shown without its division")
+@defect("BN-05", "Caffe's moving sum, returned without the division")
 class SumsUp(Right):
-    """Adds the batch with weight 1, so that the moving statistic is a sum."""
+    """Adds each batch with weight 1, so that the moving statistic is a sum."""
 
     def moved(self, old: Array, batch: Array, weight: float) -> Array:
         return (weight * old.astype(np.float64) + batch).astype(old.dtype)
 
 
-@defect("BN-05", "statistics that are applied at the next step (a delayed all-reduce)")
+@defect("BN-05", "statistics applied one step late (a delayed all-reduce)")
 class OneStepLate(Right):
-    """Updates with the statistics of the batch before."""
+    """Updates with the statistics of the previous batch."""
 
     def update(self, mean: Array, var: Array) -> None:
         late, self._next = getattr(self, "_next", (mean * 0, var * 0 + 1)), (mean, var)
         super().update(*late)
 
 
-@defect("BN-05", "Haiku after its first step: the average is that batch alone, whatever was there before")
+@defect("BN-05", "Haiku's first step: the average is that batch alone, whatever state was loaded")
 class ForgetsTheFirstBatch(Right):
-    """Takes the first batch whole, as if there were no state before it."""
+    """Replaces the state with the first batch's statistics."""
 
     def weight(self) -> float:
         return 0.0 if self.batches == 0 else super().weight()
@@ -132,16 +132,16 @@ class ForgetsTheFirstBatch(Right):
 
 @defect("BN-06", "keras#10443, rwth-i6/returnn#1539: fused and unfused differ by m/(m-1)")
 class OtherEstimator(Right):
-    """Takes the other estimator for the moving variance."""
+    """Uses the other estimator for the moving variance."""
 
     def of_spec(self, spec: BatchNormSpec) -> BatchNormSpec:
         other = "unbiased" if spec.moving_variance == "biased" else "biased"
         return replace(spec, moving_variance=other)  # type: ignore[arg-type]
 
 
-@defect("BN-06", "N of the samples in N/(N-1), which counts values", alone=True)
+@defect("BN-06", "the number of samples as N in N/(N-1) instead of the number of values", alone=True)
 class CorrectsByTheBatchSize(Right):
-    """Corrects by N/(N-1) of the samples and not by m/(m-1)."""
+    """Corrects by N/(N-1), with the number of samples N, instead of m/(m-1)."""
 
     def estimate(self, var: Array, values: Array) -> Array:
         n = len(values)
@@ -150,7 +150,7 @@ class CorrectsByTheBatchSize(Right):
 
 @defect("BN-06", "the unbiased estimate used for the output as well", alone=True)
 class NormalisesWithTheEstimate(Right):
-    """Normalises with the unbiased variance if the moving one takes it."""
+    """Normalises with the unbiased variance if the moving variance is unbiased."""
 
     def normalising(self, var: Array) -> Array:
         return self.estimate(var, np.empty((self.m, 1, 1)))
@@ -158,7 +158,7 @@ class NormalisesWithTheEstimate(Right):
 
 @defect("BN-06", "mxnet#9216: an output called var that holds something else")
 class MovesTheDeviation(Right):
-    """Stores the standard deviation and not the variance."""
+    """Stores the standard deviation instead of the variance."""
 
     def estimate(self, var: Array, values: Array) -> Array:
         return np.sqrt(super().estimate(var, values))
@@ -175,13 +175,13 @@ class RecoversTheVariance(Right):
 
 @defect("BN-06", "eps added before the statistics are stored")
 class StoresEpsToo(Right):
-    """Stores the variance with eps in it."""
+    """Stores the variance plus eps."""
 
     def estimate(self, var: Array, values: Array) -> Array:
         return super().estimate(var, values) + self.spec.eps
 
 
-@defect("BN-07", "pytorch#37823: evaluation that moves the statistics")
+@defect("BN-07", "pytorch#37823: evaluation that updates the statistics")
 class UpdatesInInference(Right):
     """Updates in inference."""
 
@@ -195,7 +195,7 @@ class UpdatesInInference(Right):
 
 @defect("BN-07", "pytorch#75252: exported in training mode")
 class NormalisesInferenceWithTheBatch(Right):
-    """Normalises with the batch in inference."""
+    """Normalises with batch statistics in inference."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         if training or x.size <= x.shape[1]:
@@ -208,9 +208,9 @@ class NormalisesInferenceWithTheBatch(Right):
             self.moving_mean, self.moving_var = before
 
 
-@defect("BN-07", "onnx pull 8442: the reference of opset 9 blends the batch in")
+@defect("BN-07", "onnx pull 8442: the reference of opset 9 blends batch statistics in")
 class BlendsTheBatchIntoInference(Right):
-    """Normalises with moving statistics that have the batch in them, in inference."""
+    """Normalises with moving statistics updated by the current batch in inference."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         if training or x.size <= x.shape[1]:
@@ -224,7 +224,7 @@ class BlendsTheBatchIntoInference(Right):
             self.moving_mean, self.moving_var = before
 
 
-@defect("BN-07", "statistics cached by training and used in its place")
+@defect("BN-07", "statistics that training cached, used in inference")
 class InfersWithTheLastBatch(Right):
     """Normalises with the last training batch's statistics in inference."""
 
@@ -247,7 +247,7 @@ class InfersWithTheLastBatch(Right):
             self.moving_mean, self.moving_var = before
 
 
-@defect("BN-07", "a check for training that asks in inference too", alone=True)
+@defect("BN-07", "a check for training that runs in inference too", alone=True)
 class RefusesOneValueInInference(Right):
     """Refuses one value per channel in inference."""
 
@@ -257,7 +257,7 @@ class RefusesOneValueInInference(Right):
         return super().forward(x, training)
 
 
-@defect("BN-09", "an update in place before the normalisation reads", alone=True)
+@defect("BN-09", "an in-place update before the normalisation reads the statistics", alone=True)
 class NormalisesWithTheUpdated(Right):
     """Normalises with the moving statistics after this forward's update."""
 
@@ -271,7 +271,7 @@ class NormalisesWithTheUpdated(Right):
         return super()._forward(x, training)
 
 
-@defect("BN-09", "Equinox's mode ema: from the second step on the average normalises")
+@defect("BN-09", "Equinox's mode ema: the average normalises from the second step on")
 class NormalisesWithTheAverage(Right):
     """Normalises with the moving statistics in training from the second step on."""
 
@@ -285,9 +285,9 @@ class NormalisesWithTheAverage(Right):
         return super()._forward(x, training)
 
 
-@defect("BN-09", "mxnet#12899: use_global_stats not carried over", alone=True)
+@defect("BN-09", "mxnet#12899: use_global_stats lost in conversion", alone=True)
 class IgnoresNormalizeWith(Right):
-    """Normalises with the batch though normalize_with="moving"."""
+    """Normalises with batch statistics despite normalize_with="moving"."""
 
     def of_spec(self, spec: BatchNormSpec) -> BatchNormSpec:
         return replace(spec, normalize_with="batch")
@@ -295,15 +295,15 @@ class IgnoresNormalizeWith(Right):
 
 @defect("BN-09", "pytorch#20967, pytorch#86590: statistics that do not stay frozen")
 class UpdatesThoughFrozen(Right):
-    """Updates though update_statistics=False."""
+    """Updates despite update_statistics=False."""
 
     def of_spec(self, spec: BatchNormSpec) -> BatchNormSpec:
         return replace(spec, update_statistics=True)
 
 
-@defect("BN-09", "keras#9522, keras#7085: one switch for what learns and what moves", alone=True)
+@defect("BN-09", "keras#9522, keras#7085: one switch for parameters and statistics", alone=True)
 class FreezesWithGamma(Right):
-    """Stops updating if gamma and beta do not learn."""
+    """Stops updating if gamma and beta are not learned."""
 
     def of_spec(self, spec: BatchNormSpec) -> BatchNormSpec:
         return replace(spec, update_statistics=spec.update_statistics and spec.learn_affine)
@@ -311,15 +311,15 @@ class FreezesWithGamma(Right):
 
 @defect("BN-09", "Keras: trainable=False means inference", alone=True)
 class InfersIfFrozen(Right):
-    """Is in inference if gamma and beta do not learn."""
+    """Runs in inference mode if gamma and beta are not learned."""
 
     def forward(self, x: Array, training: bool) -> Array:
         return super().forward(x, training and self.spec.learn_affine)
 
 
-@defect("BN-09", "affine=False for what is merely not learned", alone=True)
+@defect("BN-09", "affine=False for parameters that are only frozen", alone=True)
 class DropsWhatIsNotLearned(Right):
-    """Leaves gamma and beta out if they do not learn."""
+    """Omits gamma and beta if they are not learned."""
 
     def affine(self) -> tuple[Array, Array]:
         gamma, beta = super().affine()
@@ -328,16 +328,16 @@ class DropsWhatIsNotLearned(Right):
 
 @defect("BN-09", "the training gradient for normalize_with='moving'", alone=True)
 class AlwaysThroughStatistics(Right):
-    """Lets gradients through statistics that are constants, in training with the moving ones."""
+    """Propagates gradients through the moving statistics, which are constants, in training that normalises with them."""
 
     def _backward(self, dy: Array) -> Any:
         self._saved = self._saved._replace(through_statistics=self.training and dy.size > 0)
         return super()._backward(dy)
 
 
-@defect("BN-09", "a batch of one refused where no statistics of it are needed", alone=True)
+@defect("BN-09", "a batch of one refused where its statistics are not needed", alone=True)
 class RefusesOneValueAlways(Right):
-    """Refuses to train on one value though its statistics are not needed."""
+    """Refuses one value per channel in training where its statistics are not needed."""
 
     def forward(self, x: Array, training: bool) -> Array:
         if training and x.size == x.shape[1]:

@@ -1,4 +1,4 @@
-"""Wrong in shape or statistics: BN-01 and BN-02."""
+"""Defects in shapes or statistics: BN-01 and BN-02."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def flat(values: Array) -> Array:
 
 
 def simple(values: Array) -> tuple[Array, Array]:
-    """Mean and biased variance over axes 0 and 2, added up in NumPy's order."""
+    """Mean and biased variance over axes 0 and 2, in NumPy's order of summation."""
     return values.mean(axis=(0, 2)), values.var(axis=(0, 2))
 
 
@@ -31,17 +31,17 @@ class LosesAnAxis(Right):
         return super()._forward(x, training).reshape(len(x), -1)
 
 
-@defect("BN-01", "the last partial block of a vectorised loop left out")
+@defect("BN-01", "the remainder of a vectorised loop left out")
 class ForgetsTheLastValue(Right):
-    """Leaves the last value of a channel out of the statistics if m is odd."""
+    """Leaves the last value of each channel out of the statistics if m is odd."""
 
     def statistics(self, values: Array) -> Any:
         return reference.statistics(flat(values)[:, :, : self.m - self.m % 2] if self.m > 2 else values)
 
 
-@defect("BN-01", "NVIDIA/apex#1768: right for powers of two only")
+@defect("BN-01", "NVIDIA/apex#1768: correct for powers of two only")
 class PadsToPowerOfTwo(Right):
-    """Divides by the next power of two of m."""
+    """Divides by m rounded up to a power of two."""
 
     def statistics(self, values: Array) -> Any:
         part = self.m / 2 ** int(np.ceil(np.log2(self.m)))
@@ -51,7 +51,7 @@ class PadsToPowerOfTwo(Right):
 
 @defect("BN-01", "a grid of 256 thread blocks that does not wrap", alone=True)
 class RightForTheFirstChannels(Right):
-    """Gives channels from the 257th on the statistics of the first ones."""
+    """Repeats the statistics of the first 256 channels for the others."""
 
     def statistics(self, values: Array) -> Any:
         mean, var = reference.statistics(values)
@@ -60,23 +60,23 @@ class RightForTheFirstChannels(Right):
 
 @defect("BN-01", "pytorch#1004, pytorch#2917, onnxruntime#7095: a limit on the size of a batch", alone=True)
 class ReadsTheFirstThousandSamples(Right):
-    """Takes the statistics of the first 1024 samples only."""
+    """Computes the statistics from the first 1024 samples only."""
 
     def statistics(self, values: Array) -> Any:
         return reference.statistics(values[:1024])
 
 
-@defect("BN-01", "one thread block of 1024 for a row, and nothing that goes on", alone=True)
+@defect("BN-01", "one thread block of 1024 per row, without a loop", alone=True)
 class ReadsTheFirstThousandInRow(Right):
-    """Takes the statistics of the first 1024 values of each row only."""
+    """Computes the statistics from the first 1024 values of each row only."""
 
     def statistics(self, values: Array) -> Any:
         return reference.statistics(values[:, :, :1024])
 
 
-@defect("BN-01", "an axis argument read as the axes to reduce, or as those to keep (Haiku has the one, Keras the other)")
+@defect("BN-01", "an axis argument read as the axes to reduce instead of those to keep, or the reverse (Haiku and Keras differ)")
 class NormalisesEachSample(Right):
-    """Normalises each sample by itself where there is space to average over."""
+    """Normalises each sample separately if the input has spatial axes."""
 
     def output(self, deviations: Array, gamma: Array, invstd: Array, beta: Array) -> Array:
         if self.training and deviations.shape[2] > 1:
@@ -85,9 +85,9 @@ class NormalisesEachSample(Right):
         return super().output(deviations, gamma, invstd, beta)
 
 
-@defect("BN-01", "ONNX's attribute spatial=0 of opset 1 to 8: statistics of each pixel")
+@defect("BN-01", "ONNX's attribute spatial=0 of opset 1 to 8: statistics per pixel")
 class NormalisesEachPixel(Right):
-    """Averages over the batch only and keeps the statistics of each pixel apart."""
+    """Averages over the batch only, with separate statistics for each pixel."""
 
     def output(self, deviations: Array, gamma: Array, invstd: Array, beta: Array) -> Array:
         if self.training and len(deviations) > 1:
@@ -98,15 +98,15 @@ class NormalisesEachPixel(Right):
 
 @defect("BN-01", "Caffe: input of rank 1 is one channel", alone=True)
 class TakesRankOne(Right):
-    """Takes a vector for a batch of one-dimensional samples."""
+    """Accepts a vector as a batch with one channel."""
 
     def forward(self, x: Array, training: bool) -> Array:
         return super().forward(np.repeat(x[None], 2, axis=0), training)[0] if x.ndim == 1 else super().forward(x, training)
 
 
-@defect("BN-01", "parameters longer than the input's channels, read as far as the input goes", alone=True)
+@defect("BN-01", "parameters for more channels than the input has, read only as far as needed", alone=True)
 class TakesFewerChannels(Right):
-    """Normalises input that has fewer channels than the layer."""
+    """Accepts input with fewer channels than the layer."""
 
     def forward(self, x: Array, training: bool) -> Array:
         missing = self.num_features - x.shape[1] if x.ndim > 1 else 0
@@ -117,7 +117,7 @@ class TakesFewerChannels(Right):
 
 @defect("BN-01", "a layer that guesses the layout from the sizes of the axes", alone=True)
 class GuessesTheLayout(Right):
-    """Takes the last axis for the channels if the second one does not fit."""
+    """Uses the last axis as the channel axis if the second does not fit."""
 
     def forward(self, x: Array, training: bool) -> Array:
         if x.ndim > 2 and x.shape[1] != self.num_features == x.shape[-1]:
@@ -125,9 +125,9 @@ class GuessesTheLayout(Right):
         return super().forward(x, training)
 
 
-@defect("BN-01", "pytorch#4534, pytorch#1381: refused for a batch of one, whatever the space")
+@defect("BN-01", "pytorch#4534, pytorch#1381: a batch of one is refused whatever its spatial size")
 class RefusesOneSample(Right):
-    """Refuses to train on one sample, however many values a channel has in it."""
+    """Refuses to train on one sample, however many values each channel has."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         if training and len(x) == 1:
@@ -135,9 +135,9 @@ class RefusesOneSample(Right):
         return super()._forward(x, training)
 
 
-@defect("BN-01", "an in-place kernel under an interface that promises none")
+@defect("BN-01", "an in-place kernel behind an interface that is not in-place")
 class WritesIntoItsInput(Right):
-    """Writes its output over its input."""
+    """Overwrites its input with its output."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         y = super()._forward(x, training)
@@ -174,16 +174,16 @@ class HalfStatistics(Right):
         return [a.astype(kind).astype(np.float64) for a in reference.statistics(values)]
 
 
-@defect("BN-02", "reduced-precision units (TF32, bfloat16) that read the input rounded")
+@defect("BN-02", "reduced-precision units (TF32, bfloat16) that round the input")
 class RoundsItsInput(Right):
-    """Rounds the values to eleven bits before it takes their statistics."""
+    """Rounds the values to eleven bits before computing their statistics."""
 
     def statistics(self, values: Array) -> Any:
         fraction, exponent = np.frexp(values)
         return reference.statistics(np.ldexp(np.round(fraction * 2048) / 2048, exponent))
 
 
-@defect("BN-02", "pytorch#1410: which of the two estimators normalises")
+@defect("BN-02", "pytorch#1410: confusion of the two estimators")
 class NormalisesWithTheUnbiased(Right):
     """Normalises with the unbiased variance."""
 
@@ -191,9 +191,9 @@ class NormalisesWithTheUnbiased(Right):
         return var * (self.m / (self.m - 1))
 
 
-@defect("BN-02", "n for the number of samples and for the number of values")
+@defect("BN-02", "n used both for the number of samples and for the number of values")
 class DividesByTheBatchSize(Right):
-    """Divides the squares by the number of samples and not by m."""
+    """Divides the squares by the number of samples instead of m."""
 
     def statistics(self, values: Array) -> Any:
         mean, var = reference.statistics(values)
@@ -202,7 +202,7 @@ class DividesByTheBatchSize(Right):
 
 @defect("BN-02", "facebookresearch/pycls pull 93, unweighted SyncBatchNorm: the mean of variances")
 class MeanOfTheVariances(Right):
-    """Averages the variances of two halves of the batch and forgets how far their means lie apart."""
+    """Averages the variances of two halves of the batch, ignoring the difference of their means."""
 
     def statistics(self, values: Array) -> Any:
         if len(values) < 2:
@@ -211,9 +211,9 @@ class MeanOfTheVariances(Right):
         return reference.statistics(values)[0], (halves[0][1] + halves[1][1]) / 2
 
 
-@defect("BN-02", "pytorch pull 36382: ranks of different size, averaged as if they were alike")
+@defect("BN-02", "pytorch pull 36382: unweighted average over ranks with different batch sizes")
 class MeanOfTheMeans(Right):
-    """Averages the means of two parts of the batch whatever their sizes."""
+    """Averages the means of two parts of the batch without weights."""
 
     def statistics(self, values: Array) -> Any:
         mean, var = reference.statistics(values)

@@ -1,4 +1,4 @@
-"""Wrong whitenings that the suite must catch, by the clause that each breaks, and the right one that they are made from."""
+"""Defective whitenings that the suite must catch, by the clause that each breaks, and the right one that they derive from."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from multibn.whitening.spec import WhiteningSpec
 
 
 class Right(WhiteningSubject):
-    """The formulas taken apart: a wrong whitening replaces one of the pieces."""
+    """Whitening as separate steps, of which each defective whitening overrides one."""
 
     def __init__(self, num_features: int, spec: WhiteningSpec) -> None:
         super().__init__(num_features, self.of_spec(spec))
 
     def of_spec(self, spec: WhiteningSpec) -> WhiteningSpec:
-        """The parameters that it goes by."""
+        """Return the parameters to use."""
         return spec
 
     def _forward(self, x: Array, training: bool) -> Array:
@@ -52,38 +52,38 @@ class Right(WhiteningSubject):
         return self.as_input(dx).astype(dy.dtype), dgamma.reshape(-1), dbeta.reshape(-1)
 
     def type_of(self, x: Array) -> Any:
-        """That it computes in."""
+        """Return the type to compute in."""
         return np.float64
 
     def by_group(self, x: Array) -> Array:
-        """(N, C, ...) as (groups, d, m)."""
+        """Reshape (N, C, ...) to (groups, d, m)."""
         return np.moveaxis(x, 1, 0).reshape(self.spec.groups, x.shape[1] // self.spec.groups, x.size // x.shape[1])
 
     def as_input(self, values: Array) -> Array:
-        """(groups, d, m) as (N, C, ...)."""
+        """Reshape (groups, d, m) to (N, C, ...)."""
         n, c, *rest = self.x_shape
         return np.moveaxis(values.reshape(c, n, *rest), 0, 1)
 
     def answer(self, y: Array, x: Array) -> Array:
-        """y in its type."""
+        """Convert y to the type that is returned."""
         return y.astype(x.dtype)
 
     def moments(self, values: Array) -> tuple[Array, Array]:
-        """Mean and biased covariance."""
+        """Return the mean and the biased covariance."""
         mean = values.mean(axis=2)
         deviations = values - mean[..., None]
         return mean, deviations @ np.swapaxes(deviations, 1, 2) / self.m
 
     def estimate(self, covariance: Array) -> Array:
-        """What the moving covariance takes."""
+        """Return the covariance that updates the moving one."""
         return covariance
 
     def weight(self) -> float:
-        """Of the old moving statistics."""
+        """Return the weight of the old moving statistics."""
         return self.spec.weight_of_old(self.batches)
 
     def update(self, mean: Array, covariance: Array) -> None:
-        """Of both moving statistics."""
+        """Update both moving statistics."""
         old, kind = self.weight(), self.moving_mean.dtype
         mean, covariance = (
             (old * before.astype(np.float64).reshape(batch.shape) + (1 - old) * batch if old else batch).astype(kind)
@@ -94,11 +94,11 @@ class Right(WhiteningSubject):
         self.moving_covariance = np.where(made[:, None, None], covariance, self.moving_covariance)
 
     def made(self, mean: Array, covariance: Array) -> Array:
-        """Which groups take the update."""
+        """Return which groups are updated."""
         return np.isfinite(mean).all(axis=1) & np.isfinite(covariance).all(axis=(1, 2))
 
     def decompose(self, covariance: Array) -> Array:
-        """What the matrix and its gradient are made of."""
+        """Return the decomposition from which the matrix and its gradient follow."""
         return whitening_matrix.decompose(covariance)
 
     def matrix(self, factors: Array) -> Array:
@@ -106,7 +106,7 @@ class Right(WhiteningSubject):
         return whitening_matrix.matrix(factors, self.spec)
 
     def affine(self, which: int) -> Array:
-        """gamma or beta, (groups, d)."""
+        """Return gamma or beta as (groups, d)."""
         its = (self.gamma, self.beta)[which]
         made = np.full(self.num_features, 1.0 - which) if its is None else its.astype(np.float64)
         return made.reshape(self.spec.groups, -1)
@@ -116,18 +116,18 @@ class Right(WhiteningSubject):
         return gamma * (self.w @ self.deviations) + beta
 
     def cotangent(self, products: Array) -> Array:
-        """dL/dSigma, for dL/dW."""
+        """Return dL/dSigma for dL/dW."""
         return whitening_matrix.adjoint(self.factors, products, self.spec)
 
     def through(self, dx: Array, cotangent: Array) -> Array:
-        """What flows through covariance and mean comes to dx."""
+        """Add the gradient through covariance and mean to dx."""
         dx = dx + 2 / self.m * cotangent @ self.deviations
         return dx - dx.mean(axis=2, keepdims=True)
 
 
 @dataclass(frozen=True)
 class Defect:
-    """A wrong whitening: its name, the clause that it breaks, what it does wrong, and how it is made."""
+    """A defective whitening: its name, the clause that it breaks, what it does wrong, and a function that makes it."""
 
     id: str
     clause: str
@@ -136,7 +136,7 @@ class Defect:
 
 
 DEFECTS: Final[dict[str, Defect]] = {}
-"""Every wrong whitening, by its name."""
+"""Name -> each defective whitening."""
 
 
 def _breaks(clause: str) -> Callable[[type[Right]], type[Right]]:
@@ -150,7 +150,7 @@ def _breaks(clause: str) -> Callable[[type[Right]], type[Right]]:
 
 @_breaks("WH-01")
 class GroupsInterleaved(Right):
-    """Puts every groups-th channel into a group."""
+    """Assigns every groups-th channel to a group."""
 
     def _turned(self, a: Array, back: bool) -> Array:
         order = np.arange(self.num_features).reshape(-1, self.spec.groups).T.reshape(-1)
@@ -165,7 +165,7 @@ class GroupsInterleaved(Right):
 
 @_breaks("WH-01")
 class LastAxisAlone(Right):
-    """Takes the samples of the first position in space for all."""
+    """Computes the statistics at the first spatial position only."""
 
     def moments(self, values: Array) -> tuple[Array, Array]:
         step = self.m // self.x_shape[0]
@@ -185,7 +185,7 @@ class Unbiased(Right):
 
 @_breaks("WH-02")
 class NoMean(Right):
-    """Takes E[xx] for the covariance."""
+    """Uses E[xx] as the covariance."""
 
     def moments(self, values: Array) -> tuple[Array, Array]:
         return values.mean(axis=2), values @ np.swapaxes(values, 1, 2) / self.m
@@ -193,7 +193,7 @@ class NoMean(Right):
 
 @_breaks("WH-03")
 class ItsOwnEps(Right):
-    """Uses 1e-3 whatever eps it is given."""
+    """Uses 1e-3 whatever eps is."""
 
     def of_spec(self, spec: WhiteningSpec) -> WhiteningSpec:
         return replace(spec, eps=1e-3)
@@ -201,7 +201,7 @@ class ItsOwnEps(Right):
 
 @_breaks("WH-03")
 class EpsFloor(Right):
-    """Takes 1e-5 for any eps below it."""
+    """Uses 1e-5 for any eps below 1e-5."""
 
     def of_spec(self, spec: WhiteningSpec) -> WhiteningSpec:
         return replace(spec, eps=max(spec.eps, 1e-5))
@@ -209,7 +209,7 @@ class EpsFloor(Right):
 
 @_breaks("WH-03")
 class PrincipalForZero(Right):
-    """Whitens by PCA where ZCA was asked for."""
+    """Uses PCA for kind="zca"."""
 
     def of_spec(self, spec: WhiteningSpec) -> WhiteningSpec:
         return replace(spec, kind="pca") if spec.kind == "zca" else spec
@@ -217,7 +217,7 @@ class PrincipalForZero(Right):
 
 @_breaks("WH-03")
 class OneStepMore(Right):
-    """Makes a Newton step too many."""
+    """Performs one Newton step too many."""
 
     def of_spec(self, spec: WhiteningSpec) -> WhiteningSpec:
         return replace(spec, steps=spec.steps + 1)
@@ -225,7 +225,7 @@ class OneStepMore(Right):
 
 @_breaks("WH-03")
 class TraceForgotten(Right):
-    """Does not divide by the root of the trace after Newton's steps."""
+    """Does not divide by the square root of the trace after the Newton steps."""
 
     def matrix(self, factors: Array) -> Array:
         w = super().matrix(factors)
@@ -235,7 +235,7 @@ class TraceForgotten(Right):
 
 @_breaks("WH-03")
 class SmallestFirst(Right):
-    """Gives PCA's rows with the smallest eigenvalue first, as eigh does."""
+    """Orders the rows of PCA by increasing eigenvalue, as eigh does."""
 
     def matrix(self, factors: Array) -> Array:
         w = super().matrix(factors)
@@ -244,7 +244,7 @@ class SmallestFirst(Right):
 
 @_breaks("WH-03")
 class SignOfTheSolver(Right):
-    """Leaves the signs of the eigenvectors as its eigensolver has them."""
+    """Keeps the signs of the eigenvectors that its eigensolver returns."""
 
     def decompose(self, covariance: Array) -> Array:
         factors = super().decompose(covariance)
@@ -255,7 +255,7 @@ class SignOfTheSolver(Right):
 
 @_breaks("WH-04")
 class GammaBeforeTheRotation(Right):
-    """Scales the channels before it whitens them."""
+    """Multiplies by gamma before whitening."""
 
     def output(self, gamma: Array, beta: Array) -> Array:
         return self.w @ (gamma * self.deviations) + beta
@@ -263,7 +263,7 @@ class GammaBeforeTheRotation(Right):
 
 @_breaks("WH-04")
 class NoBeta(Right):
-    """Adds no beta."""
+    """Omits beta."""
 
     def output(self, gamma: Array, beta: Array) -> Array:
         return super().output(gamma, beta * 0)
@@ -271,7 +271,7 @@ class NoBeta(Right):
 
 @_breaks("WH-05")
 class MomentumOfTheNew(Right):
-    """Takes momentum for the weight of the new value."""
+    """Uses momentum as the weight of the new value."""
 
     def weight(self) -> float:
         return super().weight() if self.spec.momentum is None else 1 - self.spec.momentum
@@ -279,7 +279,7 @@ class MomentumOfTheNew(Right):
 
 @_breaks("WH-05")
 class UpdatesInBackward(Right):
-    """Updates in backward too."""
+    """Updates again in backward."""
 
     def _backward(self, dy: Array) -> tuple[Array, Array, Array]:
         if self.from_batch:
@@ -290,7 +290,7 @@ class UpdatesInBackward(Right):
 
 @_breaks("WH-05")
 class BatchesNotCounted(Right):
-    """Takes each batch for the first where the weights are equal."""
+    """Treats each batch as the first if momentum is None."""
 
     def weight(self) -> float:
         return self.spec.weight_of_old(0)
@@ -298,7 +298,7 @@ class BatchesNotCounted(Right):
 
 @_breaks("WH-06")
 class BatchInInference(Right):
-    """Whitens by the batch in inference."""
+    """Whitens with batch statistics in inference."""
 
     def _forward(self, x: Array, training: bool) -> Array:
         before = self.moving_mean, self.moving_covariance
@@ -321,7 +321,7 @@ class UpdatesInInference(Right):
 
 @_breaks("WH-07")
 class DifferenceQuotients(Right):
-    """Divides by the difference of eigenvalues for ZCA."""
+    """Divides by the difference of eigenvalues in the gradient of ZCA."""
 
     def cotangent(self, products: Array) -> Array:
         if self.spec.kind != "zca":
@@ -337,7 +337,7 @@ class DifferenceQuotients(Right):
 
 @_breaks("WH-07")
 class NearOnesFixed(Right):
-    """Holds the eigenvectors of eigenvalues fixed that are within a hundredth of each other."""
+    """Treats eigenvectors as constants if their eigenvalues differ by less than 1 % of the largest."""
 
     def cotangent(self, products: Array) -> Array:
         if self.spec.kind != "pca":
@@ -353,7 +353,7 @@ class NearOnesFixed(Right):
 
 @_breaks("WH-07")
 class ConstantStatistics(Right):
-    """Takes mean, covariance and matrix for constants."""
+    """Treats mean, covariance and matrix as constants in the gradient."""
 
     def through(self, dx: Array, cotangent: Array) -> Array:
         return dx
@@ -361,7 +361,7 @@ class ConstantStatistics(Right):
 
 @_breaks("WH-07")
 class ConstantCovariance(Right):
-    """Takes the matrix for a constant."""
+    """Treats the matrix as a constant in the gradient."""
 
     def cotangent(self, products: Array) -> Array:
         return products * 0
@@ -369,7 +369,7 @@ class ConstantCovariance(Right):
 
 @_breaks("WH-07")
 class ConstantMean(Right):
-    """Takes the mean for a constant."""
+    """Treats the mean as a constant in the gradient."""
 
     def through(self, dx: Array, cotangent: Array) -> Array:
         return dx + 2 / self.m * cotangent @ self.deviations
@@ -377,7 +377,7 @@ class ConstantMean(Right):
 
 @_breaks("WH-07")
 class HalfOfTheCovariance(Right):
-    """Forgets that x comes twice in the covariance."""
+    """Counts only one of the two factors x of the covariance in the gradient."""
 
     def cotangent(self, products: Array) -> Array:
         return super().cotangent(products) / 2
@@ -385,7 +385,7 @@ class HalfOfTheCovariance(Right):
 
 @_breaks("WH-07")
 class ConstantTrace(Right):
-    """Takes the trace for a constant in Newton's gradient."""
+    """Treats the trace as a constant in the gradient of Newton's steps."""
 
     def cotangent(self, products: Array) -> Array:
         cotangent = super().cotangent(products)
@@ -393,14 +393,14 @@ class ConstantTrace(Right):
             return cotangent
         vectors = self.factors[..., :-1]
         s = (vectors * (self.factors[..., -1] + self.spec.eps)[:, None, :]) @ np.swapaxes(vectors, 1, 2)
-        # W(kS) = W(S)/sqrt(k), so what flows through the trace is what makes <cotangent, S> equal -<products, W>/2
+        # W(kS) = W(S)/sqrt(k), so the gradient through the trace is the one for which <cotangent, S> = -<products, W>/2
         missing = (cotangent * s).sum(axis=(1, 2)) / np.trace(s, axis1=1, axis2=2)
         return cotangent - missing[:, None, None] * np.eye(cotangent.shape[1])
 
 
 @_breaks("WH-08")
 class SpreadsNaN(Right):
-    """Lets a NaN into the moving statistics."""
+    """Lets NaN into the moving statistics."""
 
     def made(self, mean: Array, covariance: Array) -> Array:
         return np.ones(len(mean), bool)
@@ -408,7 +408,7 @@ class SpreadsNaN(Right):
 
 @_breaks("WH-08")
 class TakesOneValue(Right):
-    """Takes one value per channel."""
+    """Accepts one value per channel in training."""
 
     def forward(self, x: Array, training: bool) -> Array:
         return np.zeros_like(x) if x.size == x.shape[1] else super().forward(x, training)
