@@ -19,11 +19,11 @@ from .spec.parameters import check_features, check_rank
 
 
 class BatchNorm:
-    """The article's block on NumPy arrays, computed by the kernel.
+    """BatchNorm layer for NumPy arrays, computed by the CPU kernel.
 
     The state is gamma (ones) and beta (zeros), or None if the spec has none, moving_mean (zeros) and moving_var (ones), each of
-    shape (num_features,) and float32. Set float64 arrays for float64 input (BN-10). ``batches`` counts the updates, for momentum
-    None.
+    shape (num_features,) and float32. For float64 input, assign float64 arrays to these attributes (BN-10). ``batches`` counts
+    the updates, for momentum None.
 
     Args:
         num_features: channels C.

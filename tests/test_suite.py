@@ -82,7 +82,7 @@ def test_the_message_says_what_came_and_what_should_have_come() -> None:
     assert first.endswith("; 3 of 3 are out of bounds.")
     assert clause == f"BN-05: {CLAUSES['BN-05']}"
     assert comment == f"Ten training steps with momentum 0.1. It catches a BatchNorm that {bug}."
-    twice = "updates twice for one forward (updates-twice: pytorch#96136: activation checkpointing)"
+    twice = "updates twice per forward (updates-twice: pytorch#96136: activation checkpointing)"
     assert hint == f"These are the values of a BatchNorm that {twice}."
     assert judgement.snippet == (
         "from multibn_conformance import reproduce\nprint(reproduce('tried/one/cpu', 'BN-05-momentum-0.1'))"

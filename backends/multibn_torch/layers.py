@@ -1,4 +1,6 @@
-"""BatchNorm as PyTorch modules: the article's block, and drop-in replacements for PyTorch's own layers."""
+"""BatchNorm as PyTorch modules: ``BatchNorm``, configured by a ``BatchNormSpec``, and drop-in replacements for PyTorch's own
+layers.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,10 @@ class Layer(Switches, BatchNormBase):
             operators elsewhere.
         init: "identity" initialises gamma and beta so that the first training batch passes unchanged; see ``multibn.identity``.
         name: the layer's name in the model, for messages; set by ``swap``.
-        fuse_relu: return max(y, 0), at the cost of y alone; set by ``swap`` where a ReLU follows, which passes its input through.
-        fused_in: keys of the modules in whose forward the layer does so; set by ``swap``.
+        fuse_relu: return max(y, 0), computed in the same pass as y; set by ``swap`` if a ReLU follows, which then returns its
+            input unchanged.
+        fused_in: keys of the modules that call both the layer and its ReLU; the layer rectifies only inside their forward. Set by
+            ``swap``.
     """
 
     ranks: tuple[int, ...]
@@ -122,11 +126,12 @@ class Layer(Switches, BatchNormBase):
             and (bias is None or (bias.dtype == kind and bias.numel() == size))
             and (mean is None or (mean.dtype == kind and mean.numel() == size))
             and (var is None or (var.dtype == kind and var.numel() == size))
-            and (on_cpu or all(t is None or t.is_cpu is on_cpu for t in (weight, bias, mean, var)))  # the gate checks CPU state
+            # for CPU input, gate.py checks the state's device
+            and (on_cpu or all(t is None or t.is_cpu is on_cpu for t in (weight, bias, mean, var)))
             and (mean is None) is (var is None)
         ):
             self._refuse(input, needs_batch)
-            update = False  # no problem found, so the input is empty (BN-12)
+            update = False  # _refuse found no error, so the batch is empty, and an empty batch does not update (BN-12)
         if self.init == "identity" and training and use_batch:
             begin(self, input, mask)
         on_kernel = on_cpu if self.implementation == "auto" else self.implementation == "kernel"
@@ -144,7 +149,7 @@ class Layer(Switches, BatchNormBase):
         refusals.refuse("torch.jit.script", self)
 
     def extra_repr(self) -> str:
-        """PyTorch's repr, plus every setting that differs from PyTorch's defaults, and ``by=multibn``."""
+        """Extend PyTorch's repr by every setting that differs from PyTorch's default, and by ``by=multibn``."""
         text = str(super().extra_repr())  # type: ignore[no-untyped-call]
         text += "" if self.normalize_with == "batch" else f", normalize_with={self.normalize_with!r}"
         text += self.frozen_text()
@@ -174,7 +179,7 @@ class Layer(Switches, BatchNormBase):
         return None if self.momentum is None else 1.0 - self.momentum
 
     def _refuse(self, x: Tensor, needs_batch: bool) -> None:
-        """Raise the exception for what is wrong with x or the state, if anything."""
+        """Raise an exception if x or the state is invalid."""
         names = ("weight", "bias", "running_mean", "running_var")
         state = {name: t for name in names if (t := getattr(self, name)) is not None}
         problem = objection(
@@ -234,7 +239,7 @@ _CASTS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float64: "dou
 
 
 def how_to_cast(dtype: torch.dtype) -> str:
-    """The call that gives a layer the types that it needs for an input, as the end of a message."""
+    """Return the end of an error message: which cast gives the layer the types for this input."""
     return (
         f"Call {_CASTS.get(dtype, 'float')}() of the layer or of the model, also after load_state_dict(assign=True), "
         "which keeps the types of what it loads."
@@ -270,7 +275,7 @@ class BatchNorm(Layer):
     Args:
         num_features: C, the size of the channel axis.
         num_dims: rank of the input: 2 for fully connected layers (N, C), 4 for convolutions (N, C, H, W); 3 and 5 too.
-        spec: what the layer computes; ``BatchNormSpec.article()`` is the article's version.
+        spec: parameters of the layer; default ``BatchNormSpec()``.
         implementation, init: see ``Layer``.
         device, dtype: of the state; float32, or float64 for float64 input (BN-10).
 

@@ -1,6 +1,7 @@
-"""Errors for tools of PyTorch that look for its own classes: fusing, quantization and ``torch.jit.script`` need ``unswap`` first.
+"""Errors for PyTorch tools that look for PyTorch's own classes (fusion, quantization, ``torch.jit.script``): call ``unswap``
+first.
 
-Without them these tools leave BatchNorm as it is, or fail with a message that names neither the layer nor what to do.
+Without these errors, the tools silently skip the layers or fail with a message that names neither the layer nor the fix.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def refuse(tool: str, *modules: Any) -> None:
 
 
 def check_tracer(layer: nn.Module) -> None:
-    """Raise RuntimeError if the ``torch.fx`` trace that meets the layer belongs to a tool that would leave the layer as it is."""
+    """Raise RuntimeError if the current ``torch.fx`` trace belongs to a tool that would silently skip the layer."""
     frame = inspect.currentframe()
     while frame is not None:
         module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
@@ -36,7 +37,7 @@ def check_tracer(layer: nn.Module) -> None:
 
 
 def register_fusers(ours: dict[type[nn.Module], type[nn.Module]]) -> None:
-    """Let ``torch.ao.quantization.fuse_modules`` raise for sequences with our classes.
+    """Make ``torch.ao.quantization.fuse_modules`` raise for sequences that contain multibn's classes.
 
     Args:
         ours: PyTorch's class -> ours.

@@ -1,4 +1,4 @@
-"""Replace PyTorch's BatchNorm layers of a model with multibn's, and undo it."""
+"""``swap`` replaces a model's PyTorch BatchNorm layers with multibn's; ``unswap`` reverts this."""
 
 from __future__ import annotations
 
@@ -144,11 +144,11 @@ class ReLU(torch.nn.ReLU):
 refusals.register_fusers({**_OURS, torch.nn.ReLU: ReLU})
 
 Pair = tuple[torch.nn.Module, torch.nn.Module]
-"""The innermost module whose forward calls a layer and the ReLU after it, and the ReLU."""
+"""A ReLU module that follows a layer, and before it the innermost module that calls both: (caller, relu)."""
 
 
 class _Tracer(fx.Tracer):
-    """Remember which modules were running when a node was made, the root first."""
+    """Tracer that records for each node the modules whose forward was running, outermost first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class _Tracer(fx.Tracer):
 def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[torch.nn.Module, list[Pair]]:
     """Map each layer whose only consumer, in every call, is a ReLU module to these ReLU modules and the callers of both.
 
-    If ``torch.fx`` cannot trace a submodule, descend into its children. If that submodule calls BatchNorm layers directly, they
+    If ``torch.fx`` cannot trace a submodule, its children are traced one by one; BatchNorm layers that are direct children of it
     are not fused, and ``skipped`` gets the reason.
     """
     relus: dict[torch.nn.Module, list[Pair]] = {}

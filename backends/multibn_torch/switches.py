@@ -1,7 +1,7 @@
-"""The three switches of BN-09, on a layer and on all layers of a model.
+"""The three switches of BN-09: methods of a layer, and functions for all layers of a model.
 
 The switches are independent of each other and of the mode: ``train()`` and ``eval()`` do not change them, and copies of a layer
-keep them. With all three on, a layer behaves in training as in inference.
+keep them. With all three on, training mode computes the same as inference mode, and nothing is learned.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Switches(torch.nn.Module):
                 parameter.grad = None  # else an optimizer would apply the gradient in its next step
 
     def use_moving_statistics(self, on: bool = True) -> None:
-        """Normalise with the moving statistics in training too; pass ``on=False`` for those of the batch.
+        """Normalise with the moving statistics in training too; pass ``on=False`` to normalise with the batch statistics again.
 
         Raises:
             ValueError: the layer has no moving statistics.
@@ -45,7 +45,9 @@ class Switches(torch.nn.Module):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """What training does not change: "statistics", and "affine" if neither gamma nor beta requires a gradient."""
+        """Names of what training does not update: "statistics", "affine" (neither gamma nor beta requires a gradient), both or
+        none.
+        """
         parameters = list(self.parameters(recurse=False))
         affine = bool(parameters) and not any(p.requires_grad for p in parameters)
         return ("statistics",) * (not self.update_statistics) + ("affine",) * affine

@@ -52,9 +52,9 @@ def conform(
         bool, typer.Option("--self-test", help="Judge the suite itself: it must catch wrong BatchNorms.")
     ] = False,
 ) -> None:
-    """Judge every installed BatchNorm on every device, by every clause of the specification.
+    """Judge every installed backend on every device by the BN and WH clauses; with --ranks, by the SY clauses.
 
-    Exit code: 0 if all conform, 1 if one does not, 2 if the call is wrong.
+    Exit code: 0 if all cases pass or are skipped, 1 if one fails, 2 for a usage error.
     """
     with needed("conform", "conformance"):
         from .cases.fixed import CASES
@@ -126,7 +126,7 @@ def identify(
     timeout: Annotated[float | None, typer.Option(help="Time limit for a call, in seconds (default 20).")] = None,
     device: Annotated[str, typer.Option(help="The device, passed to its make function.")] = "cpu",
 ) -> None:
-    """Determine from its answers which dialect a BatchNorm follows, and print its BatchNormSpec.
+    """Determine which dialect a BatchNorm follows by probing it, and print its BatchNormSpec.
 
     Exit code: 0 if the whole spec was determined, 1 if not, 2 if the call is wrong.
     """
@@ -150,7 +150,7 @@ def write_vectors(
     case: Annotated[list[str] | None, typer.Option(help="Write this case, or the cases that match this pattern.")] = None,
     clause: Annotated[list[str] | None, typer.Option(help="Write the cases of this clause.")] = None,
 ) -> None:
-    """Write the fixed cases with their exact values to a new folder; its README.md says how to answer.
+    """Write the cases and their expected values to a new folder; the README.md there explains the answer format.
 
     Exit code: 0, or 2 if the call is wrong.
     """
@@ -166,7 +166,7 @@ def check_vectors(
     case: Annotated[list[str] | None, typer.Option(help="Judge this case, or the cases that match this pattern.")] = None,
     precision: Annotated[str, typer.Option(help="The arithmetic that the answers promise: working or exact.")] = "working",
 ) -> None:
-    """Judge the answers to vectors.
+    """Check the answers to test vectors.
 
     Exit code: 0 if all conform, 1 if one does not, 2 if the call is wrong.
     """

@@ -22,7 +22,7 @@ def article(
         bool, typer.Option("--quick", help="Few seeds and steps, to see that it works; nothing to judge by.")
     ] = False,
 ) -> None:
-    """Run the article statement by statement, its claims on real digits, and write one page.
+    """Execute each statement of the article, test its claims on scikit-learn's digits, and write an HTML report.
 
     Exits with 0, 1 if a framework's process failed, 2 if the call is wrong.
     """

@@ -32,7 +32,7 @@ def bench(
     ] = None,
     whitening: Annotated[bool, typer.Option("--whitening", help="Measure whitening beside BatchNorm instead, in torch.")] = False,
 ) -> None:
-    """Measure the CPU layers beside the framework's own and beside copying the same bytes.
+    """Compare the CPU layers with the framework's own and with a copy of the same bytes.
 
     With --model: training steps of a network after swap (in PyTorch with fuse_relu), as it is, and without any BatchNorm. With
     --compiled: the same under torch.compile, after a plain swap. With --memory: after swap, with and without recompute().

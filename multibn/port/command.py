@@ -29,12 +29,12 @@ def port(
     fold: Annotated[bool, typer.Option("--fold", help="Fold each BatchNorm into the layer before it.")] = False,
     into: Annotated[str | None, typer.Option(metavar="MODULE:MAKE", help="Fill this model too, matched by its graph.")] = None,
 ) -> None:
-    """Bring a checkpoint of MXNet to PyTorch, prove each BatchNorm, and report what differs.
+    """Convert an MXNet checkpoint to PyTorch, verify each BatchNorm, and report differences.
 
     Writes OUT.pt2 (torch.export), OUT.pt (the state_dict), OUT.report.json and OUT.report.html; with --into OUT.into.pt too.
 
-    Exits with 0 if all is the same, 1 if something differs, 2 if the checkpoint is refused or the call is wrong; then nothing is
-    written.
+    Exit code: 0 if everything agrees, 1 if something differs, 2 (nothing is written) for an unsupported checkpoint or a usage
+    error.
     """
     from .report import summary
 

@@ -1,1 +1,1 @@
-"""The forward of a layer: dispatch and the implementations."""
+"""Implementations of a layer's forward, and the dispatch to them."""

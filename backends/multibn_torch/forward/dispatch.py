@@ -1,4 +1,6 @@
-"""Dispatch each forward: eager, compiled, traced, exported or transformed. All compute the same function."""
+"""Choose the implementation of each forward: eager, compiled, traced, exported or under a ``torch.func`` transform. All compute
+the same function.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +55,10 @@ def rectify(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
     mask: Tensor | None = None, layer: nonfinite.Named | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return max(``normalise``, 0); in eager mode on the kernel, compute both in one pass over the data.
+    """Return max(y, 0) with y as from ``normalise``; in eager mode the kernel computes both in one pass over the data.
 
-    A layer that ``swap`` fused returns y, and leaves the ReLU to the module after it, unless the module that calls both runs.
+    A layer that ``swap`` fused rectifies only while the module that calls the layer and its ReLU runs; otherwise this returns y,
+    and the ReLU module computes the maximum.
     """
     observed = torch.compiler.is_compiling() or tracing_state() is not None or transformed() or _looked_at(x)
     keys = () if layer is None else layer.fused_in
@@ -74,7 +77,9 @@ def rectify(
 def _by_kernel_or_operators(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, layer: nonfinite.Named | None, rectify: bool
 ) -> Tensor:
-    """Call ``by_kernel``, or PyTorch's own operators if the kernel cannot use a tensor; those support the tensor or raise."""
+    """Call ``by_kernel``; if the kernel cannot use one of the tensors, call PyTorch's own operators, which support the tensor or
+    raise.
+    """
     try:
         return by_kernel(x, gamma, beta, moving, how, layer, rectify)
     except NotPlainError:
@@ -106,7 +111,7 @@ def _masked(
     function = partial(normalise, gamma=gamma, beta=beta, moving=moving, on_kernel=on_kernel, layer=layer)
     if not (how.use_batch or how.update):
         return masked.each_alone(x, mask, partial(function, how=how))
-    if torch.compiler.is_compiling() and on_kernel and not _exported():  # the number of valid values is not known yet
+    if torch.compiler.is_compiling() and on_kernel and not _exported():  # packing would make a shape depend on the mask's values
         return by_operator(x, gamma, beta, moving, how, mask)
     masked.check_one_for_all(mask)
     values = masked.pack(x, mask)
@@ -115,12 +120,15 @@ def _masked(
 
 
 def _exported() -> bool:
-    """Return whether the program is traced or exported for use outside of this process, where multibn's operators are unknown."""
+    """Return whether the program is being traced or exported to run in another process, where multibn's custom operators may not
+    be registered.
+    """
     return tracing_state() is not None or torch.compiler.is_exporting()
 
 
 def again(how: How) -> How:
-    """Return how to recompute a forward under activation checkpointing: without an update of the moving statistics.
+    """Return the settings for recomputing a forward under activation checkpointing: the same, but without updating the moving
+    statistics.
 
     Raises:
         RuntimeError: the layer normalises with moving statistics, which have changed since the forward.

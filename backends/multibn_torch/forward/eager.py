@@ -1,4 +1,4 @@
-"""BatchNorm of PyTorch tensors by the kernel, for eager execution."""
+"""BatchNorm of PyTorch tensors in eager mode, computed by the kernel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PA
 
 
 Statistics = Array[c_double] | Tensor
-"""Statistics that normalised, (2, C) float64; on CPU a ctypes array, which is faster to create than a tensor."""
+"""Mean and 1/sqrt(var+eps) used for normalising, (2, C) float64: on CPU a ctypes array, which is faster to create than a
+tensor.
+"""
 
 
 def by_kernel(
@@ -40,7 +42,7 @@ def by_kernel(
     The bits follow BN-15, the accuracy BN-16.
 
     Args:
-        layer: named in the warning when the batch contains NaN or Inf.
+        layer: the layer, for the warning about NaN or Inf.
         rectify: return max(y, 0).
 
     Raises:
@@ -63,7 +65,9 @@ def by_kernel(
 
 
 def looked_through(dy: Tensor) -> bool:
-    """Return whether a gradient will be differentiated again or vmapped over (also by ``is_grads_batched``)."""
+    """Return whether backward itself must be differentiable or vmappable (double backward, ``torch.func``,
+    ``is_grads_batched``).
+    """
     return torch.is_grad_enabled() or transformed() or bool(is_legacy_batched(dy))
 
 
@@ -94,8 +98,9 @@ class _Kernel(torch.autograd.Function):
 
 
 Seen = tuple[torch.dtype, tuple[int, int, int], int, int]
-"""What forward saw, for backward to compare: type, (N, C, S) and address of x, address of gamma. A plain tuple, since creating a
-NamedTuple takes ten times as long."""
+"""Properties of the inputs in forward, which backward compares: type, (N, C, S) and address of x, address of gamma. A plain
+tuple, since creating a NamedTuple takes ten times as long.
+"""
 
 
 def _check_saved(x: Tensor, shape: tuple[int, int, int], seen: Seen) -> None:
@@ -121,9 +126,9 @@ def kernel_forward(
     """Return y and the statistics that normalised, (2, C), which ``kernel_backward`` needs.
 
     Args:
-        refused: gets x appended if the moving statistics of a channel are not updated because of NaN or Inf (BN-11).
+        refused: output: x is appended if a channel's moving statistics are not updated because of NaN or Inf (BN-11).
         rectify: return max(y, 0).
-        layer: caches the addresses at which its tensors passed the gate.
+        layer: the layer; caches the addresses of tensors that have been checked.
 
     Raises:
         NotPlainError: the kernel cannot use one of the tensors; nothing has changed.
@@ -156,7 +161,7 @@ def _forward(
         if layer is not None and mean is whole_mean and var is whole_var:
             layer._examined = places
     gamma_at, beta_at, mean_at, var_at, count_at = places
-    y, statistics = output_like(x), kind.statistics()  # creating a tensor takes many times as long
+    y, statistics = output_like(x), kind.statistics()  # a ctypes array: a tensor takes many times as long to create
     if update and not count_at and batches is not None:
         batches.add_(1)
     left = kind.kernel.forward_at(
@@ -233,13 +238,15 @@ def kernel_backward(
 
 
 Places = tuple[int, int, int, int, int]
-"""Addresses of gamma, beta, the moving mean and variance, and the counter of batches; 0 where the tensor is None."""
+"""Addresses of gamma, beta, moving mean, moving variance and num_batches_tracked; 0 for None."""
 
 
 def _places(
     gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None, batches: Tensor | None
 ) -> Places | None:
-    """Return the addresses if each tensor has a plain type, else None; ``_examine`` has checked all else at these addresses."""
+    """Return the addresses without full checks, or None if a tensor is of a subclass. If they equal the addresses that
+    ``_examine`` checked last, the tensors need no new check.
+    """
     if (
         (gamma is None or (type(gamma) in TYPES and not gamma.is_neg()))
         and (beta is None or (type(beta) in TYPES and not beta.is_neg()))
@@ -261,7 +268,7 @@ def _examine(
     kind: _Kind, gamma: Tensor | None, beta: Tensor | None, whole_mean: Tensor | None, whole_var: Tensor | None, moving: Moving,
     update: bool,
 ) -> Places:  # fmt: skip
-    """Check the parameters and moving statistics at the gate; return their addresses."""
+    """Check the parameters and moving statistics (see ``gate``); return their addresses."""
     named = {"weight": gamma, "bias": beta, "running_mean": whole_mean, "running_var": whole_var}
     for name, t in named.items():
         if t is not None and t.shape != kind.parameter.shape:
@@ -281,7 +288,7 @@ def _examine(
 def kernel_again(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, statistics: Array[c_double], rectify: bool
 ) -> Tensor:  # fmt: skip
-    """Recompute y of ``kernel_forward``, on CPU and bit for bit: its last pass alone, with the statistics that it returned."""
+    """Recompute y of ``kernel_forward`` on CPU with the same bits: run only the last pass, with the saved statistics."""
     kind = _kind(x.dtype, x.shape[1])
     x, size, shape = laid_out(x)
     y = output_like(x)
@@ -371,7 +378,7 @@ def as_tensor(statistics: Statistics) -> Tensor:
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return x itself if its memory is NC... or channels-last, else a copy in NC... order."""
+    """Return x if it is contiguous or channels-last contiguous, else a contiguous copy."""
     return laid_out(x)[0]
 
 
@@ -387,7 +394,7 @@ def laid_out(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
 
 
 def whole(*ts: Tensor | None) -> list[Tensor | None]:
-    """Make each tensor contiguous; only slices and expanded tensors are copied."""
+    """Make each tensor contiguous; a contiguous tensor is returned as it is."""
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in ts]
 
 

@@ -1,4 +1,5 @@
-"""BatchNorm in elementary operators, which PyTorch can differentiate to any order, in forward and reverse mode, and vmap over.
+"""BatchNorm written with elementary PyTorch operators, so that PyTorch can differentiate it to any order, in forward and reverse
+mode, and vmap it.
 
 PyTorch's own operator is not reliable here: in PyTorch 2.13, ``torch.nn.functional.batch_norm`` silently gives wrong third
 derivatives in reverse mode and wrong second derivatives in forward mode.
@@ -13,7 +14,9 @@ from torch import Tensor
 
 
 class How(NamedTuple):
-    """Settings of one forward, as in ``BatchNormSpec``, resolved for the mode. weight_of_old None weights all batches equally."""
+    """Settings of one forward: those of ``BatchNormSpec``, for the current mode. ``weight_of_old=None`` averages all batches with
+    equal weights.
+    """
 
     eps: float
     weight_of_old: float | None
@@ -31,7 +34,9 @@ class Moving(NamedTuple):
 
 
 def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, work: torch.dtype) -> Tensor:
-    """Return y, computed in type ``work``; update the moving statistics in place, exactly once under any transforms."""
+    """Return y, computed in the type ``work``; update the moving statistics in place, exactly once even under nested
+    transforms.
+    """
     wide = x.to(work)
     mean, var = moving.mean, moving.var
     if how.use_batch or (how.update and x.numel()):
@@ -94,7 +99,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def move(moving: Moving, mean: Tensor, var: Tensor, weight_of_old: float | None) -> None:
-    """Update the moving statistics in place (BN-05, BN-11); for B layers at once, shapes are (B, C), (B, C) and (B,)."""
+    """Update the moving statistics in place (BN-05, BN-11). For B layers under vmap, the shapes are (B, C), (B, C) and (B,)."""
     moving_mean, moving_var, batches = moving
     assert moving_mean is not None
     assert moving_var is not None
@@ -117,7 +122,9 @@ def move(moving: Moving, mean: Tensor, var: Tensor, weight_of_old: float | None)
 
 
 class _Update(torch.autograd.Function):
-    """``move`` below all active transforms: not differentiated by ``grad`` or ``jvp``, and once per layer under ``vmap``."""
+    """Apply ``move`` outside of all active transforms: ``grad`` and ``jvp`` do not differentiate it, and ``vmap`` updates each
+    layer once.
+    """
 
     @staticmethod
     def forward(

@@ -1,8 +1,8 @@
 """BatchNorm by PyTorch's own operators (ATen's Normalization.cpp, cuDNN), on any device, in the arithmetic of the input's type.
 
-PyTorch's operators always use the unbiased variance for moving statistics and do not support momentum None. So the operators do
-not get the layer's moving statistics. Called with momentum 1, the operators return the batch statistics, with which ``_update``
-updates the layer's moving statistics in place (BN-05).
+PyTorch's operators always use the unbiased variance for moving statistics and do not support momentum None. Therefore the layer's
+moving statistics are not passed to the operators. Instead, temporary buffers with momentum 1 receive the batch statistics, and
+``_update`` updates the layer's moving statistics from these (BN-05).
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def by_operators(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: M
 
 
 class _Framework(torch.autograd.Function):
-    """Use PyTorch's operators for the first derivative and ``formulas`` above; from the third on, PyTorch's own are wrong."""
+    """Use PyTorch's operators for the first derivative and ``formulas`` for higher ones, because PyTorch's third derivatives are
+    wrong.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
@@ -79,7 +81,7 @@ def _of_batch(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _copied(moving: Moving) -> tuple[Tensor, Tensor]:
-    """Copy the moving statistics that normalise: backward needs their current values, and later updates may change them."""
+    """Copy the moving statistics used for normalising: backward needs their current values, and later updates may change them."""
     mean, var = moving.mean, moving.var
     assert mean is not None
     assert var is not None

@@ -1,9 +1,9 @@
-"""The gate in front of compiled code: every tensor whose address the kernel gets is checked here, and nowhere else.
+"""Checks of every tensor whose address is passed to the kernel.
 
 A tensor is plain if its dispatch keys are exactly those of a dense, strided CPU tensor. These are not plain: a tensor of another
 device or layout (sparse, mkldnn, nested, quantized), a subclass with ``__torch_dispatch__`` (such as DTensor and FakeTensor), a
-``torch.func`` wrapper, a functional or zero tensor, a view with the negative or conjugate bit. The type and size must be as
-required, and the storage must be allocated up to the last value.
+``torch.func`` wrapper, a functionalised tensor, a ZeroTensor, or a view with the negative or conjugate bit. The type and size
+must be as required, and the storage must be allocated up to the last value.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_plain(t: Tensor) -> bool:
 
 
 def address(t: Tensor, dtype: torch.dtype, nbytes: int, name: str) -> int:
-    """Return the address of the values of a plain tensor without gaps in memory.
+    """Check a tensor and return the address of its first value. The caller guarantees that it is dense (no gaps between values).
 
     Args:
         dtype: the required type.
@@ -56,14 +56,16 @@ def address(t: Tensor, dtype: torch.dtype, nbytes: int, name: str) -> int:
 
 
 def address_again(t: Tensor, dtype: torch.dtype, nbytes: int, name: str, seen: int) -> int:
-    """``address``, faster for a tensor that was checked at address ``seen``, has been kept alive and is still there."""
+    """Like ``address``, but faster if the tensor is still at ``seen``, an address that was checked before. The caller must have
+    kept the tensor alive since then.
+    """
     if t.dtype is dtype and t.nbytes == nbytes and type(t) in TYPES and not t.is_neg() and t.data_ptr() == seen:
         return seen
     return address(t, dtype, nbytes, name)
 
 
 def refusal(t: Tensor, dtype: torch.dtype, name: str) -> RuntimeError:
-    """Return the error: what was required of the tensor, what came, and what to do."""
+    """Return the exception for a tensor that the kernel cannot use."""
     if not is_plain(t):
         return NotPlainError(
             f"the CPU kernel needs {name} in plain CPU memory, got a {type(t).__name__} with {dispatch_keys(t)}. Convert it to a "
@@ -81,13 +83,13 @@ def refusal(t: Tensor, dtype: torch.dtype, name: str) -> RuntimeError:
 
 
 def check_memory(t: Tensor, dtype: torch.dtype, shape: torch.Size, name: str, origin: str = "the layer was made with") -> None:
-    """Raise unless NumPy may look at a plain tensor's values, strided or not.
+    """Check that NumPy can safely read a plain tensor's values, contiguous or strided.
 
     Args:
-        origin: of the type and shape, for the message.
+        origin: where the required type and shape come from, for the message.
 
     Raises:
-        RuntimeError: it has another type or shape, or its storage does not reach as far as its values.
+        RuntimeError: the tensor has another type or shape, or its storage is too small for its values.
     """
     if t.dtype is not dtype or t.shape != shape:
         raise RuntimeError(
@@ -107,7 +109,8 @@ def check_apart(mean: Tensor | None, var: Tensor | None, addresses: tuple[int, i
 
     Args:
         mean, var: the layer's moving statistics.
-        addresses: those of gamma and beta, which the kernel reads while it writes, and of the moving mean and variance.
+        addresses: addresses of gamma and beta (which the kernel reads while it writes the moving statistics), moving mean and
+            moving variance, in this order.
         nbytes: size of each.
 
     Raises:
@@ -145,7 +148,7 @@ def check_can_be_saved(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> 
 
 
 def check_can_be_updated(mean: Tensor | None, var: Tensor | None, batches: Tensor | None) -> None:
-    """Raise PyTorch's exception if one of the tensors is not writable, before any of them has changed."""
+    """Raise PyTorch's exception if a tensor is not writable, before any tensor has changed: multiply by 1 or add 0 in place."""
     with torch.no_grad():
         for t in (mean, var):
             if t is not None:

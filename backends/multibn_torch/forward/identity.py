@@ -13,10 +13,10 @@ from . import masked
 
 
 def begin(layer: Any, x: Tensor, mask: Tensor | None = None) -> None:
-    """Initialise gamma and beta so that the layer is the identity on x, if its state is still the initial one.
+    """If the layer is still in its initial state, set gamma and beta so that the layer is the identity on x.
 
-    The state is checked once, since the check synchronises with a GPU, and again after ``load_state_dict`` and
-    ``reset_parameters``.
+    The state is checked only once, because the check synchronises with the GPU; ``load_state_dict`` and ``reset_parameters``
+    request a new check.
 
     Raises:
         RuntimeError: the program is being compiled.

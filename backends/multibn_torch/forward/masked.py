@@ -1,8 +1,9 @@
 """Masked batches, such as sequences padded to one length.
 
 A mask is boolean, of x's shape without the channel axis, and True at valid positions. Output, gradients and moving statistics are
-those of the valid values alone, packed in the order of their positions. At other positions y is 0 for any x, so dx is 0 there and
-dy is ignored. A mask of all False is an empty batch; a mask with a single True gives one value per channel (BN-12).
+those of a batch that contains only the valid values, in the order of their positions. At other positions y is 0 for any x, so dx
+is 0 there and dy is ignored. A mask of all False is an empty batch; a mask with a single True gives one value per channel
+(BN-12).
 """
 
 from __future__ import annotations

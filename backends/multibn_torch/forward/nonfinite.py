@@ -1,8 +1,8 @@
 """Warn when a batch contains NaN or Inf; the moving statistics of those channels are not updated (BN-11).
 
-The kernel counts the channels that it did not update, so detection is free. Where PyTorch's operators compute on a CPU, checking
-one output value per channel is enough. The affected channels are searched for only after a detection. There is no check on
-accelerators and in compiled, traced or transformed programs, where it would synchronise with the device or break the graph.
+The kernel counts the channels that it does not update, so detection costs nothing. With PyTorch's operators on a CPU, one output
+value per channel is checked. The affected channels are searched for only after a detection. There is no check on accelerators and
+in compiled, traced or transformed programs, where it would synchronise with the device or break the graph.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def tell(layer: Named, x: Tensor) -> None:
         return
     with torch.no_grad():
         channels = _poisoned_channels(x)
-    if channels:  # else a moving statistic overflowed its type
+    if channels:  # none: the input is finite, but a moving statistic overflowed its type
         _told.add(layer)
         text = f"{type(layer).__name__}({layer.num_features})"
         warnings.warn(poisoned(f"{layer.name}, {text}" if layer.name else text, channels), PoisonedBatch, stacklevel=2)

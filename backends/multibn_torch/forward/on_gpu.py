@@ -1,4 +1,4 @@
-"""``eager.kernel_forward`` and ``kernel_backward`` for CUDA tensors: bring tensors of any layout to ``triton_kernel``.
+"""``kernel_forward`` and ``kernel_backward`` for CUDA tensors of any layout, computed by ``triton_kernel``.
 
 No function here synchronises with the device, so channels with NaN or Inf (BN-11) are not counted, and there is no warning.
 """

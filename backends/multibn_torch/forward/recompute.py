@@ -73,7 +73,7 @@ class Stored:
 
 
 class Made:
-    """Recipe for an output: ``make``, and its arguments, each a tensor that must stay unchanged, or None."""
+    """Recipe for recomputing an output: a function and its arguments, each None or a tensor that must not change."""
 
     __slots__ = ("make", "tensors", "version")
 
@@ -97,7 +97,9 @@ def active() -> bool:
 
 
 def remember(y: Tensor, make: Callable[..., Tensor], *tensors: Tensor | None) -> None:
-    """Attach the recipe ``make(*tensors)`` to y, for operators that store y for backward before y is changed in place."""
+    """Attach the recipe ``make(*tensors)`` to y. It is used when an operator saves y for backward, unless y has been changed in
+    place.
+    """
     setattr(y, _MADE, Made(y, make, tensors))
 
 

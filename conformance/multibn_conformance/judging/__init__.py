@@ -1,1 +1,1 @@
-"""Run a case on a subject, compare the answer with the oracle, and say what is wrong."""
+"""Run a case on a subject, compare the answers with the oracle, and describe failures."""

@@ -1,4 +1,4 @@
-"""Compare answers with the expected ones: within bounds, or bit by bit."""
+"""Compare a subject's answers with the expected values: within error bounds, or bit by bit."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ from multibn_conformance.oracle.exact import Exact, Expected, as_input, expected
 from .perform import Answer, Make, Wrong, bits_differ, perform
 
 OTHER_BITS = "got other bits in a second run, should be the same."
-"""The end of a message about what is not reproducible. Where that shows first may itself be another place in every run."""
+"""Suffix of the message for irreproducible results. ``diagnose`` compares only this suffix, since the first place that differs
+can change from run to run.
+"""
 
 
 class Error(NamedTuple):
-    """The worst error so far, in ulp and as a part of its bound."""
+    """Largest error so far, in ulp and as a fraction of its bound."""
 
     ulp: float = 0.0
     ratio: float = 0.0
 
     def worst(self, other: Error) -> Error:
-        """The worse of each."""
+        """Return the larger ulp and the larger ratio of the two."""
         return Error(max(self.ulp, other.ulp), max(self.ratio, other.ratio))
 
 
 def tried(make: Make, case: Case, precision: Arithmetic) -> Error | Wrong | str:
-    """The worst error of a new subject, what is wrong with it, or why the case is skipped."""
+    """Run a case on a new subject. Return the largest error, or ``Wrong`` if an answer is wrong, or the reason for skipping the
+    case.
+    """
     with np.errstate(all="ignore"):
         reason = skipped(case, precision)
         if reason is not None:
@@ -56,7 +60,7 @@ def skipped(case: Case, precision: Arithmetic) -> str | None:
 
 
 def _values(case: Case, make: Make, precision: Arithmetic) -> Error:
-    """Against the oracle, within the bounds."""
+    """Compare with the oracle, within the error bounds."""
     error = Error()
     for _, _, its in result_errors(case, make, precision):
         error = error.worst(its)
@@ -81,7 +85,7 @@ def result_errors(case: Case, make: Make, precision: Arithmetic) -> Iterator[tup
 
 
 def _bits(case: Case, make: Make) -> Error:
-    """Two subjects against each other, and one against the reference."""
+    """Compare the answers of two new subjects with each other, and those of the first with the reference."""
     first, second = (tuple(perform(case, make)) for _ in range(2))
     for answer, again in zip(first, second, strict=True):
         for name, got in answer.arrays.items():
@@ -94,7 +98,7 @@ def _bits(case: Case, make: Make) -> Error:
 
 
 def _bytes(a: Array) -> bytes:
-    """Its bits, all NaN being alike."""
+    """Return the bytes of an array, with all NaNs replaced by one."""
     return np.where(np.isnan(a), a.dtype.type("nan"), a).tobytes() if a.dtype.kind == "f" else a.tobytes()
 
 
@@ -125,14 +129,16 @@ def _same(answer: Answer, right: Answer) -> None:
 
 
 def both_none(where: str, got: object, wanted: object) -> None:
-    """Where one of the two is None."""
+    """Raise ``Wrong`` if exactly one of the two is None."""
     if (got is None) != (wanted is None):
         came, should_be = ("None" if a is None else "an array" for a in (got, wanted))
         raise Wrong(f"{where}: got {came}, should be {should_be}.")
 
 
 def type_and_shape(where: str, got: Array, dtype: str, shape: tuple[int, ...]) -> None:
-    """Compare type and shape before any value, so that a wrong layout does not read as a numeric error."""
+    """Raise ``Wrong`` for a wrong type or shape. Checked before values, so that a wrong layout is not reported as a numeric
+    error.
+    """
     if got.dtype != dtype:
         raise Wrong(f"{where}: got type {got.dtype}, should be {dtype}.")
     if got.shape != shape:
@@ -140,7 +146,7 @@ def type_and_shape(where: str, got: Array, dtype: str, shape: tuple[int, ...]) -
 
 
 def bound_of(name: str, exact: Exact, right: Expected, precision: Arithmetic) -> tuple[Array, Array]:
-    """The bound of each value, and the scale that an ulp is taken at."""
+    """Return the error bound of each value, and the magnitude at which one ulp is measured."""
     facts, shape = right.facts, exact.high.shape
     assert facts is not None
     scale = bounds.scale(name, facts, right.updates.get(name, ()))
@@ -154,30 +160,31 @@ def bound_of(name: str, exact: Exact, right: Expected, precision: Arithmetic) ->
 
 
 class Deviations(NamedTuple):
-    """How far each value of a result is from the exact one; 0 where both are the same non-finite value.
+    """Distance of each value of a result from the exact value; 0 if both are the same non-finite value.
 
-    Where only one of the two is a number, or the bound is not a number, ``ratio`` is infinite.
+    ``ratio`` is infinite where exactly one of the two values is finite, or where the bound is NaN.
     """
 
     ulp: Array
-    """In ulp of the result's type, at no less than the result's scale (BN-16)."""
+    """In ulp of the result's type; one ulp is measured at max(|exact|, scale) (BN-16)."""
     ratio: Array
-    """As a part of the bound."""
+    """As a fraction of the bound."""
     bound: Array
     allowed: Array
-    """The bound in the same ulp."""
+    """The bound, in the same ulp."""
 
 
 def deviations(got: Array, exact: Exact, name: str, right: Expected, precision: Arithmetic) -> Deviations:
-    """Compare a result with the exact values; the rules for non-finite values stand here alone."""
+    """Compare a result with the exact values. All rules for non-finite values are in this function."""
     bound, scale = bound_of(name, exact, right, precision)
     came = got.astype(np.float64)
     off = np.abs((came - exact.high) - exact.low)
     alike = (np.isnan(came) & np.isnan(exact.high)) | (came == exact.high)
-    if name in ("dx", "dgamma"):  # inf-inf or inf*0: which of them comes is a matter of the order of the formula
+    if name in ("dx", "dgamma"):  # whether the result is NaN or Inf depends on the order of operations (inf-inf, inf*0)
         alike |= ~np.isfinite(came) & ~np.isfinite(exact.high)
     most = float(np.finfo(got.dtype).max)
-    alike |= np.isinf(came) & (np.sign(came) == np.sign(exact.high)) & (np.abs(exact.high) + bound > most)  # beyond the type
+    # an overflow to infinity is right if exact value + bound exceeds the type's largest value
+    alike |= np.isinf(came) & (np.sign(came) == np.sign(exact.high)) & (np.abs(exact.high) + bound > most)
     off = np.where(alike & ~np.isfinite(off), 0.0, np.where(np.isnan(off), np.inf, off))
     size = np.fmax(np.abs(exact.high), scale)
     one = bounds.ulp(np.where(np.isfinite(size), size, 0.0), got.dtype.name)
@@ -193,7 +200,7 @@ def _within(where: str, got: Array, exact: Exact, name: str, right: Expected, pr
 
 
 def worst_of(where: str, got: Array, exact: Exact, found: Deviations, precision: Arithmetic) -> Error:
-    """The worst error of a result that is not empty.
+    """Return the largest error of a nonempty result.
 
     Raises:
         Wrong: a value is beyond its bound.

@@ -1,4 +1,4 @@
-"""Diagnose a failure: which known defect gives the same values, or which computation loses as many digits."""
+"""Diagnose a failure: find the known defects that give the same values, or the computation that would lose as much precision."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from multibn_conformance.subjects.right import Right
 from .perform import Wrong
 
 ALIKE = 0.02
-"""Two answers count as equal if their distance is below this part of their distance from the right answer."""
+"""Two wrong answers count as equal if they differ by at most this fraction of their error."""
 
 
 def hint(case: Case, wrong: Wrong, precision: Arithmetic) -> str:
-    """One line for the message; empty where no known defect gives these values."""
+    """Return one line for the failure message, or "" if no known defect and no loss of precision explains the values."""
     found = looks_like(case, wrong, precision)
     if found:
         told = "; or ".join(f"{each.change} ({each.id}: {each.bug})" for each in found[:3])
@@ -28,7 +28,7 @@ def hint(case: Case, wrong: Wrong, precision: Arithmetic) -> str:
 
 
 def looks_like(case: Case, wrong: Wrong, precision: Arithmetic) -> list[Defect]:
-    """The defects that give the same wrong answer, those of the case's clause alone for a fixed case."""
+    """Return the defects that give the same wrong answer. For a fixed case, only defects of the case's clause are tried."""
     return [each for each, its in _failures(case, precision) if _alike(wrong, its)]
 
 
@@ -39,7 +39,7 @@ def _failures(case: Case, precision: Arithmetic) -> tuple[tuple[Defect, Wrong], 
 
     from .compare import tried
 
-    right = tried(Right, case, precision)  # where nothing is wrong in a defect, its answer is the right one's
+    right = tried(Right, case, precision)  # a defect whose answer equals that of the correct BatchNorm says nothing: skip it
     own = [each for each in DEFECTS.values() if each.clause == case.clause or case.id not in CASES]
     came = ((each, tried(each.make, case, precision)) for each in own)
     wrong = ((each, its) for each, its in came if isinstance(its, Wrong))
@@ -61,7 +61,7 @@ def _alike(one: Wrong, other: Wrong) -> bool:
 
 
 def _digits_lost(case: Case, wrong: Wrong) -> str:
-    """Whether the error has the size of a usual loss of digits: kappa of the channels tells what cancels how far."""
+    """Return a line if the error has the size of a typical cancellation error, which kappa = sqrt(1 + mean^2/var) predicts."""
     if wrong.off is None or case.against == "bits" or not np.isfinite(wrong.off).all():
         return ""
     number, name = wrong.where.split()[1], wrong.where.rpartition(", ")[2]

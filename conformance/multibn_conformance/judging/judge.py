@@ -1,4 +1,4 @@
-"""Judge one case on one subject: compare the answers with the expected ones, within bounds, and describe a failure."""
+"""Judge one subject by one case: run it, compare its answers with the expected values, and describe a failure."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class Judgement:
     Args:
         subject: its name, as ``torch/kernel/cpu``.
         case, clause: what was judged.
-        status: "differs" for a case that may differ, and does; it does not count.
-        ulp: the worst error in ulp of the output's type, at no less than the result's scale (BN-16): single values may cancel.
-        ratio: the worst error as a part of its bound.
-        message: what came and what should have come, or why it was skipped; empty for "pass".
-        snippet: Python that runs the case again.
+        status: "differs": the case has verdict "may differ" and the answer differs; not counted as a failure.
+        ulp: largest error in ulp of the output's type, measured at max(|exact|, scale) (BN-16), since cancellation can make
+            single values arbitrarily small.
+        ratio: largest error as a fraction of its bound.
+        message: received and expected values, or the reason for skipping; empty for "pass".
+        snippet: Python code, or a shell command, that reproduces the failure.
         dtype: of the case's input.
     """
 
@@ -43,18 +44,18 @@ class Judgement:
 
 
 def judge(candidate: Candidate, case: Case) -> Judgement:
-    """Run a case on a new subject. A wrong answer, or an exception of the subject, becomes the judgement."""
+    """Run a case on a new subject; a wrong answer or an exception of the subject gives a judgement with status "fail"."""
     judgement = judge_maker(candidate.make, case, candidate.name, candidate.precision)
     return again(judgement, candidate.again("--case", case.id))
 
 
 def again(judgement: Judgement, command: str | None) -> Judgement:
-    """The judgement, with the command that runs its case again, if there is one, in place of Python."""
+    """Return the judgement with its snippet replaced by a shell command, if there is one."""
     return replace(judgement, snippet=command) if command and judgement.snippet else judgement
 
 
 def judge_maker(make: Make, case: Case, name: str, precision: Arithmetic, hints: bool = True) -> Judgement:
-    """Judge for any maker of subjects; ``hints``: whether to compare a failure with the known defects."""
+    """Like ``judge``, for any subject factory. ``hints``: compare a failure with the known defects."""
     came = tried(make, case, precision)
     if isinstance(came, str):
         return Judgement(name, case.id, case.clause, "skip", message=came, dtype=case.dtype)
@@ -70,5 +71,5 @@ def judge_maker(make: Make, case: Case, name: str, precision: Arithmetic, hints:
 
 
 def told(case: Case) -> tuple[str, str]:
-    """The clause\'s text and what the case catches, for a message."""
+    """Return the clause's text and the case's comment, as two lines of a message."""
     return f"{case.clause}: {CLAUSES[case.clause]}", f"{case.comment} It catches a BatchNorm that {case.catches}."

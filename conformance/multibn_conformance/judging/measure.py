@@ -1,4 +1,4 @@
-"""Measure a subject's answers against the exact values: the numbers behind a judgement, for the report."""
+"""Errors of a subject's answers against the exact values, per result, for the report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .perform import Answer, Make, Wrong, perform
 
 
 def measure(make: Make, case: Case, precision: Precision) -> list[dict[str, Any]]:
-    """For each result that the case observes, the value that comes nearest to its bound, or lies farthest beyond it.
+    """For each observed result (y, dx, ...), return the value with the largest error relative to its bound, over all steps.
 
-    ``ulp`` is the worst of all its values in all steps.
-    A subject that stops on the way is told by its judgement; here are the results before that.
+    ``ulp`` is the largest error of the result in all steps, possibly of another value.
+    If the subject raises, return the results of the steps before; the judgement reports the exception.
     """
     worst: dict[str, dict[str, Any]] = {}
     if case.against == "bits":
@@ -61,7 +61,7 @@ def _row(answer: Answer, name: str, right: Expected, precision: Precision) -> di
 
 
 def _more(a: float | None, b: float | None) -> bool:
-    """Whether an error is larger; None is beyond all."""
+    """Return whether error a is larger than b; None stands for a non-finite error, which is largest."""
     return b is not None and (a is None or a > b)
 
 

@@ -1,4 +1,6 @@
-"""Run the calls of a case on a subject and collect the answers. Forbidden behaviour is found here; values are judged later."""
+"""Run the calls of a case on a subject and yield its answers. This module detects forbidden behaviour (wrong exceptions, modified
+inputs); ``compare`` checks the values.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ Make = Callable[[int, BatchNormSpec], Subject]
 
 
 class Wrong(Exception):
-    """A subject's answer is wrong; the message says how, in text that is safe to show, ulp and ratio (to the bound) by how much.
+    """A subject's answer is wrong. The message, cleaned of control characters, says what is wrong; ``ulp`` and ``ratio`` (error /
+    bound) say by how much.
 
-    Where it is wrong in its values, ``where`` names the step and the result, ``got`` is what came and ``off`` how far it is off,
-    float64 both.
+    For wrong values, ``where`` names the step and the result, ``got`` holds the values received and ``off`` their errors, both
+    float64.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class Wrong(Exception):
 
 
 class Answer(NamedTuple):
-    """What a subject gave at a step: where, and each observed name with its array, and the type that it must have."""
+    """Results of one step: a name of the step for messages, the observed arrays by name, and their required types."""
 
     where: str
     step: Step
@@ -48,13 +51,13 @@ class Answer(NamedTuple):
 
 
 class Lent:
-    """The arrays that subjects were given in a case. They must stay as they are, also after the call that got them."""
+    """Arrays that were passed to subjects. Checks that no subject modifies them, during the call or later."""
 
     def __init__(self) -> None:
         self._lent: list[tuple[str, Array, bytes]] = []
 
     def copies(self, where: str, arrays: tuple[Array | None, ...]) -> list[Array | None]:
-        """Copies of the arrays to give away, None where there is none."""
+        """Copy the arrays that will be passed to a subject, and remember the copies; None stays None."""
         made = [a if a is None else a.copy() for a in arrays]
         for a in made:
             if a is not None:
@@ -62,7 +65,7 @@ class Lent:
         return made
 
     def add(self, where: str, a: Array) -> Array:
-        """Remember an array as it is now; ``where`` is the call that gets it."""
+        """Remember the current content of an array that is passed to the call ``where``."""
         self._lent.append((where, a, a.tobytes()))
         return a
 
@@ -77,11 +80,11 @@ class Lent:
 
 
 def perform(case: Case, make: Make) -> Iterator[Answer]:
-    """The answers of a new subject, step by step.
+    """Create a subject, run the steps of a case on it, and yield the answer of each step.
 
     Raises:
-        Wrong: the subject raises where it must not, or does not where it must; changes an array that it was given; or changes its
-            state where the step observes that it is unchanged.
+        Wrong: the subject raises unexpectedly, does not raise when it must, modifies an input array, or changes its moving
+            statistics in a step with ``unchanged``.
     """
     subject = call_subject("making it", make, case.features, case.spec)
     arrays = state(case.features, case.dtype, 0, case.spec)
@@ -137,7 +140,7 @@ def perform(case: Case, make: Make) -> Iterator[Answer]:
 
 
 def call_subject(where: str, function: Callable[..., Any], *arguments: object) -> Any:
-    """Call the subject; ``Wrong`` if it raises or does not come back."""
+    """Call the subject; raise ``Wrong`` if it raises or its process dies or exceeds the time limit."""
     try:
         return function(*arguments)
     except Broken as error:
@@ -161,14 +164,14 @@ def _refused(where: str, subject: Subject, x: Array | None) -> None:
 
 
 def array_from(where: str, a: object) -> Array:
-    """The array that a subject returned; ``Wrong`` if it is not one."""
+    """Return a copy of an array that a subject returned; raise ``Wrong`` if it is not a NumPy array."""
     if not isinstance(a, np.ndarray):
         raise Wrong(f"{where}: got {type(a).__name__}, should be a NumPy array.")
     return np.array(a)
 
 
 def same_bits(what: str, got: Array | None, old: Array) -> None:
-    """Whether two arrays have the same bits."""
+    """Raise ``Wrong`` unless two arrays have the same bits."""
     assert got is not None
     if got.dtype != old.dtype or got.shape != old.shape:
         raise Wrong(f"{what}: got {got.dtype} of shape {got.shape}, was {old.dtype} of shape {old.shape}.")
@@ -180,5 +183,5 @@ def same_bits(what: str, got: Array | None, old: Array) -> None:
 
 
 def bits_differ(a: Array, b: Array) -> Array:
-    """Where two arrays of one type and shape differ in bits, all NaN being alike."""
+    """Return a mask of the positions where two arrays of the same type and shape differ in bits; all NaNs count as equal."""
     return np.asarray((a.view(f"u{a.itemsize}") != b.view(f"u{b.itemsize}")) & ~(np.isnan(a) & np.isnan(b)))
