@@ -1,4 +1,4 @@
-"""A contest: contestants take turns on an input, inside the process that measures a framework."""
+"""Measure contestants in turns on one input, in the process of one framework."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .inputs import MODELS
 from .result import Input
 
 SAMPLE_MS = 5.0
-"""A sample lasts about so long at least, small inputs being repeated: the clock then counts for nothing."""
+"""Least duration of a sample; small inputs are repeated, so that the overhead of the clock is negligible."""
 
 
 class Contest(NamedTuple):
-    """Who takes turns on an input.
+    """The contestants for an input.
 
     Args:
         own: name of the framework's own layer, or of its network.
-        runs: who -> one run; it returns what has to live until the clock stops. "ours" and "own"; "copy", where it says
-            something about a layer; of a network "none", the same without BatchNorm layers.
-        clear: lets go of the gradients of the run before.
-        peak: who -> MiB by which the resident memory grows at most during a forward; None where memory is not measured.
+        runs: contestant -> function for one run, which returns objects to free after the clock stops. "ours" and "own"; "copy"
+            for layers with large input; for a network "none", the network without BatchNorm layers.
+        clear: frees the gradients of the previous run.
+        peak: contestant -> largest growth of the resident memory during a forward, in MiB; None if memory is not measured.
     """
 
     own: str
@@ -40,13 +40,13 @@ def serve(
     inputs: Sequence[Input],
     models: Mapping[str, Input] = MODELS,
 ) -> None:
-    """Measure what the command line's argument asks for; a line of JSON on stdout for each input.
+    """Measure what the command line's argument names; print a line of JSON per input.
 
     Args:
         prepare: called with the number of threads first.
-        contest: who takes turns on an input.
-        inputs: what the layers are measured on, where the order names nothing else.
-        models: network -> what it is trained on.
+        contest: returns the contestants for an input.
+        inputs: the layers' inputs, unless the argument names others.
+        models: network -> its input.
     """
     order = json.loads(sys.argv[1])
     prepare(order["threads"])
@@ -61,8 +61,8 @@ def serve(
 
 
 def take_turns(runs: Mapping[str, Callable[[], object]], clear: Callable[[], None], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each contestant in each round; every other round goes in the opposite order, so that none always follows
-    the same one."""
+    """Return the milliseconds of each contestant in each round; every other round has the opposite order, so that none always
+    follows the same one."""
     for run in runs.values():
         clock(run, clear, 2)  # the first run compiles and allocates
     repeats = math.ceil(SAMPLE_MS / min(clock(run, clear, 1) for run in runs.values() for _ in range(3)))
@@ -74,7 +74,7 @@ def take_turns(runs: Mapping[str, Callable[[], object]], clear: Callable[[], Non
 
 
 def clock(run: Callable[[], object], clear: Callable[[], None], repeats: int) -> float:
-    """Milliseconds of one run, of several in a row; memory of the run before the first and after the last is freed outside."""
+    """Return the mean milliseconds of several runs in a row; memory is freed outside of the measured time."""
     clear()
     start = time.perf_counter()
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""What a benchmark measures: inputs of layers, and networks, which every framework's studies share."""
+"""The inputs of layers and the networks that the benchmarks of all frameworks share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 from .result import Input
 
 STAGES: Final = tuple((32, *stage) for stage in ((64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)))
-"""What the BatchNorm layers of a ResNet-50 see at batch 32."""
+"""Inputs of the BatchNorm layers of a ResNet-50 at batch 32."""
 
 SMALL: Final = ((8, 16, 4, 4), (32, 64))
 
@@ -17,13 +17,13 @@ COMMON: Final = (
     Input("fully connected", (8192, 1024)),
     *(Input("small", shape) for shape in SMALL),
 )
-"""What the layers of every framework are measured on; a framework's studies add to it."""
+"""Inputs for the layers of every framework; a framework's studies add others."""
 
 MODELS: Final = {
     "densenet121": Input("models", (16, 3, 112, 112), model="densenet121"),
     "resnet18": Input("models", (32, 3, 64, 64), model="resnet18"),
 }
-"""Network -> what it is trained on. The ``contest`` of a framework's studies makes the network that ``Input.model`` names."""
+"""Network -> its input. The ``contest`` of a framework's studies makes the network that ``Input.model`` names."""
 
 COMPILED: Final = {
     name: Input("compiled", shape, model=name, compiled=True)
@@ -35,13 +35,13 @@ COMPILED: Final = {
         "transformers-mobilenetv2": (32, 3, 64, 64),
     }.items()
 }
-"""The same for ``--compiled``, in PyTorch alone."""
+"""The networks of ``--compiled``, in PyTorch only."""
 
 MEMORY: Final = {
     name: Input("memory", shape, model=name, recompute=True)
     for name, shape in {"densenet10": (32, 64, 32, 32), "densenet121": (16, 3, 112, 112), "resnet18": (32, 3, 64, 64)}.items()
 }
-"""The same for ``--memory``, in PyTorch alone."""
+"""The networks of ``--memory``, in PyTorch only."""
 
 MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
-"""The GNU allocator's settings where memory is measured: what a program frees is resident no longer, for every contestant."""
+"""Settings of the GNU allocator for measuring memory: freed memory is returned to the system at once."""

@@ -1,4 +1,4 @@
-"""``multibn bench --ranks N``: synchronised statistics over processes of one thread each, side by side in one run."""
+"""``multibn bench --ranks N``: synchronised statistics over processes of one thread each, all in one run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES: Final = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 
 """ResNet-50's stages, on each rank."""
 
 ROUNDS, QUICK_ROUNDS, LIMIT = 15, 2, 900.0
-"""Turns of each contestant, and seconds that all may take."""
+"""Turns of each contestant, and a time limit in seconds."""
 
 _MPI: Final = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -36,14 +36,14 @@ _MPI: Final = {
     "OMPI_MCA_btl": "self,sm",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
-"""Open MPI on one machine, also for root and with more ranks than processors."""
+"""Settings for Open MPI on one machine, as root and with more ranks than processors."""
 
 
 def run(size: int, quick: bool, json_file: Path | None, command: str) -> bool:
-    """Measure, print, and write; whether it could be measured.
+    """Measure, print and write; return whether everything was measured.
 
     Raises:
-        UsageError: no framework that measures it.
+        UsageError: no installed framework can measure it.
     """
     points = {point.name: point.value for point in entry_points(group=GROUP)}
     if "torch" not in points or importlib.util.find_spec("torch") is None:

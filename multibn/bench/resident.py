@@ -21,7 +21,7 @@ def begin() -> float:
 
 
 def peak(start: float) -> float:
-    """MiB by which the resident memory has grown at most since ``begin`` returned ``start``."""
+    """Return the largest growth of the resident memory, in MiB, since ``begin`` returned ``start``."""
     return _mib("VmHWM") - start
 
 

@@ -1,4 +1,4 @@
-"""What ``multibn bench`` measured: rows of times, and the run as JSON, as a table and as a picture."""
+"""Results of ``multibn bench``: rows of times, and the run as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMES: Final = "\N{MULTIPLICATION SIGN}"
 
 @dataclass(frozen=True)
 class Input:
-    """What a layer, or the network ``model``, is given: float32 of ``shape``, channel axis 1."""
+    """The input of a layer or of the network ``model``: float32 of ``shape``, channel axis 1."""
 
     group: str
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Input:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Input:
-        """The input that ``asdict`` described, as JSON hands it on."""
+        """Make an input from the JSON of ``asdict``."""
         return cls(**{**fields, "shape": tuple(fields["shape"])})
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Input:
 class Row:
     """The times of one input: ``samples`` has a list of milliseconds per contestant, in the order of the turns.
 
-    ``peaks`` has, where memory was measured, the MiB by which the resident memory grew at most during a forward.
+    ``peaks`` has, if memory was measured, the largest growth of the resident memory during a forward, in MiB.
     """
 
     input: Input
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def speedup(self) -> float:
-        """How many times faster than the framework's own."""
+        """Time of the framework's own / time of ours."""
         return median_of_ratios(self.samples["own"], self.samples["ours"])
 
     @property
@@ -71,18 +71,20 @@ class Row:
 
     @property
     def limit(self) -> float | None:
-        """How many times faster than its own a network is without any BatchNorm: no BatchNorm can make it faster."""
+        """Speed-up of the network without any BatchNorm over the network with the framework's own: the limit for any
+        BatchNorm.
+        """
         return median_of_ratios(self.samples["own"], self.samples["none"]) if "none" in self.samples else None
 
     @property
     def to_copy(self) -> float | None:
-        """How many times slower than copying the same bytes."""
+        """Time of ours / time of copying the same bytes."""
         return median_of_ratios(self.samples["ours"], self.samples["copy"]) if "copy" in self.samples else None
 
 
 @dataclass
 class Result:
-    """A run: where and how it was made, and framework -> rows. ``absent``: framework -> why it has none."""
+    """A run: where and how it was made, and framework -> rows. ``absent``: framework -> why it was not measured."""
 
     command: str
     threads: int
@@ -95,27 +97,27 @@ class Result:
 
     @property
     def versions(self) -> dict[str, str]:
-        """What took part."""
+        """Return the versions of multibn, Python and the libraries."""
         libraries = {name: self.elsewhere.get(name) or version(name) for name in ("numpy", "numba", *self.rows)}
         return {"multibn": __version__, "python": platform.python_version(), **libraries}
 
     @property
     def of_networks(self) -> bool:
-        """Whether it is about networks, and not about layers."""
+        """Return whether networks, not layers, were measured."""
         return any(row.input.model for rows in self.rows.values() for row in rows)
 
     @property
     def of_memory(self) -> bool:
-        """Whether it is about networks with and without ``recompute``."""
+        """Return whether networks were measured with and without ``recompute``."""
         return any(row.input.recompute for rows in self.rows.values() for row in rows)
 
     @property
     def of_compiled(self) -> bool:
-        """Whether it is about compiled networks."""
+        """Return whether compiled networks were measured."""
         return any(row.input.compiled for rows in self.rows.values() for row in rows)
 
     def geometric_means(self, framework: str) -> dict[str, float]:
-        """Group -> geometric mean of its speedups; for the groups that go through the stages of a network."""
+        """Return group -> geometric mean of its speedups, for the groups that consist of a network's stages."""
         groups: dict[str, list[float]] = {}
         for row in self.rows[framework]:
             groups.setdefault(row.input.group, []).append(row.speedup)
@@ -124,7 +126,7 @@ class Result:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The run as JSON takes it; names keep their meaning while "format" stays the same.
+        """Return the run for JSON; names keep their meaning while "format" stays the same.
 
         ``{"format": "multibn bench 1", "command", "date" (ISO 8601, UTC), "processor", "threads", "rounds", "versions": {name:
         version}, "absent": {framework: reason}, "frameworks": {framework: {"rows": [...], "geometric_means": {group:
@@ -134,8 +136,8 @@ class Result:
         "compiled", "recompute", "own": name of the framework's layer, "ours_ms", "own_ms", "copy_ms", "none_ms", "speedup":
         own / ours, "to_copy": ours / copy, "limit": own / none, "samples_ms": {"ours": [...], "own": [...], "copy": [...]},
         "memory": ours / own, "peaks_mib": {"ours": [...], "own": [...]}}``. "memory" is null where it was not
-        measured. "copy" is missing, and what is made of it null, where the input is too small for it to matter, and of networks;
-        "none", without BatchNorm, is of networks alone, and not of compiled ones.
+        measured. "copy" is missing, and values derived from it are null, for small inputs and for networks; "none", without
+        BatchNorm, exists for networks only, and not for compiled ones.
         """
         return {
             "format": "multibn bench 1",
@@ -171,10 +173,10 @@ class Result:
 
 
 def median_of_ratios(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median of the ratios within a turn: what slows a turn down as a whole cancels."""
+    """Return the median of the ratios within a turn: a slowdown of a whole turn cancels."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """The mean for ratios: that of the inverse ratios is its inverse."""
+    """Return the geometric mean: that of the inverse ratios is its inverse."""
     return math.exp(math.fsum(map(math.log, values)) / len(values))

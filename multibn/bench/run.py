@@ -1,8 +1,8 @@
-"""``multibn bench``: how fast the layers are, beside the framework's own and beside copying the same bytes.
+"""``multibn bench``: compare the layers' speed with the framework's own and with copying the same bytes.
 
 Each framework is measured in a process of its own, because the one that is imported first would set the threads of the other.
-In it ours, the framework's own and the copy take turns, so that a busy moment of the machine meets all of them. Reported are
-medians: of the times, and of the ratios within a turn. ``--model`` measures training steps of whole networks in the same way:
+There our layer, the framework's own and the copy take turns, so that other load on the machine affects all of them. Reported are
+the medians of the times and of the ratios within a turn. ``--model`` measures training steps of whole networks in the same way:
 after ``swap``, as they are, and without any BatchNorm.
 """
 
@@ -50,15 +50,15 @@ def what_to_measure(
     others: Mapping[str, Elsewhere] = MappingProxyType({}),
     known_models: Collection[str] = MODELS,
 ) -> tuple[list[str], dict[str, str], int]:
-    """The frameworks to measure, those that are absent with the reason, and the threads.
+    """Return the frameworks to measure, the absent ones with the reason, and the number of threads.
 
     Args:
-        frameworks: as asked for; empty for all that are installed.
-        threads: as asked for; None for 2, or 1 where there is one processor.
+        frameworks: requested; empty for all that are installed.
+        threads: requested; None for 2, or 1 on a single processor.
         json_file, picture: what will be written.
-        models: networks to train, in place of measuring the layers.
+        models: networks to train, instead of measuring layers.
         others: frameworks of other interpreters.
-        known_models: names of networks that can be.
+        known_models: names of the networks that can be measured.
 
     Raises:
         UsageError: an unknown framework or network, a framework asked for that is not installed, none installed at all, an
@@ -107,13 +107,13 @@ def run(
     inputs: Mapping[str, Sequence[Input]] | None = None,
     others: Mapping[str, Elsewhere] = MappingProxyType({}),
 ) -> bool:
-    """Measure, print the tables, write the files; False if a framework could not be measured.
+    """Measure, print the tables and write the files; return whether all frameworks were measured.
 
     Args:
-        frameworks, absent, threads: as ``check`` returned them.
-        quick: few turns, to see that it works; no numbers to quote.
+        frameworks, absent, threads: as ``what_to_measure`` returned them.
+        quick: few turns, as a smoke test; do not quote the times.
         json_file, picture: where to write ``Result.to_dict()`` and ``draw``.
-        command: the line that asked for this, for the record.
+        command: the command line, for the record.
         models: networks to train, in place of the layers' inputs.
         inputs: framework -> what is measured; None for what its studies say.
         others: frameworks of other interpreters.

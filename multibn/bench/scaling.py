@@ -1,8 +1,8 @@
-"""On paper: the time that synchronised statistics add to a step of ResNet-50, from the measured time of messages.
+"""Estimate the time that synchronised statistics add to a step of ResNet-50, from the measured time of messages.
 
-A message of n bytes among p ranks takes 2 (p-1) (a + n/(p b)) by a ring, as gloo adds, and 2 log2(p) a + 2 (p-1)/p n/b by halving
+A message of n bytes among p ranks takes 2 (p-1) (a + n/(p b)) by a ring, as in gloo, and 2 log2(p) a + 2 (p-1)/p n/b by halving
 and doubling, as MPI does for messages of this size; a is the latency of one hop, b the bandwidth. Both follow from the
-messages that two ranks added, for which the formulas are the same.
+messages of two ranks, for which the formulas are the same.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ LAYERS: Final = {64: 7, 128: 8, 256: 16, 512: 11, 1024: 7, 2048: 4}
 RANKS: Final = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 NUMBERS: Final = 12
-"""int64 numbers of a channel in a message, as float32 input of usual exponents has them."""
+"""Number of int64 per channel in a message, for float32 input of usual exponents."""
 
 
 def message(channels: int) -> int:
-    """Bytes of a pass's message."""
+    """Return the number of bytes of a pass's message."""
     return 64 + 8 * NUMBERS * channels
 
 
@@ -37,7 +37,7 @@ def model(times: Mapping[str, float]) -> tuple[float, float]:
 
 
 def milliseconds(engine: str, times: Mapping[str, float], ranks: int) -> float:
-    """What all messages of a step take."""
+    """Return the time of all messages of a step."""
     latency, bandwidth = model(times)
     total = 0.0
     for channels, count in LAYERS.items():

@@ -28,9 +28,9 @@ _HEADINGS: Final = {
 
 
 def table(result: Result, framework: str) -> Table:
-    """The rows of a framework, group by group, with the geometric mean of a group's speedups at its end.
+    """Return the rows of a framework by group, each group ending with the geometric mean of its speedups.
 
-    Layers stand beside the copy, networks beside themselves without BatchNorm.
+    Layers are compared with the copy, networks with the same network without BatchNorm.
     """
     names = " and ".join(dict.fromkeys(row.own for row in result.rows[framework]))
     networks = result.of_networks
@@ -59,7 +59,7 @@ def table(result: Result, framework: str) -> Table:
 
 
 def caption(result: Result) -> str:
-    """Where and how the run was made."""
+    """Return where and how the run was made."""
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     what = (
         "forward + backward in training, or forward in inference.\ncopy: copying the same bytes, two copies into memory "

@@ -1,4 +1,4 @@
-"""``multibn bench --whitening``: what whitening costs beside BatchNorm, and beside the same formulas by PyTorch's operators.
+"""``multibn bench --whitening``: compare whitening with BatchNorm, and with the same formulas in PyTorch's operators.
 
 Measured in PyTorch, forward and backward in training, in a process of its own, all contestants taking turns; see ``bench``.
 """
@@ -31,16 +31,16 @@ MODULE: Final = "multibn_torch.studies.whitening_bench"
 """The module that is run to measure."""
 
 BATCHNORM: Final = "torch.nn.BatchNorm2d"
-"""What the cost is told beside."""
+"""The contestant with which costs are compared."""
 
 QUICK_ROUNDS = 2
 
 AGAINST: Final = {"zca": "eigh, autograd", "newton": "IterNorm, autograd"}
-"""Our contestant -> the straightforward one with PyTorch's operators."""
+"""Our contestant -> the same formulas with PyTorch's operators."""
 
 
 class Input(NamedTuple):
-    """What is measured: float32 of ``shape``, who takes part, and how many turns each gets."""
+    """An input: float32 of ``shape``, its contestants, and how many turns each gets."""
 
     shape: tuple[int, ...]
     contestants: tuple[str, ...]
@@ -52,7 +52,7 @@ INPUTS: Final = (
     Input((32, 64, 28, 28), (*AGAINST, *AGAINST.values()), 15),
     *(Input((32, c, 14, 14), _BESIDE, 5) for c in (16, 32, 64, 128, 256, 512)),
 )
-"""The first tells the speed, the others the cost over the channels."""
+"""The first shows the speed, the others the cost as a function of the channels."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Row:
         return statistics.median(self.samples[who])
 
     def times(self, who: str, than: str) -> float:
-        """How many times as long ``who`` takes as ``than``: the median of the ratios within a turn."""
+        """Return time of ``who`` / time of ``than``: the median of the ratios within a turn."""
         return median_of_ratios(self.samples[who], self.samples[than])
 
     @property
     def speedups(self) -> dict[str, float]:
-        """Ours -> how many times faster than the same formula with PyTorch's operators, where both took part."""
+        """Return our contestant -> speed-up over the same formulas with PyTorch's operators, if both took part."""
         return {ours: self.times(plain, ours) for ours, plain in AGAINST.items() if plain in self.samples}
 
 
@@ -87,9 +87,9 @@ class Result:
     processor: str = field(default_factory=lambda: processor(count=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The run as JSON takes it: ``{"format": "multibn whitening bench 1", "command", "date", "processor", "threads",
+        """Return the run for JSON: ``{"format": "multibn whitening bench 1", "command", "date", "processor", "threads",
         "versions", "rows": [{"shape", "ms": {contestant: median}, "speedups": {ours: factor}, "to_batchnorm": {contestant:
-        factor}, "samples_ms": {contestant: [...]}}]}``; "to_batchnorm" is empty where BatchNorm took no part.
+        factor}, "samples_ms": {contestant: [...]}}]}``; "to_batchnorm" is empty without BatchNorm.
         """
         versions = {
             "multibn": __version__,
@@ -123,13 +123,13 @@ def run(
     command: str,
     inputs: Sequence[Input] = INPUTS,
 ) -> bool:
-    """Measure, print the tables, write the file; False if PyTorch could not be measured.
+    """Measure, print the tables and write the file; return whether PyTorch was measured.
 
     Args:
         threads: for each contestant.
-        quick: few turns, to see that it works; no numbers to quote.
+        quick: few turns, as a smoke test; do not quote the times.
         json_file: where to write ``Result.to_dict()``.
-        command: the line that asked for this, for the record.
+        command: the command line, for the record.
         inputs: what is measured.
     """
     result = Result(command, threads)
@@ -162,7 +162,7 @@ def measure(inputs: Sequence[Input], threads: int) -> Iterator[Row]:
     """Measure in a process of its own, one row after the other.
 
     Raises:
-        ChildProcessError: the process failed; what it said went to stderr.
+        ChildProcessError: the process failed; its output went to stderr.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     order = json.dumps({"inputs": inputs, "threads": threads})

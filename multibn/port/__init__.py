@@ -1,4 +1,4 @@
-"""Checkpoints of MXNet, read, checked and described with NumPy alone. ``multibn port`` brings them to PyTorch."""
+"""Read, check and describe MXNet checkpoints with NumPy only. ``multibn port`` converts them to PyTorch."""
 
 from .errors import PortError as PortError
 from .params import Params as Params

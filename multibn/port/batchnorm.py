@@ -1,4 +1,4 @@
-"""A BatchNorm of an MXNet checkpoint: what it computes, what was written of it, what its stored values are like."""
+"""A BatchNorm of an MXNet checkpoint: what it computes, the attributes in the file, and properties of its stored values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from multibn.spec.batchnorm import BatchNormSpec
 from .operators import Call
 
 ARRAYS: Final = ("gamma", "beta", "moving_mean", "moving_var")
-"""The arrays that the operator takes after its input, in order."""
+"""The operator's inputs after x, in order."""
 
 DEAD: Final = 1e-10
-"""A channel whose stored variance is less has (almost) never changed: there eps alone decides how much the layer amplifies."""
+"""A channel with a smaller stored variance was (almost) constant in training, and eps determines its gain."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class StoredBatchNorm:
     Args:
         name: of the node.
         module: the name in PyTorch.
-        names: of the four arrays in the file, in the order of ARRAYS.
+        names: those of the four arrays in the file, in the order of ARRAYS.
         arrays: their values, float32.
         rank: of the input.
-        axis: of the channels, as written or by default.
-        eps, momentum, fix_gamma, use_global_stats: as written or by default; momentum is the weight of the old value.
-        written: the attributes that the file has.
+        axis: the channel axis, as in the file or by default.
+        eps, momentum, fix_gamma, use_global_stats: as in the file or by default; momentum is the weight of the old value.
+        written: the attributes in the file.
     """
 
     name: str
@@ -64,7 +64,7 @@ class StoredBatchNorm:
         return len(self.arrays[1])
 
     def problems(self) -> list[str]:
-        """Why it cannot be ported; empty if it can."""
+        """Return why the layer cannot be ported; empty if it can."""
         found = []
         if not 2 <= self.rank <= 5:
             found.append(f"its input has rank {self.rank}; PyTorch's layers take 2 to 5")
@@ -84,7 +84,7 @@ class StoredBatchNorm:
 
     @property
     def spec(self) -> BatchNormSpec:
-        """What MXNet's operator computes on a CPU, in the words of this project; a momentum of 1 moves nothing."""
+        """The spec of what MXNet's operator computes on a CPU; with momentum 1, nothing is updated."""
         moves = self.momentum < 1
         return BatchNormSpec(
             eps=self.eps,
@@ -97,12 +97,12 @@ class StoredBatchNorm:
 
     @cached_property
     def gamma(self) -> Array:
-        """The gamma that counts, float64: 1 where it is fixed."""
+        """The effective gamma, float64: 1 if it is fixed."""
         return np.ones(self.channels) if self.fix_gamma else self.arrays[0].astype(np.float64)
 
     @cached_property
     def gain(self) -> Array:
-        """What an input is multiplied by in inference, per channel, float64."""
+        """The factor of the input in inference, per channel, float64."""
         gain: Array = self.gamma / np.sqrt(self.arrays[3].astype(np.float64) + self.eps)
         return gain
 
@@ -114,7 +114,7 @@ class StoredBatchNorm:
         return kappa
 
     def facts(self) -> Mapping[str, Any]:
-        """What a report says of the file's side: plain values."""
+        """Return what a report says about the file, as plain values."""
         gamma, _, _, var = self.arrays
         return {
             "name": self.name,

@@ -1,4 +1,4 @@
-"""``multibn port``: a checkpoint of MXNet to PyTorch, with a report."""
+"""``multibn port``: convert an MXNet checkpoint to PyTorch, with a report."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(
     """Port, and return the report and what to write: ending -> a function that writes it to a path.
 
     Raises:
-        PortError: refused, or a wrong call.
+        PortError: the checkpoint cannot be ported, or a usage error.
         OSError: a file cannot be read.
     """
     if layers not in ("multibn", "torch"):
@@ -75,14 +75,14 @@ def run(
 
 
 def _maker() -> Callable[..., Any]:
-    """What makes the port, in a package that knows PyTorch."""
+    """Load the function that makes the port from the package for PyTorch."""
     (found,) = entry_points(group="multibn.port", name="make")
     with needed("port", "port"):
         return found.load()  # type: ignore[no-any-return]
 
 
 def shapes(inputs: list[str]) -> dict[str, tuple[int, ...]] | None:
-    """{"data": (1, 3, 112, 112)} for ["data=1,3,112,112"]; None where there are none."""
+    """Return {"data": (1, 3, 112, 112)} for ["data=1,3,112,112"], or None for an empty list."""
     found: dict[str, tuple[int, ...]] = {}
     for each in inputs:
         name, _, sizes = each.rpartition("=")
@@ -93,7 +93,7 @@ def shapes(inputs: list[str]) -> dict[str, tuple[int, ...]] | None:
 
 
 def _write(out: Path, artefacts: dict[str, Any]) -> None:
-    """Write everything beside its place first, so that an error leaves no half of it."""
+    """Write all files under temporary names first, so that an error leaves no partial result."""
     if not out.parent.is_dir():
         raise PortError(f"the folder {out.parent} does not exist. Make it, or give another -o.")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".multibn-") as folder:

@@ -1,4 +1,4 @@
-"""What a port raises."""
+"""The errors of a port."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class PortError(UsageError):
 
 
 def refuse(problems: Sequence[str], what: str) -> None:
-    """Raise PortError with every problem at once, one a line; do nothing where there is none.
+    """Raise PortError with all problems, one per line; do nothing if there are none.
 
     Args:
         problems: sentences.
-        what: what they are about, such as a file.
+        what: their subject, such as a file.
     """
     if problems:
         few = "" if len(problems) == 1 else f"{len(problems)} problems:\n  "

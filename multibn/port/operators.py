@@ -16,7 +16,7 @@ from .errors import PortError, refuse
 from .symbol import Node, Symbol
 
 _IGNORED: Final = frozenset({"workspace", "cudnn_tune", "cudnn_off", "cudnn_algo_verbose"})
-"""How MXNet computes, not what."""
+"""Attributes that affect how MXNet computes, but not the result."""
 
 REQUIRED: Final = object()
 Settings = Mapping[str, Any]
@@ -24,7 +24,9 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Attribute:
-    """How an attribute's text is read, its default (REQUIRED: none), and the values that can be ported (empty: all)."""
+    """An attribute: the function that parses its text, its default (REQUIRED: none), and the values that can be ported (empty:
+    all).
+    """
 
     read: Callable[[str], Any]
     default: Any = REQUIRED
@@ -33,12 +35,12 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Operator:
-    """What is known of an operator.
+    """An operator that can be ported.
 
     Args:
         attributes: by name.
-        inputs: how many inputs matter for these settings; None takes all that are there.
-        outputs: how many outputs it has for these settings.
+        inputs: the number of inputs that are used with these settings; None for all.
+        outputs: the number of outputs with these settings.
     """
 
     attributes: Mapping[str, Attribute]
@@ -58,7 +60,7 @@ def _number(text: str) -> float:
 
 
 def _tuple(text: str) -> tuple[int | None, ...]:
-    """(3, 3), [3,3], (3L,), 3 or (None, 2)."""
+    """Parse (3, 3), [3,3], (3L,), 3 or (None, 2)."""
     inner = text.strip().removeprefix("(").removesuffix(")").removeprefix("[").removesuffix("]")
     parts = [part.strip() for part in inner.split(",") if part.strip()]
     if len(parts) > 32:
@@ -77,27 +79,27 @@ def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def boolean(default: Any = REQUIRED, *allowed: bool | None) -> Attribute:
-    """True, False, 1 or 0; None where that is the default or allowed."""
+    """Parse True, False, 1 or 0; None if that is the default or allowed."""
     return Attribute(_optional(_boolean) if default is None or None in allowed else _boolean, default, allowed)
 
 
 def integer(default: Any = REQUIRED, *allowed: int) -> Attribute:
-    """A whole number; None where that is the default."""
+    """Parse an integer; None if that is the default."""
     return Attribute(_optional(_small) if default is None else _small, default, allowed)
 
 
 def number(default: Any = REQUIRED) -> Attribute:
-    """A finite number; None where that is the default."""
+    """Parse a finite number; None if that is the default."""
     return Attribute(_optional(_number) if default is None else _number, default)
 
 
 def sizes(default: Any = REQUIRED, *allowed: Any) -> Attribute:
-    """Whole numbers."""
+    """Parse integers."""
     return Attribute(_tuple, default, allowed)
 
 
 def choice(default: Any, *allowed: Any) -> Attribute:
-    """A word of several; ``allowed`` are those that can be ported, the default among them."""
+    """One of several words; ``allowed`` are those that can be ported, including the default."""
     return Attribute(_optional(str), default, allowed)
 
 
@@ -224,10 +226,10 @@ _FAMILIES: Final[Mapping[str, Operator]] = {
 }  # fmt: skip
 
 NAMES: Final[Mapping[str, str]] = {name: names.split()[0] for names in _FAMILIES for name in names.split()}
-"""MXNet's name of an operator -> the first of the names that mean the same."""
+"""Each name of an operator in MXNet -> the first of its names."""
 
 OPERATORS: Final[Mapping[str, Operator]] = {names.split()[0]: operator for names, operator in _FAMILIES.items()}
-"""Every operator that can be ported, by the first of its names."""
+"""The first name of each operator that can be ported -> the operator."""
 
 
 @dataclass(frozen=True)
@@ -238,9 +240,9 @@ class Call:
         index: of the node.
         node: as in the file.
         op: the operator, by the first of its names.
-        settings: every attribute of the operator, read, with the default where the file has none.
-        inputs: those that matter.
-        outputs: how many it has.
+        settings: the values of all attributes of the operator; the default if the file has none.
+        inputs: those that are used.
+        outputs: their number.
     """
 
     index: int
@@ -252,11 +254,11 @@ class Call:
 
 
 def calls(symbol: Symbol, name: str = "the symbol") -> list[Call]:
-    """The calls that the outputs of a graph depend on, in order, each after its inputs.
+    """Return the calls that the outputs of a graph depend on, each after its inputs.
 
     Raises:
-        PortError: with every operator, attribute and value that cannot be ported, and every reference to an output that is not
-            there; ``name`` is for the message.
+        PortError: names every operator, attribute and value that cannot be ported, and every reference to an output that does not
+            exist; ``name`` is for the message.
     """
     needed = {node for node, _ in symbol.heads}
     found: dict[int, Call] = {}
@@ -299,7 +301,7 @@ def _call(index: int, node: Node) -> tuple[Call | None, list[str]]:
     if wanted is None:
         wanted = len(node.inputs)
     if NAMES[node.op] in ("BatchNorm", "_contrib_SyncBatchNorm") and len(node.inputs) == 3:
-        wanted = 3  # before 0.9 the moving statistics were no inputs
+        wanted = 3  # before 0.9 the moving statistics were not inputs
     if not 0 < wanted <= len(node.inputs):
         return None, [f"{node}: it has {len(node.inputs)} inputs, its attributes ask for {wanted}."]
     if not 0 < outputs <= 10_000:

@@ -1,4 +1,4 @@
-"""The report as one page, without anything from elsewhere."""
+"""The report as one HTML page without external resources."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 220, 52, 10, 30
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The page of a report.
+    """Return the page of a report.
 
     Raises:
         UsageError: Jinja2 is not installed.
@@ -39,14 +39,14 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def short(value: float) -> str:
-    """A number in a few digits."""
+    """Format a number with a few digits."""
     if value >= FAR:
         return "not finite"
     return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
 
 
 def charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How far each layer is off, and what its stored values are like, from the input to the output."""
+    """Charts of each layer's deviation and of its stored values, in the order of the graph."""
     norms = report["batch_norms"]
     if len(norms) < 2:
         return []
@@ -70,7 +70,7 @@ def charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _chart(
     key: str, title: str, series: Mapping[str, Sequence[float]], names: Sequence[str], limit: float | None
 ) -> dict[str, Any]:
-    """Points over the layers with a logarithmic scale; values of 0, and those that are not finite, lie on its edges."""
+    """A chart of points per layer with a logarithmic scale; 0 and non-finite values lie on its edges."""
     shown = [value for values in series.values() for value in values if 0 < value < FAR] + [limit or 1.0]
     low, high = math.floor(math.log10(min(shown))), max(math.ceil(math.log10(max(shown))), math.floor(math.log10(min(shown))) + 1)
     room, step = HEIGHT - TOP - BOTTOM, max(1, round((high - low) / 6))

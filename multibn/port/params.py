@@ -31,26 +31,26 @@ Version = Literal["legacy", "V1", "V2", "V3"]
 LIST: Final = 0x112
 MAGIC: Final[Mapping[int, Version]] = {0xF993FAC8: "V1", 0xF993FAC9: "V2", 0xF993FACA: "V3"}
 TYPES: Final = ("<f4", "<f8", "<f2", "|u1", "<i4", "|i1", "<i8", "|b1", "<i2", "<u2", "<u4", "<u8")
-"""NumPy's type for each type flag of MXNet 1.9; BFLOAT16 is one more."""
+"""Type flag of MXNet 1.9 -> NumPy's type; BFLOAT16 is another flag."""
 BFLOAT16: Final = 12
 DEVICES: Final = (1, 2, 3, 5)
 """CPU, GPU, pinned memory, shared memory."""
 MAX_DIMENSIONS: Final = 32
-"""What NumPy can hold."""
+"""Largest number of dimensions in NumPy."""
 
 
 class ParamsError(PortError):
-    """The file is not a list of arrays that can be read, or the arrays cannot be written as one."""
+    """The file is not a readable list of arrays, or the arrays cannot be written as one."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file stores an array, beside its values, shape and type.
+    """How a file stores an array, apart from its values, shape and type.
 
     Args:
         version: of the format.
         device: type and id of the device that the array was on.
-        bfloat16: stored as bfloat16, which NumPy lacks; the values are handed out as float32, which holds them exactly.
+        bfloat16: stored as bfloat16, which NumPy lacks; the values are returned as float32, which holds them exactly.
     """
 
     version: Version = "V2"
@@ -64,7 +64,7 @@ class Params(dict[str, Array]):
     Args:
         arrays: name -> array.
         layouts: name -> how the file stored it, so that ``save_params`` writes the same bytes.
-        named: whether the file has names; without, they are "0", "1" and so on.
+        named: whether the file has names; otherwise they are "0", "1" and so on.
     """
 
     def __init__(
@@ -75,20 +75,20 @@ class Params(dict[str, Array]):
 
 
 def load_params(path: str | Path) -> Params:
-    """The arrays of a ``.params`` file, with the bits that ``mx.nd.load`` gives.
+    """Load the arrays of a ``.params`` file, with the same bits as ``mx.nd.load``.
 
-    Sizes are compared with the length of the file before anything is allocated, so memory stays in proportion to that length.
+    Sizes are checked against the length of the file before allocating, so that the memory is proportional to that length.
 
     Raises:
-        ParamsError: not such a file, cut short, damaged, sparse, or with an array that was never allocated. The message has the
-            position in the file.
+        ParamsError: the file is of another format, truncated, damaged or sparse, or has an array that was never allocated. The
+            message gives the position in the file.
         OSError: the file cannot be read.
     """
     return parse_params(Path(path).read_bytes(), str(path))
 
 
 def parse_params(data: bytes, name: str) -> Params:
-    """The same for a file's content; ``name`` is for messages."""
+    """Load the arrays from a file's content; ``name`` is for messages."""
     if data.startswith(b"version https://git-lfs"):
         raise ParamsError(f"{name} is a Git LFS pointer, not the arrays themselves. Run `git lfs pull` in its repository.")
     if data.startswith(b"PK\x03\x04"):
@@ -100,9 +100,9 @@ def save_params(path: str | Path, arrays: Mapping[str, Array]) -> None:
     """Write arrays as ``mx.nd.load`` and Gluon's ``load_parameters`` read them.
 
     Args:
-        path: the file; written only once everything is known to fit.
-        arrays: name -> array. Those of ``load_params`` are written as they were stored, byte for byte the same file if nothing
-            was changed; others as V2 on the CPU, or as V3 if one of them is a scalar or has no values.
+        path: the file; not written if an array cannot be stored.
+        arrays: name -> array. Arrays of ``load_params`` are written in their stored layout, so that an unchanged file is the same
+            byte for byte; others as V2 on the CPU, or as V3 if one of them is a scalar or has no values.
 
     Raises:
         ParamsError: a type that MXNet does not have, or an array that its layout cannot hold.
@@ -111,7 +111,7 @@ def save_params(path: str | Path, arrays: Mapping[str, Array]) -> None:
 
 
 def format_params(arrays: Mapping[str, Array]) -> bytes:
-    """The same as the file's content."""
+    """Return the content of the file."""
     layouts = arrays.layouts if isinstance(arrays, Params) else {}
     named = arrays.named if isinstance(arrays, Params) else True
     default = Layout("V3" if any(not a.ndim or not a.size for a in map(np.asarray, arrays.values())) else "V2")
@@ -144,7 +144,7 @@ def _format_array(name: str, array: Array, layout: Layout) -> bytes:
 
 
 class _Reader:
-    """A position in the content of a file."""
+    """The content of a file, with a position."""
 
     def __init__(self, data: bytes, name: str) -> None:
         self.data, self.at, self.name = memoryview(data), 0, name
@@ -175,7 +175,7 @@ class _Reader:
             )
         if self.number("Q", "the header") != 0:
             self.fail("the reserved word of the header is not 0. The file is damaged; fetch it again.")
-        count = self.count("arrays", 21)  # the fewest bytes of an array
+        count = self.count("arrays", 21)  # least size of an array in bytes
         read = [self.array(f"array {i}") for i in range(count)]
         named = self.count("names", 8)
         if named not in (0, count):

@@ -1,9 +1,10 @@
-"""What a ported BatchNorm must compute, in float64 from the stored bits alone, and how far it may be off.
+"""Expected results of a ported BatchNorm, in float64 from the stored bits only, and the allowed deviations.
 
-Inference is a line per channel, y = gain*x + offset. Two points decide a line, so the layer is run at 0 and at one point as far
-out as its own scale; the deviation at these two bounds the deviation everywhere, since the difference of two lines is a line.
+In inference, y = gain*x + offset per channel, which is a line. Two points determine a line, so the layer is run at 0 and at one
+point of its own scale; the deviations at these two points bound the deviation everywhere, since the difference of two lines is a
+line.
 
-Training is not: each layer is given a batch drawn from its stored statistics, and its y, gradients and moving statistics are
+Training is not linear: each layer gets a random batch with its stored statistics, and its y, gradients and moving statistics are
 compared with ``multibn.reference`` in float64 within BN-16.
 """
 
@@ -22,34 +23,34 @@ from multibn.spec.batchnorm import BatchNormSpec
 from .batchnorm import StoredBatchNorm
 
 LINE: Final = 1e-12
-"""How far the line of a ported layer may be off, as a part of |gain*x| + |gain*mean| + |beta|."""
+"""Allowed deviation of a ported layer in inference, as a fraction of |gain*x| + |gain*mean| + |beta|."""
 
 EXACT: Final = 1e-14
-"""BN-16: what float64 sums may miss, as a part of the absolute terms."""
+"""BN-16: the error of float64 sums, as a fraction of the sum of the absolute terms."""
 
 SAMPLES: Final[Mapping[int, tuple[int, ...]]] = {2: (64,), 3: (8, 8), 4: (8, 4, 4), 5: (8, 2, 4, 2)}
-"""Size of the batch for each rank of the input: the samples, then the axes after the channels."""
+"""Rank of the input -> sizes of the batch: samples, then the axes after the channels."""
 
 RESULTS: Final = ("y", "dx", "dgamma", "dbeta", "moving_mean", "moving_var")
 
 
 @dataclass(frozen=True)
 class Line:
-    """Two points per channel, (2, C), what the layer must give there, and the scale of the deviation."""
+    """Two points per channel, (2, C), the expected output there, and the scale of the deviation."""
 
     x: Array
     y: Array
     scale: Array
 
     def deviation(self, y: Array) -> Array:
-        """How far (2, C) values are off, as a part of the scale, the largest per channel."""
+        """Return the largest deviation of (2, C) values per channel, as a fraction of the scale."""
         with np.errstate(invalid="ignore", over="ignore"):
             off = np.max(np.abs(np.asarray(y, np.float64) - self.y) / self.scale, axis=0)
         return np.where(np.isfinite(off), off, np.inf)
 
 
 def line(bn: StoredBatchNorm) -> Line:
-    """The line of a BatchNorm in inference (BN-07)."""
+    """Return the line of a BatchNorm in inference (BN-07)."""
     beta, mean, var = (array.astype(np.float64) for array in bn.arrays[1:])
     far = np.maximum(1, np.maximum(np.abs(mean), np.sqrt(var + bn.eps)))
     x = np.stack([np.zeros_like(far), far])
@@ -66,7 +67,7 @@ class Batch:
 
 
 def batch(bn: StoredBatchNorm) -> Batch:
-    """A batch drawn from the stored statistics, the same at every call."""
+    """Draw a batch with the stored statistics; the same in every call."""
     samples, *space = SAMPLES[bn.rank]
     shape = (samples, bn.channels, *space)
     rng = np.random.default_rng(0)
@@ -76,10 +77,10 @@ def batch(bn: StoredBatchNorm) -> Batch:
 
 
 def expected(bn: StoredBatchNorm, spec: BatchNormSpec, its: Batch) -> dict[str, Array]:
-    """y, gradients and moving statistics after one training step, float64; no dgamma where gamma is fixed.
+    """Return y, gradients and moving statistics after one training step, float64; no dgamma if gamma is fixed.
 
     Args:
-        bn: has the state before the step.
+        bn: with the state before the step.
         spec: what the layer computes; ``bn.spec`` is what it did in MXNet on a CPU.
         its: batch.
     """
@@ -93,13 +94,13 @@ def expected(bn: StoredBatchNorm, spec: BatchNormSpec, its: Batch) -> dict[str, 
 def errors_in_bounds(
     bn: StoredBatchNorm, spec: BatchNormSpec, its: Batch, got: Mapping[str, Array], double: bool = False
 ) -> dict[str, float]:
-    """How far each result is off, in units of what is allowed: at most 1 is right. What is missing, or too much, is infinite.
+    """Return the error of each result divided by its bound: at most 1 if correct, infinite for a missing or additional result.
 
     Args:
         bn, spec, its: as for ``expected``.
         got: results of a layer.
-        double: computed by PyTorch's own layer in float64. Then a sum of m values may lose gamma_m = m*u of its terms, and more
-            than BN-16 asks, but the formulas are as plain to see.
+        double: computed by PyTorch's own layer in float64. The bounds are then wider than BN-16's, since its sums of m values
+            have errors of gamma_m = m*u of their terms.
     """
     wanted = expected(bn, spec, its)
     limits = _limits(bn, its, wanted, spec, double)
@@ -115,7 +116,7 @@ def errors_in_bounds(
 
 
 def _limits(bn: StoredBatchNorm, its: Batch, wanted: Mapping[str, Array], spec: BatchNormSpec, double: bool) -> dict[str, Array]:
-    """BN-16's bound of each result."""
+    """Return the bound of each result (BN-16)."""
     x, dy = (np.moveaxis(a, 1, 0).reshape(bn.channels, -1).astype(np.float64) for a in (its.x, its.dy))
     m = x.shape[1]
     batch_mean, batch_var = x.mean(1), x.var(1)

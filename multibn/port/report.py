@@ -21,10 +21,10 @@ from .proof import LINE
 
 SCHEMA: Final = "multibn port report 1"
 OUTPUTS: Final = 1e-5
-"""How far outputs may be from MXNet's, as a part of the largest: what float32 may lose on the way through a network."""
+"""Allowed difference of outputs from MXNet's, as a fraction of the largest, for the float32 rounding errors of a network."""
 
 FAR: Final = sys.float_info.max
-"""How far off something is that is not finite, or has another shape."""
+"""Deviation of a result that is not finite or has another shape."""
 
 UPDATE: Final = {
     "mxnet": {
@@ -34,7 +34,7 @@ UPDATE: Final = {
     "multibn": {"estimator": "biased", "moment": "in forward"},
     "torch": {"estimator": "unbiased", "moment": "in forward"},
 }
-"""Which batch variance moves the moving variance, and when."""
+"""Return which batch variance updates the moving variance, and when."""
 
 _FORWARD: Final = "A forward in train() moves the statistics even where no backward follows; on MXNet's CPU it did not."
 _ESTIMATOR: Final = (
@@ -44,7 +44,7 @@ _ESTIMATOR: Final = (
 
 
 def fine_tuning(bn: StoredBatchNorm, layers: str) -> list[str]:
-    """What changes when the ported layer is trained on, a sentence each."""
+    """Return the differences when the ported layer is trained further, one sentence each."""
     if bn.use_global_stats:
         stays = "The statistics stay as they are in training too, as in MXNet."
         return [
@@ -57,7 +57,7 @@ def fine_tuning(bn: StoredBatchNorm, layers: str) -> list[str]:
 
 
 def batch_norm(bn: StoredBatchNorm, layers: str, proof: Any, torch_momentum: float) -> dict[str, Any]:
-    """One BatchNorm: what the file says, what PyTorch has, and what was proved."""
+    """Describe one BatchNorm: the file's settings, those in PyTorch, and the results of the proof."""
     entry = dict(bn.facts())
     entry["momentum"] = {**entry["momentum"], "torch": torch_momentum}
     entry["states"] = dict(zip(entry["arrays"], ("weight", "bias", "running_mean", "running_var"), strict=True))
@@ -76,22 +76,22 @@ def batch_norm(bn: StoredBatchNorm, layers: str, proof: Any, torch_momentum: flo
 
 
 def file_entry(path: Path, data: bytes, role: str) -> dict[str, Any]:
-    """A file that was read."""
+    """Describe a file that was read."""
     return {"role": role, "name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def versions_of(params: Params) -> dict[str, int]:
-    """How many arrays the file has of each version of the format, bfloat16 apart."""
+    """Count the arrays in the file by version of the format, with bfloat16 separately."""
     return dict(Counter(each.version + " bfloat16" * each.bfloat16 for each in params.layouts.values()))
 
 
 def mxnet_version(number: int | None) -> str:
-    """10901 as 1.9.1."""
+    """Format 10901 as 1.9.1."""
     return "before 0.9" if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def differences(report: Mapping[str, Any]) -> list[str]:
-    """What is not as it was in MXNet, a sentence for each kind, the BatchNorms counted."""
+    """Return the differences from MXNet, one sentence per kind, with the number of BatchNorms."""
     found: Counter[str] = Counter()
     first: dict[str, str] = {}
     for each in report["batch_norms"]:
@@ -120,7 +120,7 @@ def differences(report: Mapping[str, Any]) -> list[str]:
 
 
 def frame(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
-    """What a report begins with."""
+    """Return the first entries of a report."""
     return {
         "schema": SCHEMA,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -130,7 +130,7 @@ def frame(command: str, versions: Mapping[str, str]) -> dict[str, Any]:
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
-    """The report in a few lines."""
+    """Summarise the report in a few lines."""
     norms: Sequence[Any] = report["batch_norms"]
     count = len(norms)
     lines = [
@@ -167,5 +167,5 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def finite(value: float) -> float:
-    """JSON has no infinity and no NaN: FAR stands for both."""
+    """Replace infinity and NaN, which JSON lacks, by FAR."""
     return float(value) if np.isfinite(value) else FAR

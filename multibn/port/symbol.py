@@ -1,7 +1,7 @@
-"""Read the graph of an MXNet network, ``NAME-symbol.json``, as it was written from 2015 on.
+"""Read the graph of an MXNet network, ``NAME-symbol.json``, in all formats since 2015.
 
 A node has an operator, a name, inputs (node, output) and attributes, all strings: "attrs" since MXNet 1.0, "attr" before, "param"
-at first. What an attribute does not say is the operator's default. Nodes of operator "null" are the inputs and stored arrays.
+at first. For an absent attribute, the operator's default holds. Nodes of operator "null" are the inputs and stored arrays.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 from .errors import PortError
 
 _TRAINING: Final = {"lr_mult", "wd_mult", "ctx_group", "force_mirroring", "mirror_stage"}
-"""Attributes of old files that speak to MXNet's optimizer and memory planner; newer files write them as __lr_mult__."""
+"""Attributes of old files for MXNet's optimizer and memory planner; newer files have them as __lr_mult__."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Node:
 
     Args:
         op, name: as in the file.
-        attributes: those that the operator itself reads, as text.
-        inputs: node and output of each.
+        attributes: those of the operator itself, as text.
+        inputs: (node, output) of each.
         hidden: attributes such as ``__shape__``, without the underscores.
     """
 
@@ -40,9 +40,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A graph: nodes in an order in which each comes after its inputs, and the outputs (node, output).
+    """A graph: nodes in topological order, and the outputs (node, output).
 
-    ``version`` is that of the MXNet that wrote it, such as 10901, or None in files before 0.9.
+    ``version`` is that of the MXNet that wrote the file, such as 10901, or None in files before 0.9.
     """
 
     nodes: tuple[Node, ...]
@@ -51,10 +51,10 @@ class Symbol:
 
 
 def read_symbol(text: str, name: str = "the symbol") -> Symbol:
-    """The graph in the text of a ``-symbol.json`` file; ``name`` is for messages.
+    """Parse the text of a ``-symbol.json`` file; ``name`` is for messages.
 
     Raises:
-        PortError: not such a text.
+        PortError: the text is not a graph.
     """
     if text.startswith("version https://git-lfs"):
         raise PortError(f"{name} is a Git LFS pointer, not the graph itself. Run `git lfs pull` in its repository.")
@@ -98,7 +98,9 @@ def _is_hidden(key: str) -> bool:
 
 
 def _reference(each: Any, below: int) -> tuple[int, int]:
-    """Node and output; older files leave the version of the variable out, the oldest heads have three numbers as well."""
+    """Return node and output; older files omit the version of the variable, and the heads of the oldest have three numbers
+    too.
+    """
     if not isinstance(each, list) or not 2 <= len(each) <= 3 or any(type(number) is not int for number in each):
         raise ValueError(f"{each!r} is no reference to a node")
     node, output = each[:2]

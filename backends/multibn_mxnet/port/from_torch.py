@@ -1,4 +1,4 @@
-"""Give a Gluon network the values of a PyTorch model."""
+"""Copy the values of a PyTorch model to a Gluon network."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ def from_torch(net: Any, model: Any, *inputs: Any) -> dict[str, Any]:
     Args:
         net: a HybridBlock, initialized.
         model: a ``torch.nn.Module``.
-        inputs: NumPy arrays, float32, that both take.
+        inputs: NumPy arrays, float32, inputs of both.
 
     Returns:
-        The names of the Parameters that were set -> the old values, as NumPy arrays.
+        Name of each Parameter that was set -> its old value, a NumPy array.
 
     Raises:
-        PortError: the two do not compute the same, or not certainly (``multibn_torch.port.match``); net is as it was then.
+        PortError: the two compute different functions, or cannot be matched (``multibn_torch.port.match``); net is then
+            unchanged.
     """
     import torch
 
-    (found,) = entry_points(group="multibn.port", name="to_mxnet")  # this package does not know that of PyTorch
+    (found,) = entry_points(group="multibn.port", name="to_mxnet")  # this package does not import the one for PyTorch
     to_mxnet = found.load()
     arrays = [mx.nd.array(each) for each in inputs]
-    net(*arrays)  # finds the shapes that are not known yet
+    net(*arrays)  # infers the shapes that are not known yet
     names = ["data"] if len(inputs) == 1 else [f"data{i}" for i in range(len(inputs))]
     out = net(*[mx.sym.var(name) for name in names])
     symbol = read_symbol((mx.sym.Group(list(out)) if isinstance(out, (list, tuple)) else out).tojson(), net.name)

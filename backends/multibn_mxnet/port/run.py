@@ -1,9 +1,9 @@
-"""Run a checkpoint in MXNet, in a process of its own: ``python run.py FOLDER``. Needs MXNet and NumPy alone.
+"""Run a checkpoint in MXNet, in a separate process: ``python run.py FOLDER``. Needs MXNet and NumPy only.
 
-FOLDER/task.json says which files and which inner values are wanted; FOLDER/inputs-I.npz are the inputs of each run. The answers
-are FOLDER/outputs-I.npz (``output0``, ..., ``inner0``, ...) and FOLDER/versions.json.
+FOLDER/task.json names the files and the intermediate values to return; FOLDER/inputs-I.npz are the inputs of each run. The
+answers are FOLDER/outputs-I.npz (``output0``, ..., ``inner0``, ...) and FOLDER/versions.json.
 
-MXNet's fusion of subgraphs is off: with it, inner values come out wrong in 1.9.1.
+MXNet's fusion of subgraphs is off, since MXNet 1.9.1 returns wrong intermediate values with it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 os.environ["MXNET_SUBGRAPH_BACKEND"] = "NONE"
 os.environ["DMLC_LOG_STACK_TRACE_DEPTH"] = "0"
-warnings.filterwarnings("ignore")  # MXNet 1.9.1 uses what NumPy deprecated since
+warnings.filterwarnings("ignore")  # MXNet 1.9.1 uses functions that NumPy has deprecated
 
 import mxnet as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
 
 def main(folder: Path) -> None:
-    """Answer the task of a folder."""
+    """Run the task of a folder."""
     task = json.loads((folder / "task.json").read_text())
     symbol = mx.sym.load(task["symbol"])
     inner = symbol.get_internals()
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
 
 
 def _run(wanted: Any, stored: dict[str, Any], inputs: dict[str, Any]) -> list[Any]:
-    """The outputs in inference; labels, which an output layer has and does not use there, are zeros."""
+    """Return the outputs in inference; labels, which output layers do not use there, are zeros."""
     shapes, _, _ = wanted.infer_shape(**{name: value.shape for name, value in inputs.items()})
     arguments = {}
     for name, shape in zip(wanted.list_arguments(), shapes, strict=True):

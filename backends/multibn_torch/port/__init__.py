@@ -1,4 +1,4 @@
-"""MXNet's checkpoints in PyTorch, and back."""
+"""Convert MXNet checkpoints to PyTorch, and back."""
 
 from .importer import from_mxnet as from_mxnet
 from .match import fill as fill

@@ -1,4 +1,4 @@
-"""Builds a ``torch.fx`` graph with the arrays of a checkpoint in it."""
+"""Build a ``torch.fx`` graph that contains the arrays of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ LAYERS: Final[dict[str, dict[int, Any]]] = {
     "torch": {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d},
 }
 LARGEST: Final = 2**28
-"""Values of a tensor in between; what asks for more is not the size of a network, but a damaged file."""
+"""Largest number of values of an intermediate tensor; a graph with a larger one comes from a damaged file."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value of the graph: its node, and a tensor without memory that has its shape (several for ``split``)."""
+    """A value of the graph: its node, and a meta tensor of its shape (several for ``split``)."""
 
     node: fx.Node
     meta: Any
 
 
 class Builder:
-    """The graph as it grows.
+    """A graph under construction.
 
     Args:
         symbol: the graph of MXNet.
         arrays: every stored array by its name without "arg:" or "aux:", float32.
         shapes: of the inputs.
-        layers: whose BatchNorm.
+        layers: whose BatchNorm layers to use.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Builder:
         self.root, self.graph = nn.Module(), fx.Graph()
         self.batch_norms: list[StoredBatchNorm] = []
         self.notes: list[str] = []
-        self.modules: dict[str, str] = {}  # names of nodes -> of modules
-        self.states: dict[str, str] = {}  # names in the state_dict -> of arrays
+        self.modules: dict[str, str] = {}  # name of a node -> name of its module
+        self.states: dict[str, str] = {}  # name in the state_dict -> name of the array
         self._taken = set(dir(self.root))
         self._values: dict[tuple[int, int], Value] = {}
         self._parameters: dict[str, nn.Parameter] = {}
@@ -63,7 +63,7 @@ class Builder:
                 self._values[i, 0] = Value(self.graph.placeholder(self._free(node.name)), meta)
 
     def value(self, reference: tuple[int, int]) -> Value:
-        """What a node gave; a stored array becomes a parameter of the whole."""
+        """Return the value of a node; a stored array becomes a parameter of the root module."""
         if reference not in self._values:
             name = self._stored(reference)
             target = self._free(name)
@@ -73,25 +73,27 @@ class Builder:
         return self._values[reference]
 
     def shape(self, value: Value) -> tuple[int, ...]:
-        """The shape of a value."""
+        """Return the shape of a value."""
         return tuple(value.meta.shape)
 
     def size(self, reference: tuple[int, int]) -> int:
-        """The number of values of a stored array."""
+        """Return the number of values of a stored array."""
         return int(self.arrays[self._stored(reference)].size)
 
     def set(self, call: Call, outputs: list[Value]) -> None:
-        """What a call gave."""
+        """Record the value of a call."""
         for i, value in enumerate(outputs):
             self._values[call.index, i] = value
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Value:
-        """Add a call of a function; arguments that are Values are what the graph computes."""
+        """Add a call of a function; arguments that are Values become the graph's nodes."""
         node = self.graph.call_function(function, tuple(_map(arguments, lambda value: value.node)))
         return self._checked(node, function(*_map(arguments, lambda value: value.meta)))
 
     def layer(self, call: Call, module: nn.Module, x: Value) -> Value:
-        """Add a module of the call's name that takes x; its parameters, made without memory, are the call's arrays in order."""
+        """Add a module of the call's name, applied to x; its parameters, given on the meta device, become the call's arrays in
+        order.
+        """
         meta = module.eval()(x.meta)
         name = self._free(call.node.name)
         for (parameter, old), reference in zip(list(module.named_parameters()), call.inputs[1:], strict=True):
@@ -101,10 +103,10 @@ class Builder:
         return self._module(call, name, module, x, meta)
 
     def batch_norm(self, call: Call) -> Value:
-        """Add a BatchNorm; one whose four arrays another has is that other module, called again.
+        """Add a BatchNorm; if another has the same four arrays, that module is called again.
 
         Raises:
-            PortError: it cannot be ported.
+            PortError: the layer cannot be ported.
         """
         x, names = self.value(call.inputs[0]), self._batch_norm_names(call)
         name, rank = self._free(call.node.name), len(self.shape(x))
@@ -129,7 +131,7 @@ class Builder:
         return self._module(call, name, self._batch_norm(bn), x, x.meta)
 
     def finish(self, heads: Iterable[tuple[int, int]]) -> fx.GraphModule:
-        """The module; several outputs are a tuple. It is in inference."""
+        """Return the module, in inference mode; several outputs are returned as a tuple."""
         outputs = [self.value(head).node for head in heads]
         self.graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
         self.graph.lint()
@@ -151,7 +153,8 @@ class Builder:
 
     def _batch_norm_names(self, call: Call) -> tuple[str, ...]:
         names = [self._stored(reference) for reference in call.inputs[1:]]
-        names += [f"{call.node.name}_{each}" for each in ARRAYS[len(names) :]]  # before 0.9 they were not in the graph
+        # before 0.9 the moving statistics were not in the graph
+        names += [f"{call.node.name}_{each}" for each in ARRAYS[len(names) :]]
         return tuple(names)
 
     def _stored(self, reference: tuple[int, int]) -> str:
@@ -161,7 +164,7 @@ class Builder:
         return node.name
 
     def _parameter(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
-        """The parameter of an array, the same one wherever it is used."""
+        """Return the parameter of an array, the same for all its uses."""
         bn = self._statistics.get(name)
         if bn is not None and name in bn.names[2:]:
             raise PortError(f"{name!r} is a moving statistic of BatchNorm {bn.name!r}, and used elsewhere too")
@@ -187,7 +190,7 @@ class Builder:
         return Value(node, meta)
 
     def _free(self, name: str) -> str:
-        """A name in Python that nothing has yet."""
+        """Return an unused Python name."""
         name = re.sub(r"\W", "_", name, flags=re.ASCII) or "_"
         name = f"_{name}" if name[0].isdigit() else name
         while name in self._taken or hasattr(fx.GraphModule, name):
@@ -197,7 +200,7 @@ class Builder:
 
 
 def new_weight(old: float) -> float:
-    """PyTorch's momentum, the weight of the new value, for MXNet's, so that 1 minus it is that again and it prints well."""
+    """Return PyTorch's momentum for MXNet's: 1 minus it is exactly MXNet's, and it is a short decimal if possible."""
     plain = round(1 - old, 12)
     return plain if 1 - plain == old else 1 - old
 

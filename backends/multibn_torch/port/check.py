@@ -1,4 +1,4 @@
-"""Run MXNet beside a port and measure every output and every BatchNorm."""
+"""Run the checkpoint in MXNet too, and compare every output and every BatchNorm."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def compare_with_mxnet(
     batch_norms: Sequence[dict[str, Any]],
     python: str | None,
 ) -> dict[str, Any]:
-    """What MXNet gives beside what PyTorch gives, as parts of MXNet's largest value; each BatchNorm's goes to its "measured".
+    """Return the differences of PyTorch from MXNet, as fractions of MXNet's largest value; write each BatchNorm's to its
+    "measured".
 
     Args:
         imported: the port.
@@ -42,7 +43,7 @@ def compare_with_mxnet(
         symbol, params: the files, which MXNet reads itself.
         examples: the inputs of each run.
         batch_norms: their entries in the report.
-        python: the interpreter that has MXNet; None is this one.
+        python: the interpreter that has MXNet; None for this one.
 
     Raises:
         PortError: MXNet cannot be run there, or cannot run the checkpoint.
@@ -67,7 +68,7 @@ def compare_with_mxnet(
 
 
 def distance(got: Any, wanted: Any) -> float:
-    """The largest difference as a part of the largest value wanted; FAR where shapes, or what is not finite, differ."""
+    """Return the largest difference as a fraction of the largest expected value; FAR if shapes or non-finite values differ."""
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     finite = np.isfinite(wanted)
     if got.shape != wanted.shape or not np.array_equal(got[~finite], wanted[~finite], equal_nan=True):
@@ -77,7 +78,7 @@ def distance(got: Any, wanted: Any) -> float:
 
 
 def _outputs(imported: Imported, example: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The outputs of the network, and of each BatchNorm by its name in MXNet."""
+    """Return the outputs of the network, and of each BatchNorm by its name in MXNet."""
     found: dict[str, Any] = {}
     names = {imported.model.get_submodule(bn.module): bn.name for bn in imported.batch_norms}
 

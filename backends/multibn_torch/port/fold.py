@@ -21,17 +21,18 @@ _FOLDS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED)
 
 
 def fold(imported: Imported, example: Mapping[str, Tensor]) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
-    """The network in inference with fewer layers, what the report says of it, and the arrays behind each name of its state.
+    """Return the folded network, in inference mode, its entry in the report, and the source arrays of each name in its state.
 
     A weight times the layer's gain is computed in float64 and rounded once, and so is the bias, (bias - mean)*gain + beta. The
-    error of each is measured for the example: the folded layer beside the two, all in float64, as a part of the largest output.
+    error of each is measured on the example: the folded layer against the two, all in float64, as a fraction of the largest
+        output.
     """
     model, states = copy.deepcopy(imported.model), dict(imported.states)
     by_module = {bn.module: bn for bn in imported.batch_norms}
     layers: list[dict[str, Any]] = []
     kept: list[dict[str, Any]] = []
-    merged: dict[str, nn.Module] = {}  # name of the layer before -> as it is now
-    folded: dict[str, str] = {}  # name of the layer before -> of its BatchNorm
+    merged: dict[str, nn.Module] = {}  # name of the layer before -> the folded layer
+    folded: dict[str, str] = {}  # name of the layer before -> name of its BatchNorm
     for node in [node for node in model.graph.nodes if node.op == "call_module" and node.target in by_module]:
         bn, before = by_module[node.target], node.args[0]
         if (reason := _obstacle(model, node)) is not None:
@@ -62,7 +63,7 @@ def fold(imported: Imported, example: Mapping[str, Tensor]) -> tuple[fx.GraphMod
 
 
 def _obstacle(model: fx.GraphModule, node: fx.Node) -> str | None:
-    """Why a BatchNorm cannot be folded."""
+    """Return why a BatchNorm cannot be folded, or None."""
     before = node.args[0]
     assert isinstance(before, fx.Node)
     layer = model.get_submodule(str(before.target)) if before.op == "call_module" else None
@@ -95,7 +96,7 @@ def _merge(layer: Any, bn: StoredBatchNorm) -> None:
 def _errors(
     original: fx.GraphModule, merged: Mapping[str, nn.Module], folded: Mapping[str, str], example: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """The error of each folded layer for the input that it gets."""
+    """Return the error of each folded layer on its input in the network."""
     found: dict[str, float] = {}
     hooks = []
 

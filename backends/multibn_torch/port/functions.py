@@ -1,6 +1,6 @@
-"""What MXNet's operators do where PyTorch has no single one; the functions that a ported graph calls.
+"""MXNet's operators that PyTorch lacks, as functions that a ported graph calls.
 
-They take sizes from their input, so that a ported graph is not bound to the shape it was imported with.
+Sizes come from the input, so that a ported graph accepts other shapes than at import.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def reshape(x: Tensor, shape: Sequence[int], reverse: bool = False) -> Tensor:
-    """MXNet's reshape: 0 keeps a size, -1 is what is left, -2 keeps all the rest, -3 joins two, -4 splits one in two."""
+    """MXNet's reshape: 0 keeps a size, -1 infers it, -2 keeps all remaining sizes, -3 merges two, -4 splits one in two."""
     sizes, codes = list(x.shape), list(shape)
     if reverse:
         sizes, codes = sizes[::-1], codes[::-1]
@@ -44,10 +44,10 @@ def reshape(x: Tensor, shape: Sequence[int], reverse: bool = False) -> Tensor:
 def pool(
     x: Tensor, kind: str, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int], full: bool, count_pad: bool
 ) -> Tensor:
-    """Pooling by either of MXNet's conventions: "valid" rounds the number of windows down, "full" up.
+    """Pool by either of MXNet's conventions: "valid" rounds the number of windows down, "full" up.
 
     Raises:
-        RuntimeError: a window of "full" lies in the padding alone; PyTorch leaves it out, MXNet does not.
+        RuntimeError: a window of "full" lies entirely in the padding; PyTorch omits it, MXNet does not.
     """
     if full:
         for size, k, s, p in zip(x.shape[2:], kernel, stride, pad, strict=True):
@@ -63,14 +63,14 @@ def pool(
     if kind == "avg":
         of = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[dims - 1]
         return of(x, kernel, stride, pad, ceil_mode=full, count_include_pad=count_pad)  # type: ignore[no-any-return]
-    if dims == 1:  # only the others can be told what to divide by
+    if dims == 1:  # only the others have divisor_override
         return pool(x.unsqueeze(-1), kind, (*kernel, 1), (*stride, 1), (*pad, 0), full, count_pad).squeeze(-1)
     of = (F.avg_pool2d, F.avg_pool3d)[dims - 2]
     return of(x, kernel, stride, pad, ceil_mode=full, divisor_override=1)  # type: ignore[no-any-return]
 
 
 def crop_like(x: Tensor, like: Tensor, offset: Sequence[int], center: bool) -> Tensor:
-    """The window of x, (N, C, H, W), that has the height and width of another."""
+    """Crop x, (N, C, H, W), to the height and width of another."""
     height, width = like.shape[2:]
     top, left = ((x.shape[2] - height) // 2, (x.shape[3] - width) // 2) if center else offset
     if top < 0 or left < 0 or top + height > x.shape[2] or left + width > x.shape[3]:
@@ -79,13 +79,13 @@ def crop_like(x: Tensor, like: Tensor, offset: Sequence[int], center: bool) -> T
 
 
 def l2_normalize(x: Tensor, eps: float, mode: str) -> Tensor:
-    """x / sqrt(sum(x^2) + eps), summed over all but the batch, over the channels, or over space."""
+    """Return x / sqrt(sum(x^2) + eps), summed over all axes but the batch, over the channels, or over space."""
     dims = {"instance": range(1, x.dim()), "channel": (1,), "spatial": range(2, x.dim())}[mode]
     return x / torch.sqrt((x * x).sum(tuple(dims), keepdim=True) + eps)
 
 
 def reduce(x: Tensor, kind: str, axis: Sequence[int] | None, keepdims: bool, exclude: bool) -> Tensor:
-    """Mean, sum, max or min over axes; no axes mean all; with ``exclude`` over all others."""
+    """Return mean, sum, max or min over axes (all if empty), or with ``exclude`` over all others."""
     dims = tuple(a % x.dim() for a in axis) if axis else () if exclude else tuple(range(x.dim()))
     if exclude:
         dims = tuple(d for d in range(x.dim()) if d not in dims)
@@ -94,18 +94,18 @@ def reduce(x: Tensor, kind: str, axis: Sequence[int] | None, keepdims: bool, exc
 
 
 def take(x: Tensor, begin: Sequence[int | None], end: Sequence[int | None], step: Sequence[int | None]) -> Tensor:
-    """x[begin:end:step] of the first axes."""
+    """Return x[begin:end:step] of the first axes."""
     steps = [*step, *[None] * (len(begin) - len(step))]
     return x[tuple(slice(*each) for each in zip(begin, end, steps, strict=True))]
 
 
 def take_axis(x: Tensor, axis: int, begin: int, end: int | None) -> Tensor:
-    """x[begin:end] of one axis."""
+    """Return x[begin:end] of one axis."""
     return x[(slice(None),) * (axis % x.dim()) + (slice(begin, end),)]
 
 
 def split(x: Tensor, count: int, axis: int, squeeze: bool) -> tuple[Tensor, ...]:
-    """Equal parts along an axis, without that axis where each part is one long and ``squeeze`` is given."""
+    """Split into equal parts along an axis; with ``squeeze``, parts of length 1 lose that axis."""
     size = x.shape[axis]
     if size % count or (squeeze and size != count):
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""A model's graph in a form in which two ways to write the same thing are the same, for ``match``."""
+"""A model's graph in a canonical form, for ``match``."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from multibn_torch.compat import operator_arguments
 
 COMMUTES: Final = ("add", "mul", "maximum", "minimum")
 _SAME: Final = ("dropout", "feature_dropout", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy")
-"""What changes no value in inference."""
+"""Operators that change no value in inference."""
 _SHAPES: Final = ("view", "reshape", "flatten", "squeeze", "unsqueeze", "_unsafe_view", "unflatten")
 _NOT_COMPARED: Final = ("momentum", "cudnn_enabled", "training", "inplace", "implicit", "generator", "train")
 
 
 @dataclass(eq=False)
 class Step:
-    """A node.
+    """A node of a canonical graph.
 
     Args:
         kind: the operator's name, or "state", "input" or "constant".
         settings: its other arguments, by name.
-        inputs: what it takes.
-        name: for messages; of a state its name in the state_dict.
-        shape: of its value.
-        stateful: whether a state comes into it.
-        momentum: of a BatchNorm, which is not compared.
-        structure: equal for nodes that look the same from here to the inputs, in both graphs; set by ``match``.
+        inputs: the steps that it uses.
+        name: for messages; for a state, its name in the state_dict.
+        shape: that of its value.
+        stateful: whether it depends on a state.
+        momentum: that of a BatchNorm, which is not compared.
+        structure: equal for nodes with the same subgraph up to the inputs, in both graphs; set by ``match``.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Step:
     structure: int = field(default=-1)
 
     def nearest(self) -> str:
-        """The name of a state close by, for messages."""
+        """Return the name of a nearby state, for messages."""
         return next((f" ({each.name})" for each in self.inputs if each.kind == "state"), "")
 
 
@@ -58,7 +58,7 @@ class Graph:
 
 
 def graph_of(model: nn.Module, inputs: Sequence[Tensor], who: str) -> Graph:
-    """The graph of a model in inference.
+    """Return the graph of a model in inference.
 
     Raises:
         PortError: PyTorch cannot export it; ``who`` is for the message.
@@ -66,7 +66,7 @@ def graph_of(model: nn.Module, inputs: Sequence[Tensor], who: str) -> Graph:
     mode = {module: module.training for module in model.modules()}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's own, of its own code
+            warnings.simplefilter("ignore")  # PyTorch's warnings about its own code
             program = torch.export.export(model.eval(), tuple(inputs))
     except Exception as error:
         raise PortError(f"{who} cannot be traced by torch.export: {' '.join(str(error).split())[:300]}") from error
@@ -137,13 +137,13 @@ class _Reader:
         self, kind: str, settings: dict[str, Any], inputs: list[Step], node: fx.Node, shape: tuple[int, ...] | None = None
     ) -> Step:
         key = (kind, tuple(sorted(settings.items())), tuple(map(id, inputs)))
-        if key not in self.made:  # the same of the same is one step, however often it is computed
+        if key not in self.made:  # the same operation on the same inputs is one step, however often it is computed
             stateful = any(each.stateful for each in inputs)
             self.made[key] = self.add(Step(kind, key[1], inputs, node.name, shape or _shape(node), stateful))
         return self.made[key]
 
     def _parts(self, node: fx.Node) -> tuple[str, dict[str, Any], list[Step]]:
-        """Name, settings and inputs; a list of inputs counts as so many, and its length as a setting."""
+        """Return name, settings and inputs; a list of inputs is flattened, and its length is a setting."""
         target: Any = node.target
         kind = getattr(target, "overloadpacket", target).__name__
         schema = operator_arguments(target)
@@ -170,7 +170,7 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _canonical(kind: str, settings: dict[str, Any], inputs: list[Step]) -> tuple[str, dict[str, Any]]:
-    """One way to write what has several: in place or not, 3 for (3, 3), a stride that is the kernel's, clamp for ReLU6."""
+    """Normalise equivalent forms: in place or not, 3 for (3, 3), a stride that is the kernel size, clamp for ReLU6."""
     kind = kind.removesuffix("_")
     dims = next((n for n in (1, 2, 3) if kind.endswith(f"{n}d")), None)
     if dims:

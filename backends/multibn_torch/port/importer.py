@@ -1,4 +1,4 @@
-"""Make a PyTorch module of an MXNet checkpoint."""
+"""Convert an MXNet checkpoint to a PyTorch module."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .operators import OPERATORS
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SIDES: Final = (224, 112, 128, 299, 96, 64, 48, 32, 28, 24, 12, 320, 640)
-"""Heights and widths that are tried where the shape of the input is not given."""
+"""Heights and widths to try if the shape of the input is not given."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A checkpoint in PyTorch.
+    """A checkpoint as a PyTorch module.
 
     Args:
-        model: the module, in inference; trainable.
+        model: the module, in inference mode; trainable.
         batch_norms: every BatchNorm, in the order of the graph.
         shapes: of the inputs, in order.
-        calls: what the graph calls.
+        calls: the calls of the graph.
         states: names in the state_dict -> names of the arrays in the file.
         modules: names of nodes -> names of modules.
-        notes: what will differ in training beside the BatchNorms.
+        notes: differences in training, apart from the BatchNorms.
         version: of the MXNet that wrote the graph, such as 10901, or None.
         arrays: the file's, by name without "arg:" or "aux:", float32.
-        operators: how often each occurs, by the file's names.
+        operators: name in the file -> number of occurrences.
     """
 
     model: fx.GraphModule
@@ -58,17 +58,17 @@ class Imported:
 def from_mxnet(
     symbol: str | Path, params: str | Path | Mapping[str, Array], shapes: Shapes | None = None, layers: Layers = "multibn"
 ) -> fx.GraphModule:
-    """An MXNet checkpoint as a PyTorch module, in inference and ready to train. MXNet is not needed.
+    """Return an MXNet checkpoint as a PyTorch module, in inference mode and trainable. MXNet is not needed.
 
     Args:
         symbol: the ``-symbol.json`` file, of Module, ``HybridBlock.export`` or ``SymbolBlock``.
         params: the ``.params`` file, or its arrays by name, with or without "arg:" and "aux:".
-        shapes: of the inputs, such as ``{"data": (1, 3, 112, 112)}``. None takes what the file says, or else finds an image size
-            that fits; the module takes other sizes too, as far as the network does.
+        shapes: of the inputs, such as ``{"data": (1, 3, 112, 112)}``. None uses the shapes in the file, or finds an image size
+            that fits; the module accepts all other sizes that the network does.
         layers: "multibn": BatchNorm as it was in MXNet (biased moving variance, use_global_stats); "torch": PyTorch's own.
 
     Raises:
-        PortError: with everything that cannot be ported.
+        PortError: names everything that cannot be ported.
         OSError: a file cannot be read.
     """
     arrays = load_params(params) if isinstance(params, (str, Path)) else params
@@ -79,7 +79,7 @@ def from_mxnet(
 def read(
     symbol: Symbol, arrays: Mapping[str, Array], shapes: Shapes | None, layers: Layers = "multibn", name: str = "the symbol"
 ) -> Imported:
-    """The same with everything that a report says; ``name`` is for messages."""
+    """Like ``from_mxnet``, with the details for a report; ``name`` is for messages."""
     if layers not in get_args(Layers):
         raise ValueError(f"layers must be {' or '.join(map(repr, get_args(Layers)))}, got {layers!r}.")
     its_calls = calls(symbol, name)
@@ -105,7 +105,7 @@ def _built(
     for call in its_calls:
         try:
             outputs = OPERATORS[call.op](builder, call)
-        except Exception as error:  # PyTorch's many, for sizes that do not fit
+        except Exception as error:  # PyTorch raises various exceptions for sizes that do not fit
             raise PortError(f"{name} cannot be ported: {call.node}: {_one_line(error)}") from error
         builder.set(call, outputs if isinstance(outputs, list) else [outputs])
     model = builder.finish(symbol.heads)
@@ -121,7 +121,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _single(arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
-    """The arrays by their bare names, as float32 where that keeps every value."""
+    """Return the arrays by their names without prefix, as float32 if that keeps every value."""
     found: dict[str, Array] = {}
     problems = []
     for full, array in arrays.items():
@@ -142,7 +142,7 @@ def _single(arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
 
 
 def _inputs(symbol: Symbol, its_calls: list[Call], arrays: Mapping[str, Array], name: str) -> list[str]:
-    """The names of the graph's inputs; PortError for arrays that are missing or too many."""
+    """Return the names of the graph's inputs; raise PortError for missing or unused arrays."""
     used = {node for call in its_calls for node, _ in call.inputs} | {node for node, _ in symbol.heads}
     leaves = [symbol.nodes[i].name for i in sorted(used) if symbol.nodes[i].op == "null"]
     twice = sorted(each for each, count in Counter(leaves).items() if count > 1)
@@ -170,7 +170,7 @@ def _inputs(symbol: Symbol, its_calls: list[Call], arrays: Mapping[str, Array], 
 def _found_shapes(
     symbol: Symbol, its_calls: list[Call], arrays: Mapping[str, Array], inputs: list[str], layers: Layers, name: str
 ) -> Shapes:
-    """The shape that the file says of its only input, or the first that fits."""
+    """Return the shape of the only input in the file, or the first that fits."""
     wanted = "Give the shapes of the inputs, such as {'data': (1, 3, 224, 224)}, data=1,3,224,224 on the command line."
     if len(inputs) != 1:
         raise PortError(f"{name}: the graph has {len(inputs)} inputs: {', '.join(inputs)}. {wanted}")
@@ -182,14 +182,14 @@ def _found_shapes(
             errors[str(error)] = error
         else:
             return {inputs[0]: shape}
-    if len(errors) == 1:  # it is not the shape
+    if len(errors) == 1:  # the shape is not the cause
         raise next(iter(errors.values()))
     why = f" The last one tried: {list(errors)[-1]}" if errors else ""
     raise PortError(f"{name}: the shape of {inputs[0]!r} cannot be told from the graph. {wanted}{why}")
 
 
 def _candidates(symbol: Symbol, its_calls: list[Call], arrays: Mapping[str, Array], name: str) -> list[tuple[int, ...]]:
-    """Shapes that an input may have: as many channels as its first layer takes, and an image size that is usual."""
+    """Return possible shapes of an input: with the channels of its first layer, and a common image size."""
     index = next(i for i, node in enumerate(symbol.nodes) if node.op == "null" and node.name == name)
     written = symbol.nodes[index].hidden.get("shape", "")
     if re.fullmatch(r"[(\[][1-9]\d*L?(, ?[1-9]\d*L?)*,?[)\]]", written):
@@ -205,7 +205,7 @@ def _candidates(symbol: Symbol, its_calls: list[Call], arrays: Mapping[str, Arra
 
 
 def _reaches(its_calls: list[Call], source: int, target: int) -> bool:
-    """Whether a node is the source or comes of it by operators that keep the number of channels."""
+    """Return whether a node is the source, or derives from it by operators that keep the number of channels."""
     by_index = {call.index: call for call in its_calls}
     while target != source:
         call = by_index.get(target)
@@ -216,6 +216,6 @@ def _reaches(its_calls: list[Call], source: int, target: int) -> bool:
 
 
 def bits(a: Any, b: Any) -> bool:
-    """Whether two float32 arrays have the same shape and bits."""
+    """Return whether two float32 arrays have the same shape and bits."""
     a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
     return bool(a.shape == b.shape and np.array_equal(a.view(np.uint32), b.view(np.uint32)))

@@ -1,4 +1,4 @@
-"""From two files to everything that ``multibn port`` writes."""
+"""Make everything that ``multibn port`` writes from the two files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def make(
     into: str | None,
     command: str,
 ) -> tuple[dict[str, Any], Writes]:
-    """The report, and what to write: ending -> a function that writes it. The arguments are those of the command.
+    """Return the report, and file extension -> function that writes the file. The arguments are those of the command.
 
     Raises:
-        PortError: refused.
+        PortError: the checkpoint cannot be ported.
         OSError: a file cannot be read.
     """
     graph_bytes, params_bytes = symbol.read_bytes(), params.read_bytes()
@@ -94,7 +94,7 @@ def make(
 
 
 def _examples(shapes: Shapes, kind: int) -> dict[str, Tensor]:
-    """Inputs to run with: standard normal, or uniform from 0 to 255 as pixels are."""
+    """Make inputs: standard normal, or uniform from 0 to 255 like pixels."""
     rng = np.random.default_rng(kind)
     found = {}
     for name, shape in shapes.items():
@@ -119,14 +119,14 @@ def _check_roles(symbol: Path, graph: bytes, params: Path, arrays: bytes) -> Non
 
 
 def _exported(model: torch.nn.Module, example: Mapping[str, Tensor]) -> Any:
-    """The program in inference, for inputs of these shapes."""
+    """Export the model in inference mode, for inputs of these shapes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's own, of its own code
+        warnings.simplefilter("ignore")  # PyTorch's warnings about its own code
         return torch.export.export(model.eval(), tuple(example.values()))
 
 
 def _save_program(program: Any, path: Path) -> None:
-    with path.open("wb") as file:  # given a path, torch.export.save wants its own ending
+    with path.open("wb") as file:  # given a path, torch.export.save requires its own extension
         torch.export.save(program, file)
 
 

@@ -1,7 +1,7 @@
-"""Find out which arrays of two models belong together, by walking both graphs from their outputs, and move the values.
+"""Match the arrays of two models by walking both graphs from their outputs, and copy the values.
 
-Neither names nor the order of registration count. Where two operands of an addition look the same from there to the inputs,
-nothing says which is which, and the match is refused.
+Names and the order of registration are ignored. If two operands of an addition have the same structure up to the inputs, they
+cannot be told apart, and the match is refused.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from .graphs import COMMUTES, Graph, Step, graph_of
 from .importer import Shapes, read
 
 DOUBLE: Final = 1e-9
-"""How far outputs may be apart once the states are equal, both in float64, as a part of the largest."""
+"""Allowed difference of outputs with equal states, both in float64, as a fraction of the largest."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """Pairs: name in the target's state_dict -> in the source's. Notes: what is not compared, and differs."""
+    """Pairs: name in the target's state_dict -> name in the source's. Notes: differences in what is not compared."""
 
     pairs: dict[str, str]
     notes: list[str]
 
 
 def match(source: nn.Module, target: nn.Module, inputs: Sequence[Tensor]) -> Match:
-    """Pair the states of two models that compute the same.
+    """Match the states of two models that compute the same function.
 
     Args:
         source, target: in any mode; inference is compared.
-        inputs: that both take.
+        inputs: inputs of both.
 
     Raises:
-        PortError: an operator or a setting differs, such as eps; two places look the same; a state takes no part.
+        PortError: an operator or a setting such as eps differs, two operands cannot be told apart, or a state is not used.
     """
     ours, theirs = graph_of(source, inputs, "the source"), graph_of(target, inputs, "the target")
     _number((ours, theirs))
@@ -62,10 +62,10 @@ def match(source: nn.Module, target: nn.Module, inputs: Sequence[Tensor]) -> Mat
 
 
 def fill(target: nn.Module, source: nn.Module, inputs: Sequence[Tensor]) -> tuple[Match, float]:
-    """Give the target the source's values, and return how far their outputs are then apart in float64.
+    """Copy the source's values to the target, and return the remaining difference of their outputs in float64.
 
     Raises:
-        PortError: as for ``match``, or the outputs differ; the target is as it was then.
+        PortError: as for ``match``, or the outputs differ; the target is then unchanged.
     """
     found = match(source, target, inputs)
     values, trial = source.state_dict(), copy.deepcopy(target).double().eval()
@@ -88,10 +88,10 @@ def fill(target: nn.Module, source: nn.Module, inputs: Sequence[Tensor]) -> tupl
 
 
 def fill_target(where: str, symbol: Symbol, arrays: Mapping[str, Array], shapes: Shapes) -> tuple[nn.Module, dict[str, Any]]:
-    """Fill the model that ``module:make`` makes with a checkpoint; the model, and what the report says.
+    """Fill the model that ``module:make`` makes with a checkpoint; return the model and its entry in the report.
 
     Raises:
-        PortError: there is no such function, or as for ``fill``.
+        PortError: the function does not exist, or as for ``fill``.
     """
     target = _made(where)
     imported = read(symbol, arrays, shapes, "torch")
@@ -105,16 +105,17 @@ def fill_target(where: str, symbol: Symbol, arrays: Mapping[str, Array], shapes:
 
 
 def to_mxnet(model: nn.Module, symbol: Symbol, arrays: Mapping[str, Array], shapes: Shapes) -> Params:
-    """The arrays of an MXNet graph with the values of a PyTorch model; MXNet is not needed.
+    """Return the arrays of an MXNet graph with the values of a PyTorch model; MXNet is not needed.
 
     Args:
-        model: in PyTorch.
-        symbol: the graph that shall have its values.
-        arrays: of that graph, as they are; their names, types and layouts are kept.
+        model: the PyTorch model.
+        symbol: the MXNet graph.
+        arrays: the current arrays of that graph; their names, types and layouts are kept.
         shapes: of the inputs.
 
     Raises:
-        PortError: as for ``fill``, or a gamma that is not 1 would meet fix_gamma, or a value does not fit the array's type.
+        PortError: as for ``fill``, or a gamma other than 1 is for a layer with fix_gamma, or a value does not fit the array's
+            type.
     """
     imported = read(symbol, arrays, shapes, "torch")
     trial = copy.deepcopy(imported.model)
@@ -141,7 +142,7 @@ def to_mxnet(model: nn.Module, symbol: Symbol, arrays: Mapping[str, Array], shap
 
 
 class _Walk:
-    """Both graphs from their outputs."""
+    """Walk both graphs from their outputs."""
 
     def __init__(self) -> None:
         self.pairs: dict[str, str] = {}
@@ -176,7 +177,7 @@ class _Walk:
         return Match(self.pairs, self.notes)
 
     def _met(self, a: Step, b: Step) -> bool:
-        """Whether the pair was met before; an error if one of them met another."""
+        """Return whether the pair was visited before; raise if one of the two is paired with another."""
         if a not in self.forth and b not in self.back:
             self.forth[a], self.back[b] = b, a
             return False
@@ -194,7 +195,7 @@ class _Walk:
         return b.inputs[::-1] if swapped else b.inputs
 
     def _resolved(self, unclear: list[tuple[Step, Step]]) -> list[tuple[Step, Step]]:
-        """What the rest of the walk says of operands that look the same."""
+        """Decide pairs of operands with the same structure by the rest of the walk."""
         for i, (a, b) in enumerate(unclear):
             for j, operand in enumerate(a.inputs):
                 if self.forth.get(operand) in b.inputs:
@@ -208,7 +209,7 @@ class _Walk:
         )
 
     def _explain(self, a: Step, b: Step) -> None:
-        """Raise PortError for the first difference, going from the outputs."""
+        """Raise PortError for the first difference, starting at the outputs."""
         while True:
             if a.kind == "state" and b.kind == "state":
                 raise PortError(f"{a.name} has shape {a.shape}, {b.name} has shape {b.shape}.")
@@ -240,7 +241,7 @@ def _a_state(step: Step) -> str | None:
 
 
 def _number(graphs: Sequence[Graph]) -> None:
-    """Equal numbers for what looks the same from there to the inputs."""
+    """Assign equal numbers to nodes with the same subgraph up to the inputs."""
     numbers: dict[Any, int] = {}
     for graph in graphs:
         for step in graph.steps:

@@ -1,4 +1,4 @@
-"""MXNet's operators in PyTorch: one small function for each, that adds to the graph."""
+"""MXNet's operators in PyTorch: one function per operator, which adds it to the graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .builder import Builder, Value
 
 Build = Callable[[Builder, Call], "Value | list[Value]"]
 OPERATORS: Final[dict[str, Build]] = {}
-"""What builds each operator of ``multibn.port.operators``."""
+"""Name of each operator of ``multibn.port.operators`` -> function that builds it."""
 
 
 def _builds(*names: str) -> Callable[[Build], Build]:
@@ -30,12 +30,12 @@ def _builds(*names: str) -> Callable[[Build], Build]:
 
 
 def _each(sizes: tuple[int, ...], default: int, dims: int) -> tuple[int, ...]:
-    """A size for each of the dimensions; MXNet writes () for its default."""
+    """Return one size per dimension; MXNet writes () for its default."""
     return sizes if sizes else (default,) * dims
 
 
 def _function(function: Callable[..., Any], *names: str) -> Callable[[Builder, Call], Value]:
-    """Settings by name, in order, follow the input."""
+    """Return a builder that passes the input and then the named settings, in order."""
     return lambda b, call: b.call(function, b.value(call.inputs[0]), *[call.settings[name] for name in names])
 
 

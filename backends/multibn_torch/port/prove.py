@@ -1,4 +1,4 @@
-"""Run every ported BatchNorm and compare it with what its stored bits say."""
+"""Run every ported BatchNorm and compare it with the results that follow from its stored bits."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ STATES = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found of one ported BatchNorm.
+    """The results of the proof of one ported BatchNorm.
 
     Args:
-        bits: name of the array -> whether the layer holds its bits; for a fixed gamma, whether it holds ones that do not learn.
-        deviation: of its line in inference, as a part of the line's own terms, the largest of all channels.
-        training: result -> how far it is off in units of what is allowed, at most 1 where it is right; against MXNet's operator.
-        reasons: what will differ in training, a sentence each.
+        bits: name of the array -> whether the layer has the same bits; for a fixed gamma, whether it has ones that are not
+            learned.
+        deviation: largest deviation in inference over all channels, as a fraction of the line's terms.
+        training: result -> its error against MXNet's operator, divided by its bound; at most 1 if correct.
+        reasons: differences in training, one sentence each.
     """
 
     bits: Mapping[str, bool]
@@ -37,17 +38,17 @@ class Proof:
 
     @property
     def same_in_inference(self) -> bool:
-        """For every input, up to float32's own rounding."""
+        """Whether inference is the same for every input, up to float32 rounding."""
         return all(self.bits.values()) and self.deviation <= LINE
 
     @property
     def same_in_training(self) -> bool:
-        """For one batch: y, gradients and moving statistics."""
+        """Whether y, gradients and moving statistics are the same for one batch."""
         return not self.reasons
 
 
 def prove(bn: StoredBatchNorm, layer: Any) -> Proof:
-    """Compare a ported layer with its stored bits: its arrays, its line in inference, a step of training."""
+    """Compare a ported layer with its stored bits: the arrays, inference, and one training step."""
     own = type(layer).__module__.startswith("torch.nn")
     training, reasons = _training(bn, layer, own)
     return Proof(_bits(bn, layer), _deviation(bn, layer), training, reasons)
@@ -100,7 +101,9 @@ def _is(bn: StoredBatchNorm, spec: BatchNormSpec, its: Batch, got: Mapping[str, 
 
 
 def step(layer: nn.Module, its: Batch, dtype: torch.dtype) -> dict[str, Array]:
-    """One step of training of a copy of the layer: y, gradients, moving statistics; no dgamma where gamma does not learn."""
+    """Run one training step of a copy of the layer; return y, gradients and moving statistics, without dgamma if gamma is not
+    learned.
+    """
     own: Any = copy.deepcopy(layer).to(dtype).train()
     for parameter in own.parameters():
         parameter.grad = None

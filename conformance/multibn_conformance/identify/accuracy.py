@@ -42,7 +42,9 @@ def _digits(box: Box, dtype: str, ratio: float, eps: float) -> float | None:
 
 
 def exact(x: Array, eps: float) -> Array:
-    """xhat to the last digits of float64: exact sums, and each deviation corrected by the rounding error of the mean."""
+    """Return xhat, accurate to the last digits of float64: by exact sums, with each deviation corrected for the mean's rounding
+    error.
+    """
     values = np.moveaxis(x.astype(np.float64), 1, 0)
     made = np.empty_like(values)
     for channel, row in enumerate(values):
@@ -60,7 +62,9 @@ def _short(digits: float | None) -> str:
 
 
 def _class(dtype: str, digits: list[float | None]) -> str:
-    """Classify by the digits at mean/std 1, and those lost when it grows a hundredfold: 2 with kappa, 4 with its square."""
+    """Classify by the digits at mean/std 1 and those lost at 100 times that: 2 if the error grows with kappa, 4 if with its
+    square.
+    """
     if digits[0] is None:
         return "no output"
     right = [max(0.0, -1.0 if each is None else each) for each in digits]
@@ -78,4 +82,4 @@ _ARITHMETIC = {
     "float32": {"computed in float32": 5.5, "computed in half precision": 2.0},
     "float64": {"computed in float64": 8.0, "computed in float32": 5.5, "computed in half precision": 2.0},
 }
-"""The arithmetic that the digits at mean/std 1 indicate."""
+"""Return the arithmetic that the digits at mean/std 1 indicate."""

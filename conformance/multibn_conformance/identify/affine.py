@@ -57,7 +57,7 @@ def _acting(name: str, how: str, gradient: Array | str | None) -> Finding:
 
 
 def _seen(box: Box, training: Finding, inference: Finding, which: str) -> tuple[dict[str, Array], Array | str | None]:
-    """Slope or offset of each channel in turn, and the gradient that came, or why none did."""
+    """Measure the slope or offset of each channel, and the gradient, or the reason that there is none."""
     if training.value is None:
         raise Undetermined("it is not known what normalises in training")
     subject = box.fresh(gamma=GAMMA, beta=BETA)
@@ -78,7 +78,7 @@ def _seen(box: Box, training: Finding, inference: Finding, which: str) -> tuple[
 
 
 def _line(box: Box, subject: LoadedSubject, which: str, training: bool) -> tuple[Array, Array]:
-    """Slope and offset of y over the normalised input, (3,) each, with the statistics that normalise."""
+    """Return slope and offset, (3,) each, of y as a function of the normalised input."""
     x = box.values(8, 50.0, 30.0, 3)
     before = subject.moving() if which == "moving" else None
     y = subject.forward(x, training)
@@ -91,7 +91,7 @@ def _line(box: Box, subject: LoadedSubject, which: str, training: bool) -> tuple
 
 
 def fitted_line(xhat: Array, y: Array) -> tuple[Array, Array]:
-    """Slope and offset of each channel, (C,) each."""
+    """Return slope and offset of each channel, (C,) each."""
     fits = np.array([np.polyfit(xhat[:, c].ravel(), y[:, c].ravel(), 1) for c in range(y.shape[1])])
     return fits[:, 0], fits[:, 1]
 

@@ -1,4 +1,4 @@
-"""A BatchNorm as a black box: made, loaded and called with well-chosen input. Answers are checked before they are used."""
+"""A BatchNorm as a black box: create it, load a state, and call it with chosen input. Answers are checked before use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Make = Callable[[int], Subject]
 FEATURES = 3
 RANKS = (4, 2, 3, 5)
 LOADED_MEAN, LOADED_VAR = 5.0, 900.0
-"""Moving statistics to load, far from those of any batch and from any eps."""
+"""Moving statistics to load, far from those of any batch and from any common eps."""
 
 
 class Undetermined(Exception):
@@ -34,7 +34,7 @@ class Refused(Undetermined):
 
 
 class Finding(NamedTuple):
-    """One property: its name, what was found, how it was measured, and as a value for programs (None: it cannot be told)."""
+    """One property: its name, the finding as text, how it was measured, and the finding as a value (None: undetermined)."""
 
     name: str
     finding: str
@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What backward gave, as float64."""
+    """The results of backward, as float64."""
 
     dx: Array
     dgamma: Array | None
@@ -51,7 +51,7 @@ class Gradients(NamedTuple):
 
 
 class LoadedSubject:
-    """A subject with a loaded state, whose answers are float64 copies.
+    """A subject with a loaded state; its answers are converted to float64 copies.
 
     Raises:
         Refused: any of its methods raised an error.
@@ -62,7 +62,7 @@ class LoadedSubject:
         self._subject = subject
 
     def forward(self, x: Array, training: bool) -> Array:
-        """y for x."""
+        """Return y for x."""
         return _checked("forward", self.raw_forward(x, training), x.shape)
 
     def raw_forward(self, x: Array, training: bool) -> Any:
@@ -71,7 +71,7 @@ class LoadedSubject:
         return _called("forward", self._subject.forward, x.copy(), training)
 
     def backward(self, dy: Array) -> Gradients:
-        """The gradients of the last forward."""
+        """Return the gradients of the last forward."""
         made = _called("backward", self._subject.backward, dy.copy())
         if not isinstance(made, tuple) or len(made) != 3:
             raise Undetermined(f"backward returned {type(made).__name__}, not a tuple (dx, dgamma, dbeta)")
@@ -79,12 +79,12 @@ class LoadedSubject:
         return Gradients(dx, *(a if a is None else _checked("backward", a, (dy.shape[1],)) for a in made[1:]))
 
     def moving(self) -> tuple[Array, Array]:
-        """Moving mean and variance."""
+        """Return moving mean and variance."""
         mean, var = self.raw_moving()
         return _checked("moving", mean, mean.shape), _checked("moving", var, var.shape)
 
     def raw_moving(self) -> tuple[Array, Array]:
-        """The same in their own type."""
+        """Return moving mean and variance in their own type."""
         made = _called("moving", self._subject.moving)
         if not isinstance(made, tuple) or len(made) != 2 or not all(isinstance(a, np.ndarray) for a in made):
             raise Undetermined("moving did not return a tuple of two arrays (moving_mean, moving_var)")
@@ -92,7 +92,7 @@ class LoadedSubject:
 
 
 class Box:
-    """Makes subjects and the input for them, of the type and rank that they take: float64 if they do, else float32.
+    """Make subjects, and input of a type and rank that they accept: float64 if possible, else float32.
 
     Raises:
         Undetermined: no training forward gives an output, of any of these types and ranks.
@@ -112,7 +112,7 @@ class Box:
         raise Undetermined(f"no training forward gives an output: {reasons[-1]}")
 
     def others(self) -> Iterator[Box]:
-        """The same for float32 input of ranks 4 and 2, where it takes that."""
+        """Return a box for float32 input of rank 4 or 2, if the subject accepts it."""
         for rank in (4, 2):
             other = copy(self)
             other.dtype, other.rank = "float32", rank
@@ -141,7 +141,7 @@ class Box:
         beta: Array | None = None,
         dtype: str | None = None,
     ) -> LoadedSubject:
-        """A new subject with this state; gamma is 1 and beta is 0 where none is given."""
+        """Make a subject with this state; gamma defaults to 1 and beta to 0."""
         kind = PARAMETER_TYPE.get(dtype or self.dtype, "float32")
         given = np.ones(FEATURES) if gamma is None else gamma, np.zeros(FEATURES) if beta is None else beta
         statistics = [np.full(FEATURES, value, kind) for value in (mean, var)]
@@ -153,18 +153,20 @@ class Box:
         return LoadedSubject(subject)
 
     def shape(self, m: int) -> tuple[int, ...]:
-        """An input shape with m values per channel; a multiple of 4 is spread over batch and space."""
+        """Return an input shape with m values per channel, distributed over batch and space if m is a multiple of 4."""
         space = {2: (), 3: (2,), 4: (2, 2), 5: (2, 2, 1)}[self.rank]
         over = int(np.prod(space))
         return (m // over, FEATURES, *space) if m % 4 == 0 else (m, FEATURES, *[1] * len(space))
 
     def values(self, m: int, mean: float, std: float, seed: int = 0) -> Array:
-        """Normal values, of about this mean and spread."""
+        """Return normally distributed values with about this mean and standard deviation."""
         noise = np.random.default_rng([1502, seed]).standard_normal(self.shape(m))
         return np.asarray(mean + std * noise, self.dtype)
 
     def alternating(self, m: int, size: float, mean: float = 0.0) -> Array:
-        """mean + size and mean - size in turn: each channel has this mean and the biased variance size^2, m being even."""
+        """Return alternating values mean + size and mean - size: for even m, each channel has this mean and the biased variance
+        size^2.
+        """
         sign = np.where(np.arange(m) % 2, -1.0, 1.0)
         shape = self.shape(m)
         rows = np.broadcast_to(sign, (FEATURES, m)).reshape(FEATURES, shape[0], *shape[2:])
@@ -172,29 +174,29 @@ class Box:
 
 
 def statistics(x: Array) -> tuple[Array, Array]:
-    """Mean and biased variance of each channel, in float64."""
+    """Return mean and biased variance of each channel, in float64."""
     values = x.astype(np.float64)
     return values.mean(axis=axes(x)), values.var(axis=axes(x))
 
 
 def axes(x: Array) -> tuple[int, ...]:
-    """All but the channel axis."""
+    """Return all axes except the channel axis."""
     return tuple(axis for axis in range(x.ndim) if axis != 1)
 
 
 def channels(a: Array | float, like: Array) -> Array:
-    """One value per channel, shaped to broadcast with an input."""
+    """Reshape one value per channel to broadcast with an input."""
     return np.asarray(a).reshape(1, -1, *[1] * (like.ndim - 2))
 
 
 def near(a: Array, b: Array, tolerance: float) -> bool:
-    """Whether two arrays differ by at most ``tolerance`` times the largest absolute value of both."""
+    """Return whether two arrays differ by at most ``tolerance`` times the largest absolute value of both."""
     size = max(np.max(np.abs(a), initial=0), np.max(np.abs(b), initial=0))
     return bool(np.all(np.isfinite(a)) and np.max(np.abs(a - b), initial=0) <= tolerance * size)
 
 
 def short(value: float, uncertainty: float) -> float:
-    """The shortest decimal within a relative uncertainty of a measured value."""
+    """Return the shortest decimal within a relative uncertainty of a measured value."""
     candidates = (float(f"{value:.{digits}g}") for digits in range(1, 18))
     return next((each for each in candidates if abs(each - value) <= uncertainty * abs(value)), value)
 

@@ -1,4 +1,4 @@
-"""One value, an empty batch, NaN and infinity in training; and which types are taken."""
+"""Edge cases in training: one value, an empty batch, NaN and infinity, and the accepted types."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def types(box: Box) -> Finding:
 
 
 def _why(refused: Refused) -> str:
-    """The class and the message; of a long message, the first line that does not belong to a traceback."""
+    """Return an exception's class and message; of a long message, the first line that is not part of a traceback."""
     kind, _, message = str(refused).removeprefix("forward raised ").partition(": ")
     told = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith(("Traceback", " "))]
     return f"{kind}: {told[0] if told else 'without a message'}"[:200]
 
 
 def _after(subject: LoadedSubject, x: Array, moves: Finding) -> tuple[Array, Array]:
-    """The moving statistics, after a backward if it takes one."""
+    """Return the moving statistics, after a backward if the update needs it."""
     if moves.value in ("backward", "both"):
         subject.backward(np.zeros_like(x))
     return subject.moving()

@@ -27,13 +27,13 @@ def in_training(box: Box, training: Finding) -> Finding:
     y = subject.forward(x, True)
     got = subject.backward(dy).dx
     mean, var = statistics(x) if training.value == "batch" else (np.full(3, LOADED_MEAN), np.full(3, LOADED_VAR))
-    slope = fitted_line(normalised(x, mean, var), y)[0]  # gamma as it acts: 1 where it is fixed
+    slope = fitted_line(normalised(x, mean, var), y)[0]  # the effective gamma: 1 if it is fixed
     known = _formulas(x, dy, mean, var, slope)
     return _told("gradients through the statistics", got, known, "training forward and backward; dx beside four formulas")
 
 
 def in_inference(box: Box) -> Finding:
-    """Value: "constants" as it should be, or what it is instead."""
+    """Value: "constants" if correct, else what flows."""
     subject = box.fresh(gamma=GAMMA)
     first, x, dy = box.values(8, -20.0, 10.0, 4), box.values(8, 50.0, 30.0, 5), box.values(8, 0.3, 1.0, 6)
     subject.forward(first, True)

@@ -41,18 +41,18 @@ TITLES = {
     "types": "types",
     "accuracy": "accuracy",
 }
-"""The properties, by their key in ``Identity.findings``, in the order in which they are found out."""
+"""Key in ``Identity.findings`` -> name of the property, in the order of measurement."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What was found.
+    """The dialect of a black box.
 
     Args:
-        findings: of each key of ``TITLES``; value None where it cannot be told.
-        spec: the parameters that were found, by their name in BatchNormSpec.
-        unknown: the parameters that were not, with the reason.
-        nearest: the nearest dialects, and what differs.
+        findings: key of ``TITLES`` -> finding, whose value is None if undetermined.
+        spec: the parameters of BatchNormSpec that were determined.
+        unknown: the other parameters, with the reason.
+        nearest: the nearest dialects, and the differences.
     """
 
     findings: dict[str, Finding]
@@ -61,13 +61,13 @@ class Identity:
     nearest: Nearest | None = None
 
     def code(self) -> str:
-        """The BatchNormSpec as code; what was not found is left out, and said in a comment."""
+        """Return the BatchNormSpec as code; parameters that were not determined are named in a comment."""
         default = BatchNormSpec()
         shown = [f"{name}={value!r}" for name, value in self.spec.items() if _needed(name, value, getattr(default, name))]
         return "\n".join([f"BatchNormSpec({', '.join(shown)})", *(f"# {name}: {why}" for name, why in self.unknown.items())])
 
     def table(self, name: str) -> Table:
-        """For a terminal: property, finding, how it was measured."""
+        """Return rows for a terminal: property, finding, how it was measured."""
         table = Table(title=f"{name}, seen from outside", box=lines.SIMPLE_HEAD, show_lines=False)
         for column in ("property", "finding", "how it was measured"):
             table.add_column(column, overflow="fold", style="dim" if column.startswith("how") else None)
@@ -76,7 +76,7 @@ class Identity:
         return table
 
     def text(self) -> str:
-        """Below the table: the nearest dialect, what differs from it, and the spec."""
+        """Return the text below the table: the nearest dialect, the differences from it, and the spec."""
         told = ["nearest dialect: cannot tell: too little is known"]
         if self.nearest is not None:
             first, *others = self.nearest.names
@@ -129,7 +129,7 @@ def _needed(name: str, value: Any, default: Any) -> bool:
 
 
 def _spec(findings: dict[str, Finding]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The parameters of BatchNormSpec that follow from the findings, and why others do not."""
+    """Return the parameters of BatchNormSpec that follow from the findings, and why the others do not."""
     values = {key: found.value for key, found in findings.items()}
     affine_values = values["gamma"], values["beta"]
     learned = {"acts": True, "acts, not learned": False}

@@ -1,4 +1,4 @@
-"""When the moving statistics move, by which weights, and which variance they take."""
+"""When the moving statistics are updated, with which weights and which variance."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from multibn.layer.types import Array
 from .box import LOADED_MEAN, LOADED_VAR, Box, Finding, LoadedSubject, Undetermined, short
 
 SINGLE = 64 * 2.0**-24
-"""Relative tolerance for weights: many frameworks keep momentum in float32."""
+"""Relative tolerance for weights: many frameworks store momentum in float32."""
 
 FAR = 1000.0
-"""A mean and a spread so large that everything else is negligible beside them."""
+"""A mean and a standard deviation so large that all other terms are negligible."""
 
 
 def updates(box: Box) -> Finding:
@@ -42,7 +42,7 @@ def updates(box: Box) -> Finding:
 
 
 def step(box: Box, subject: LoadedSubject, x: Array, moves: str) -> tuple[Array, Array]:
-    """The moving statistics after one update: a training step, with a backward if they wait for it."""
+    """Return the moving statistics after one update: a training step, with a backward if the update needs it."""
     subject.forward(x, True)
     if moves == "backward":
         subject.backward(np.zeros_like(x))
@@ -113,7 +113,7 @@ def _estimator(box: Box, moves: str) -> Finding:
 
 
 def initial(box: Box, training: Finding) -> Finding:
-    """Value: (moving mean, moving variance, gamma, beta), each None where it is not one number."""
+    """Value: (moving mean, moving variance, gamma, beta), each None if it is not one number."""
     subject = box.new()
     mean, var = (_one(a) for a in subject.moving())
     told = {"moving mean": mean, "moving variance": var, "gamma": None, "beta": None}
@@ -143,7 +143,7 @@ def _decimal(weight: float) -> float:
     if abs(other) < SINGLE:
         return 0.0
     small = min(weight, other, key=abs)
-    short_one = short(small, 1e-5 + 2.0**-23 / abs(small))  # many keep momentum in float32
+    short_one = short(small, 1e-5 + 2.0**-23 / abs(small))  # many frameworks store momentum in float32
     return float(f"{short_one if small == other else 1 - short_one:.12g}")
 
 
@@ -154,7 +154,9 @@ def _moves(moves: Finding) -> str:
 
 
 def _weights(box: Box, moves: str) -> list[float]:
-    """Of the old mean in each of four steps, if weights add up to 1; the batches' means change sign: none is like the old one."""
+    """Return the weight of the old mean in each of four steps, if the weights add up to 1. The batches' means change sign, so
+    that none is close to the old one.
+    """
     subject = box.fresh(0.0, LOADED_VAR)
     old, weights = 0.0, []
     for n in range(4):
@@ -166,6 +168,6 @@ def _weights(box: Box, moves: str) -> list[float]:
 
 
 def _of_variance(box: Box, moves: str) -> float:
-    """The weight of the old variance, measured with a batch of almost no variance."""
+    """Return the weight of the old variance, measured with a batch of almost no variance."""
     var = step(box, box.fresh(LOADED_MEAN, 1e6), box.alternating(8, 1e-3, LOADED_MEAN), moves)[1]
     return float(var[0] / 1e6)

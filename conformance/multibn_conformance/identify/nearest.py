@@ -35,7 +35,8 @@ class Nearest(NamedTuple):
 
 
 def nearest(spec: Mapping[str, Any], findings: Mapping[str, Finding]) -> Nearest:
-    """By how much differs: a parameter, or when the update happens, counts more than what is done with one value per channel.
+    """Return a distance: a different parameter or time of the update counts more than different behaviour for one value per
+    channel.
 
     Args:
         spec: the parameters that were found.
@@ -57,10 +58,10 @@ def _differences(dialect: Dialect, spec: Mapping[str, Any], findings: Mapping[st
         if field in spec and spec[field] != its:
             told.append((10, f"{field} is {spec[field]!r}, {name} has {its!r}"))
     moves = findings["updates"].value
-    # who returns the new statistics has them kept by the subject, in forward
+    # if a function returns the new statistics, the subject stores them, in forward
     its_moves = "forward" if dialect.updates_in == "returned" else dialect.updates_in
     if moves is not None and moves != its_moves and (moves, spec.get("update_statistics")) != ("never", False):
-        weight = 1 if dialect.updates_in == "after training" else 10  # no call of a subject could show that
+        weight = 1 if dialect.updates_in == "after training" else 10  # not visible in any call of a subject
         told.append((weight, f"the moving statistics move in {moves}, those of {name}: {dialect.updates_in}"))
     one = findings["one_value"].value
     if one is not None and one != ONE_VALUE.get(name, one):

@@ -1,4 +1,4 @@
-"""What normalises: the batch or the moving statistics, in training and in inference; and eps, and where it is."""
+"""Which statistics are used for normalising, in training and in inference; and eps, and where it is added."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from multibn.layer.types import Array
 from .box import LOADED_MEAN, LOADED_VAR, Box, Finding, LoadedSubject, Undetermined, channels, near, short, statistics
 
 CLOSE = 2e-3
-"""What tells formulas apart: they differ by more, eps <= 0.1 beside the variances used makes less of a difference."""
+"""Tolerance that separates the formulas: they differ by more, and an eps <= 0.1 changes the result by less."""
 
 
 def normalised(x: Array, mean: Array | float, var: Array | float) -> Array:
@@ -80,7 +80,7 @@ def _words(which: str) -> str:
 
 
 class Eps(NamedTuple):
-    """A measured eps: where it is ("inside", "outside" or "floor") and how well that fits."""
+    """A measured eps: where it is added ("inside", "outside" or "floor") and how well that fits."""
 
     value: float
     place: str
@@ -94,11 +94,11 @@ _MODELS: dict[str, tuple[Callable[[Array, float], Array], Callable[[float], floa
     "outside": (lambda std, root: std + root, lambda root: root),
     "floor": (lambda std, root: np.maximum(std, root), lambda root: root**2),
 }
-"""What the deviations are divided by, for a spread, and what eps is; root is that divisor where the spread is 0."""
+"""Return the divisor of the deviations for a standard deviation and an eps; root is the divisor for standard deviation 0."""
 
 
 def eps(box: Box, training: Finding) -> Finding:
-    """Value: eps. It must be the same in inference and, where the batch normalises, in training."""
+    """Value: eps. It must be the same in inference and, with batch statistics, in training."""
     found: dict[str, Eps] = {}
     not_found: dict[str, str] = {}
     for mode in ("training", "inference") if str(training.value).startswith("batch") else ("inference",):
@@ -128,7 +128,7 @@ def _spans(found: Eps) -> str:
 
 
 def _divisor(box: Box, training: bool, std: float) -> float:
-    """The divisor of a deviation, measured with deviations of one size."""
+    """Measure the divisor of deviations that all have one size."""
     x = box.alternating(8, std)
     y = box.fresh(0.0, 1.0 if training else std**2).forward(x, training)
     slope = float((y[0, 0].flat[0] - y[-1, 0].flat[-1]) / 2)
@@ -137,7 +137,7 @@ def _divisor(box: Box, training: bool, std: float) -> float:
 
 
 def _measured(divisor: Callable[[float], float], box: Box, unbiased: bool) -> Eps:
-    """Measure the divisor where it no longer falls with the spread, because eps dominates."""
+    """Measure the divisor where it no longer falls with the standard deviation, because eps dominates."""
     smallest = float(np.sqrt(np.finfo(box.dtype).tiny)) * 10
     per_std = divisor(1e4) / 1e4
     if not any(abs(per_std - wanted) < CLOSE for wanted in ((1.0, np.sqrt(8 / 7)) if unbiased else (1.0,))):

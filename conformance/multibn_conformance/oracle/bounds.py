@@ -1,18 +1,19 @@
-"""Error bounds: how far a right answer may be from the exact one, with the derivation of each bound.
+"""Error bounds: the largest distance of a correct answer from the exact one, with the derivation of each bound.
 
-Two kinds of arithmetic are judged (``multibn.layer.Precision``), and a third one in frameworks that have it as their dialect.
+There are bounds for two kinds of arithmetic (``multibn.layer.Precision``), and for a third that some frameworks use.
 
-exact: BN-16's own bound. kappa is taken with var+eps in place of var: never wider, and finite for a constant channel too.
+exact: the bound of BN-16. kappa is computed with var+eps instead of var, which never makes the bound wider, and is finite for a
+constant channel too.
 
 working: arithmetic in the input's type (float32 for half input), with unit roundoff u, in any order of summation. With
-gamma_n = n*u / (1 - n*u), a sum of n terms is off by at most gamma_n * sum|term| (Higham, "Accuracy and Stability of Numerical
-Algorithms", section 4.2). The rest is first-order propagation through mean, var and 1/sqrt(var+eps); each of the functions below
-names its own terms. A FEW roundings are granted where implementations differ in how they arrange a formula, such as
+gamma_n = n*u / (1 - n*u), the error of a sum of n terms is at most gamma_n * sum|term| (Higham, "Accuracy and Stability of
+Numerical Algorithms", section 4.2). The rest is first-order propagation through mean, var and 1/sqrt(var+eps); each of the
+functions below names its own terms. A FEW roundings are allowed where implementations evaluate a formula differently, such as
 x*scale + (beta - mean*scale), whose products are as large as |x|, not as |x-mean|. Numbers below the smallest normal of the type
-may be flushed to zero. Where the formulas leave the range of the type, nothing is promised.
+may be flushed to zero. There is no bound where the formulas leave the range of the type.
 
-one pass: the same with the variance as E[x^2] - E[x]^2. It is as right as these two are: off by a part of E[x^2], not of itself.
-Where that may be more than LOST of var+eps, nothing is promised.
+one pass: as working, with the variance computed as E[x^2] - E[x]^2. Its error is a fraction of E[x^2], not of the variance. There
+is no bound where this error may exceed LOST * (var+eps).
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ Arithmetic = Literal["exact", "working", "one pass"]
 """A ``Precision``, or the third one."""
 
 FEW = 4
-"""Roundings of an element on its way through any usual arrangement of the formulas."""
+"""Number of roundings of an element in any usual evaluation of the formulas."""
 
 LOST = 1 / 32
-"""The part of var+eps up to which its error stays one of first order, with FEW roundings for the rest."""
+"""Largest error of var+eps, as a fraction of it, for which first-order propagation holds; FEW roundings cover the rest."""
 
 SUM = 1e-14
-"""BN-16: what float64 sums may miss, as a part of the sum of the absolute terms."""
+"""BN-16: the error of float64 sums, as a fraction of the sum of the absolute terms."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a bound depends on, to float64's accuracy.
+    """The values that a bound depends on, in float64.
 
     Args:
         x: (C, m), the values of each channel.
-        dy: (C, m), or None where there was no backward.
-        gamma, beta: (C, 1); ones and zeros where there is none.
-        mean, var: (C, 1), the statistics that normalise.
-        batch_mean, batch_var: (C, 1) of the batch, None where it was not used; var as the spec estimates it.
+        dy: (C, m), or None without a backward.
+        gamma, beta: (C, 1); ones and zeros if absent.
+        mean, var: (C, 1), the statistics used for normalising.
+        batch_mean, batch_var: (C, 1), of the batch, or None if it was not used; batch_var with the spec's estimator.
         eps: of the spec.
         from_batch: whether mean and var are the batch's.
         dtype: of x.
@@ -77,7 +78,7 @@ class Facts:
 
     @cached_property
     def kappa(self) -> Array:
-        """The condition number of normalising, never wider than BN-16's; 1 in a channel of NaN, where only dbeta has a value."""
+        """The condition number of normalising, at most that of BN-16; 1 in a channel with NaN, where only dbeta has a value."""
         kappa = np.sqrt(1 + self.mean**2 / (self.var + self.eps))
         return np.where(np.isfinite(kappa), kappa, 1.0)
 
@@ -101,7 +102,7 @@ class Update:
 
 
 def scale(name: str, f: Facts, updates: tuple[Update, ...] = ()) -> Array:
-    """How large a result is as a whole (BN-16): (C, m) or (C, 1) for y and dx, (C,) for others. Single values may be 0 by
+    """Return the scale of a result (BN-16), (C, m) or (C, 1) for y and dx, (C,) for others: single values may be 0 by
     cancellation. For y, |gamma| stands for |gamma*xhat|, which in inference can be far larger.
     """
     if name == "y":
@@ -117,14 +118,14 @@ def scale(name: str, f: Facts, updates: tuple[Update, ...] = ()) -> Array:
 
 
 def ulp(exact: Array, dtype: str) -> Array:
-    """The distance of the type's neighbours at the exact value, never below its smallest denormal."""
+    """Return the spacing of the type's values at the exact value, at least the smallest denormal."""
     info = np.finfo(dtype)
     largest = float(np.nextafter(info.max, np.zeros((), dtype)))
     return np.asarray(np.spacing(np.minimum(np.abs(exact), largest).astype(dtype)), np.float64)
 
 
 def roundoff(dtype: str) -> float:
-    """u: half the distance of 1 and its next neighbour."""
+    """Return u, half the distance between 1 and the next larger value."""
     return float(np.finfo(dtype).eps) / 2
 
 
@@ -134,12 +135,12 @@ def _gamma(n: int, dtype: str) -> float:
 
 
 def _rounded(exact: Array, dtype: str) -> Array:
-    """BN-16: float64 work, rounded once to the output's type; float64 output has only itself to work in."""
+    """BN-16: float64 arithmetic, rounded once to the output's type; float64 output is computed in float64 too."""
     return (1.0 if dtype == "float64" else 0.51) * ulp(exact, dtype)
 
 
 def for_y(f: Facts, exact: Array, precision: Arithmetic) -> Array:
-    """Bound of y, (C, m)."""
+    """Return the bound of y, (C, m)."""
     if precision == "exact":
         return _rounded(exact, f.dtype) + SUM * f.kappa * scale("y", f)
     u = roundoff(f.arithmetic)
@@ -148,7 +149,7 @@ def for_y(f: Facts, exact: Array, precision: Arithmetic) -> Array:
 
 
 def for_dx(f: Facts, exact: Array, precision: Arithmetic) -> Array:
-    """Bound of dx, (C, m)."""
+    """Return the bound of dx, (C, m)."""
     assert f.dy is not None
     if precision == "exact":
         return _rounded(exact, f.dtype) + SUM * f.kappa * scale("dx", f)
@@ -161,19 +162,19 @@ def for_dx(f: Facts, exact: Array, precision: Arithmetic) -> Array:
         off = off + np.mean(np.abs(f.dy) * of_xhat, axis=1, keepdims=True)
         error = _gamma(m, f.arithmetic) * np.mean(terms, axis=1, keepdims=True) + np.abs(f.xhat) * off + of_xhat * average
         terms = terms + np.abs(np.mean(f.dy, axis=1, keepdims=True)) + np.abs(f.xhat) * average
-    few = FEW * roundoff(f.dtype)  # in the type of dx: PyTorch keeps the unfinished sum in dx itself where the channels lie last
+    few = FEW * roundoff(f.dtype)  # in the type of dx: PyTorch accumulates in dx itself for channels-last input
     flushed = _flushed(f)
-    if f.from_batch:  # the gradient of the variance may be flushed, by itself or divided by m: it comes times 2*(x-mean)/m
+    if f.from_batch:  # the gradient of the variance, which is multiplied by 2*(x-mean)/m, may be flushed to 0
         flushed = flushed + 2 * float(np.finfo(f.arithmetic).tiny) * np.abs(f.x - f.mean)
     bound = slope * (error + (_invstd_error(f, precision) + few) * terms) + flushed + ulp(exact, f.dtype)
-    return np.where(FEW * slope * terms > float(np.finfo(f.dtype).max), np.inf, bound)  # terms that the type may not hold
+    return np.where(FEW * slope * terms > float(np.finfo(f.dtype).max), np.inf, bound)  # terms that may overflow the type
 
 
 def for_dgamma(f: Facts, exact: Array, precision: Arithmetic) -> Array:
-    """Bound of dgamma, (C,).
+    """Return the bound of dgamma, (C,).
 
-    The mean is a float64 too: what it is rounded by shifts every xhat of a channel alike. Where all xhat are next to 0 (var far
-    below eps) that is more than BN-16's part of the terms.
+    The mean is rounded to float64 as well, which shifts every xhat of a channel by the same amount. If all xhat are nearly 0 (var
+    far below eps), this exceeds BN-16's fraction of the terms.
     """
     assert f.dy is not None
     dtype, terms = PARAMETER_TYPE[f.dtype], scale("dgamma", f)
@@ -186,7 +187,7 @@ def for_dgamma(f: Facts, exact: Array, precision: Arithmetic) -> Array:
 
 
 def for_dbeta(f: Facts, exact: Array, precision: Arithmetic) -> Array:
-    """Bound of dbeta, (C,)."""
+    """Return the bound of dbeta, (C,)."""
     dtype, terms = PARAMETER_TYPE[f.dtype], scale("dbeta", f)
     if precision == "exact":
         return _rounded(exact, dtype) + SUM * f.kappa[:, 0] * terms
@@ -194,15 +195,15 @@ def for_dbeta(f: Facts, exact: Array, precision: Arithmetic) -> Array:
 
 
 def for_moving(updates: tuple[Update, ...], which: str, precision: Arithmetic) -> Array:
-    """Bound of a moving statistic after its updates, (C,).
+    """Return the bound of a moving statistic after its updates, (C,).
 
-    What an update inherits shrinks by its weight. It adds
+    The error from previous updates shrinks by the weight of the old value. An update adds
     - its rounding to the statistic's type, BN-16's 0.51 ulp;
     - the float64 roundings before that: two products and a sum, 1.5 ulp of float64 at the largest of the terms, which may cancel;
       with equal weights also the weight n/(n+1) and its complement, one ulp more;
-    - the part of the batch that comes in, times what its float64 sum may miss. That is a part of the absolute terms, not of the
-      result: a mean near 0 by cancellation cannot be right in ulp. The variance takes the mean's error squared.
-    A working implementation does all of it in its own arithmetic, and rounds momentum too.
+    - the error of the batch statistic's float64 sum, times its weight: a fraction of the absolute terms, not of the result, since
+      a mean near 0 by cancellation cannot be accurate in ulp. The variance contains the square of the mean's error.
+    A working implementation does all of this in its own arithmetic, and also rounds momentum.
     """
     bound: Array = np.zeros(())
     batch: Array
@@ -228,7 +229,7 @@ def for_moving(updates: tuple[Update, ...], which: str, precision: Arithmetic) -
 
 
 def not_promised(f: Facts, precision: Arithmetic) -> str | None:
-    """Why no bound holds for these values, or None."""
+    """Return why there is no bound for these values, or None."""
     if precision == "exact":
         return None
     info, values = np.finfo(f.arithmetic), np.where(np.isfinite(f.x), f.x, 0)
@@ -245,9 +246,10 @@ def not_promised(f: Facts, precision: Arithmetic) -> str | None:
 
 
 def _statistics_error(f: Facts, mean: Array, var: Array, precision: Arithmetic) -> tuple[Array, Array]:
-    """Of the batch's mean and variance, (C, 1): a sum each; the variance takes the mean's error squared, being least there.
+    """Return the errors of the batch's mean and variance, (C, 1): one sum each. The variance contains only the square of the
+    mean's error, since the sum of squares is least at the mean.
 
-    In one pass, that is a sum of x^2; and the error of mean^2, which is 2|mean| times the mean's, comes in.
+    In one pass, the sum is that of x^2, and the error of mean^2, 2|mean| times that of the mean, is added.
     """
     g, u = _gamma(f.x.shape[1], f.arithmetic), roundoff(f.arithmetic)
     of_mean = g * np.mean(np.abs(f.x), axis=1, keepdims=True) + u * np.abs(mean)
@@ -258,9 +260,9 @@ def _statistics_error(f: Facts, mean: Array, var: Array, precision: Arithmetic) 
 
 
 def _invstd_error(f: Facts, precision: Arithmetic) -> Array:
-    """Relative, of 1/sqrt(var+eps): half of that of var+eps, and FEW roundings.
+    """Return the relative error of 1/sqrt(var+eps): half of that of var+eps, and FEW roundings.
 
-    Never over 1, for the variance of two passes errs upwards; that of one pass may err downwards, by LOST at most.
+    At most 1, since the variance of two passes errs upwards; that of one pass may err downwards, by LOST at most.
     """
     if not f.from_batch:
         return np.full_like(f.mean, FEW * roundoff(f.arithmetic))
@@ -270,12 +272,12 @@ def _invstd_error(f: Facts, precision: Arithmetic) -> Array:
 
 
 def _xhat_error(f: Facts, precision: Arithmetic) -> Array:
-    """Of xhat, (C, m): invstd's, the mean's, and the rounding of the difference."""
+    """Return the error of xhat, (C, m): from invstd, from the mean, and from rounding the difference."""
     of_mean = _statistics_error(f, f.mean, f.var, precision)[0] if f.from_batch else np.zeros_like(f.mean)
     rounded = roundoff(f.arithmetic) * np.abs(f.x - f.mean)
     return np.abs(f.xhat) * _invstd_error(f, precision) + f.invstd * (of_mean + rounded)
 
 
 def _flushed(f: Facts) -> Array:
-    """Of numbers below the smallest normal, in x or in the result."""
+    """Return the error of flushing denormal numbers to 0, in x or in the result."""
     return float(np.finfo(f.arithmetic).tiny) * (1 + np.abs(f.gamma) * np.nan_to_num(f.invstd))

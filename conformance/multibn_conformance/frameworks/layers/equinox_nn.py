@@ -16,12 +16,12 @@ jax.config.update("jax_enable_x64", True)
 
 
 class Equinox:
-    """One module under vmap over axis 0; mode None is the default one."""
+    """A module under vmap over axis 0; mode None is Equinox's default."""
 
     def __init__(self, num_features: int, spec: Any, mode: str | None) -> None:
         options = {"dtype": jnp.float32} | ({} if spec is None else _options(spec)) | ({} if mode is None else {"mode": mode})
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the default mode warns that it is not the advised one
+            warnings.simplefilter("ignore")  # the default mode warns that another mode is recommended
             self._layer, self._state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(num_features, axis_name="batch", **options)
         self._learned = spec is None or spec.learn_affine
         self._with_batch = spec is None or spec.normalize_with == "batch"
@@ -31,7 +31,9 @@ class Equinox:
         return self._layer.ema_state_index if self._layer.mode == "ema" else self._layer.batch_state_index
 
     def load(self, gamma: Any, beta: Any, moving_mean: Any, moving_var: Any) -> None:
-        """Set the state; no batches seen in mode "batch", the first one seen in the default mode, which else drops the state."""
+        """Set the state, with no batch seen in mode "batch" and one in the default mode, which would otherwise discard the
+        state.
+        """
         if self._layer.weight is not None:
             c, kind = len(moving_mean), moving_mean.dtype
             given = np.ones(c, kind) if gamma is None else gamma, np.zeros(c, kind) if beta is None else beta
@@ -39,7 +41,7 @@ class Equinox:
         self._layer, self._state = _with_buffers(self._layer, (jnp.array(moving_mean), jnp.array(moving_var)))
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         inference = not (training and self._with_batch)
         parameters, rest = eqx.partition(self._layer, eqx.is_inexact_array)
 
@@ -55,18 +57,18 @@ class Equinox:
         return np.array(y)
 
     def backward(self, dy: Any) -> Any:
-        """(dx, dgamma, dbeta) of the last forward."""
+        """Return (dx, dgamma, dbeta) of the last forward."""
         gradients, dx = self._pullback(jnp.array(dy, self._type))
         learned = self._learned and gradients.weight is not None
         return np.array(dx), np.array(gradients.weight) if learned else None, np.array(gradients.bias) if learned else None
 
     def moving(self) -> Any:
-        """The buffers, as they are stored."""
+        """Return the stored buffers."""
         return tuple(np.array(each) for each in self._state.get(self._index))
 
 
 def _with_buffers(layer: Any, buffers: Any) -> Any:
-    """The layer with these in place of the initial buffers: a State refuses another type than it began with."""
+    """Return the layer with these initial buffers, since a State does not accept another type later."""
     if layer.mode == "ema":
         made = eqx.tree_at(
             lambda own: (own.ema_state_index.init, own.ema_first_time_index.init), layer, (buffers, jnp.array(False))
@@ -87,10 +89,12 @@ def _options(spec: Any) -> dict[str, Any]:
 
 
 def make(num_features: int, spec: Any = None, device: str = "cpu") -> Equinox:
-    """A subject in the default mode; spec None: Equinox's own defaults, but for float32 parameters in 64-bit mode."""
+    """Make a subject in the default mode; without a spec, it has Equinox's own defaults, apart from float32 parameters in 64-bit
+    mode.
+    """
     return Equinox(num_features, spec, None)
 
 
 def make_batch(num_features: int, spec: Any = None, device: str = "cpu") -> Equinox:
-    """A subject in mode "batch"."""
+    """Make a subject in mode "batch"."""
     return Equinox(num_features, spec, "batch")

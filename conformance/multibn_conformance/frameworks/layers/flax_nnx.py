@@ -13,7 +13,7 @@ jax.config.update("jax_enable_x64", True)
 
 
 class FlaxNNX:
-    """One module, differentiated as a function of its parameters and its input."""
+    """A module, differentiated as a function of its parameters and its input."""
 
     def __init__(self, num_features: int, spec: Any, device: str) -> None:
         options = {} if spec is None else _options(spec)
@@ -28,12 +28,14 @@ class FlaxNNX:
                 setattr(self._layer, name, type(getattr(self._layer, name))(jnp.array(array)))
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         kept = not (training and self._with_batch)
         graph, parameters, statistics = nnx.split(self._layer, nnx.Param, nnx.BatchStat)
 
         def run(parameters: Any, x: Any) -> Any:
-            layer = nnx.merge(graph, parameters, jax.tree.map(jnp.asarray, statistics))  # anew, for this trace may change them
+            layer = nnx.merge(
+                graph, parameters, jax.tree.map(jnp.asarray, statistics)
+            )  # a new copy, since this trace may change them
             y = layer(x, use_running_average=kept)
             return y, nnx.state(layer, nnx.BatchStat)
 
@@ -46,13 +48,13 @@ class FlaxNNX:
         return np.array(y)
 
     def backward(self, dy: Any) -> Any:
-        """(dx, dgamma, dbeta) of the last forward."""
+        """Return (dx, dgamma, dbeta) of the last forward."""
         gradients, dx = self._pullback(jnp.array(dy, self._type))
         learned = {name: np.array(g[...]) for name, g in gradients.items()} if self._learned else {}
         return np.array(dx), learned.get("scale"), learned.get("bias")
 
     def moving(self) -> Any:
-        """(mean, var)."""
+        """Return (mean, var)."""
         return np.array(self._layer.mean[...]), np.array(self._layer.var[...])
 
 
@@ -67,5 +69,5 @@ def _options(spec: Any) -> dict[str, Any]:
 
 
 def make(num_features: int, spec: Any = None, device: str = "cpu") -> FlaxNNX:
-    """A subject; spec None: Flax's own defaults, but for the channel axis, which is 1 here."""
+    """Make a subject; without a spec, it has Flax's own defaults, but for the channel axis, which is 1 here."""
     return FlaxNNX(num_features, spec, device)

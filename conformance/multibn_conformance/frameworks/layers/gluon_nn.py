@@ -10,7 +10,7 @@ from mxnet.gluon import nn
 
 
 class GluonNN:
-    """One block; recorded in both modes, so that inference has a gradient."""
+    """A block, recorded in both modes so that inference has a gradient."""
 
     def __init__(self, num_features: int, spec: Any, device: str) -> None:
         kind, _, number = device.partition(":")
@@ -31,7 +31,7 @@ class GluonNN:
                 getattr(self._block, name).set_data(mx.nd.array(array, dtype=array.dtype))
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         self._x = mx.nd.array(x, ctx=self._context, dtype=x.dtype)
         self._x.attach_grad()
         with autograd.record(train_mode=training):
@@ -40,12 +40,14 @@ class GluonNN:
         return self._y.asnumpy()
 
     def backward(self, dy: Any) -> Any:
-        """(dx, dgamma, dbeta) of the last forward, in its mode: the default would be the training gradient in both."""
+        """Return (dx, dgamma, dbeta) of the last forward, in its mode; the default would be the training gradient in both
+        modes.
+        """
         self._y.backward(mx.nd.array(dy, ctx=self._context, dtype=dy.dtype), train_mode=self._training)
         return self._x.grad.asnumpy(), self._gradient(self._block.gamma), self._gradient(self._block.beta)
 
     def moving(self) -> Any:
-        """(running_mean, running_var)."""
+        """Return (running_mean, running_var)."""
         return self._block.running_mean.data().asnumpy(), self._block.running_var.data().asnumpy()
 
     @staticmethod
@@ -70,5 +72,5 @@ def _options(spec: Any) -> dict[str, Any]:
 
 
 def make(num_features: int, spec: Any = None, device: str = "cpu") -> GluonNN:
-    """A subject; spec None: Gluon's own defaults."""
+    """Make a subject; without a spec, it has Gluon's own defaults."""
     return GluonNN(num_features, spec, device)

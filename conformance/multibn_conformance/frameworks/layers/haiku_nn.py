@@ -29,12 +29,12 @@ class Haiku:
         self.load(ones, zeros, zeros, ones)
 
     def load(self, gamma: Any, beta: Any, moving_mean: Any, moving_var: Any) -> None:
-        """Set the state: the averages, of which no batch has been counted."""
+        """Set the state: the averages, with a count of 0 batches."""
         self._given = {"scale": gamma, "offset": beta}, (moving_mean, moving_var)
         self._rank = 0
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         given = jnp.array(x)
         if x.ndim != self._rank:
             self._start(x.ndim, given)
@@ -50,7 +50,7 @@ class Haiku:
         return np.array(y)
 
     def _start(self, rank: int, x: Any) -> None:
-        """The state for input of this rank: its arrays keep the input's rank."""
+        """Return the state for input of this rank; its arrays have the rank of the input."""
         averages = self.moving()
         c = len(averages[0])
         shape = (1, c, *[1] * (rank - 2))
@@ -70,13 +70,13 @@ class Haiku:
         self._rank = rank
 
     def backward(self, dy: Any) -> Any:
-        """(dx, dgamma, dbeta) of the last forward."""
+        """Return (dx, dgamma, dbeta) of the last forward."""
         gradients, dx = self._pullback(jnp.array(dy, self._type))
         named = {name: np.array(g).ravel() for its in gradients.values() for name, g in its.items()} if self._learned else {}
         return np.array(dx), named.get("scale"), named.get("offset")
 
     def moving(self) -> Any:
-        """The averages."""
+        """Return the averages."""
         if not self._rank:
             return tuple(each.copy() for each in self._given[1])
         found = {layer.split("/")[-1]: its["average"] for layer, its in self._state.items()}
@@ -92,5 +92,5 @@ def _options(spec: Any) -> dict[str, Any]:
 
 
 def make(num_features: int, spec: Any = None, device: str = "cpu") -> Haiku:
-    """A subject; spec None: gamma, beta and a decay rate of 0.9, for Haiku has no defaults of these."""
+    """Make a subject; without a spec, it has gamma, beta and a decay rate of 0.9, for Haiku has no defaults of these."""
     return Haiku(num_features, spec)

@@ -1,6 +1,6 @@
 """BatchNormalization of Keras 2 (tf_keras) as a subject. Needs NumPy, TensorFlow and tf_keras only.
 
-Its channel axis is the last one, where the fused kernel of rank 4 lies: input is moved there and back.
+The channel axis is the last one, as the fused kernel of rank 4 needs; input is transposed for it, and output back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tf_keras
 
 
 class Keras2:
-    """One layer for each rank that comes; rank 4 takes the fused kernel."""
+    """One layer per rank of the input; rank 4 uses the fused kernel."""
 
     def __init__(self, num_features: int, spec: Any) -> None:
         self._options = {} if spec is None else _options(spec)
@@ -30,7 +30,7 @@ class Keras2:
         self._rank = 0
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         if x.ndim != self._rank:
             mean, var = self.moving()
             self._state.update(moving_mean=mean, moving_variance=var)
@@ -45,7 +45,7 @@ class Keras2:
         return np.moveaxis(self._y.numpy(), -1, 1)
 
     def backward(self, dy: Any) -> Any:
-        """(dx, dgamma, dbeta) of the last forward."""
+        """Return (dx, dgamma, dbeta) of the last forward."""
         weights = self._layer.trainable_variables
         dy = tf.cast(tf.constant(np.moveaxis(dy, 1, -1)), self._y.dtype)
         dx, *gradients = self._tape.gradient(self._y, [self._x, *weights], dy)
@@ -57,7 +57,7 @@ class Keras2:
         return np.moveaxis(dx.numpy(), -1, 1), named.get("gamma"), named.get("beta")
 
     def moving(self) -> Any:
-        """(moving_mean, moving_variance)."""
+        """Return (moving_mean, moving_variance)."""
         if not self._rank:
             return self._state["moving_mean"].copy(), self._state["moving_variance"].copy()
         return self._layer.moving_mean.numpy(), self._layer.moving_variance.numpy()
@@ -72,5 +72,5 @@ def _options(spec: Any) -> dict[str, Any]:
 
 
 def make(num_features: int, spec: Any = None, device: str = "cpu") -> Keras2:
-    """A subject; spec None: Keras's own defaults."""
+    """Make a subject; without a spec, it has Keras's own defaults."""
     return Keras2(num_features, spec)

@@ -1,5 +1,5 @@
 """keras.layers.BatchNormalization of Keras 3 as a subject, on its JAX, TensorFlow and PyTorch backends. Needs NumPy, Keras and
-the backend only. Keras has one backend for a process: the first one made.
+the backend only. Keras has one backend per process, that of the first subject.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ NAMES = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
 class Keras3:
-    """One layer for each rank that comes, since a built one takes the rank that it was built for."""
+    """One layer per rank of the input, since a layer that has been built accepts one rank only."""
 
     def __init__(self, num_features: int, spec: Any, backend: str) -> None:
         os.environ["KERAS_BACKEND"] = backend
@@ -36,7 +36,7 @@ class Keras3:
         self._rank = 0
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         if x.ndim != self._rank:
             mean, var = self.moving() if self._rank else (self._state["moving_mean"], self._state["moving_variance"])
             self._state.update(moving_mean=mean, moving_variance=var)
@@ -49,7 +49,7 @@ class Keras3:
         return y
 
     def backward(self, dy: Any) -> Any:
-        """(dx, dgamma, dbeta) of the last forward."""
+        """Return (dx, dgamma, dbeta) of the last forward."""
         dx, gradients = self._pullback(dy)
         named = (
             {weight.name: g for weight, g in zip(self._layer.trainable_variables, gradients, strict=True)}
@@ -59,7 +59,7 @@ class Keras3:
         return dx, named.get("gamma"), named.get("beta")
 
     def moving(self) -> Any:
-        """(moving_mean, moving_variance)."""
+        """Return (moving_mean, moving_variance)."""
         if not self._rank:
             return self._state["moving_mean"].copy(), self._state["moving_variance"].copy()
         return tuple(_array(each) for each in (self._layer.moving_mean, self._layer.moving_variance))
@@ -146,10 +146,10 @@ def make_jax(num_features: int, spec: Any = None, device: str = "cpu") -> Keras3
 
 
 def make_tensorflow(num_features: int, spec: Any = None, device: str = "cpu") -> Keras3:
-    """The same on TensorFlow."""
+    """Make a subject on TensorFlow."""
     return Keras3(num_features, spec, "tensorflow")
 
 
 def make_torch(num_features: int, spec: Any = None, device: str = "cpu") -> Keras3:
-    """The same on PyTorch."""
+    """Make a subject on PyTorch."""
     return Keras3(num_features, spec, "torch")

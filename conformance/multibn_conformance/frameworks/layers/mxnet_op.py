@@ -10,7 +10,7 @@ from mxnet import autograd
 
 
 class MXNetOperator:
-    """Four arrays and a call."""
+    """The operator with its four arrays."""
 
     def __init__(self, num_features: int, spec: Any, device: str) -> None:
         kind, _, number = device.partition(":")
@@ -29,7 +29,7 @@ class MXNetOperator:
             array.attach_grad()
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         self._x = mx.nd.array(x, ctx=self._context, dtype=x.dtype)
         self._x.attach_grad()
         with autograd.record(train_mode=training):
@@ -38,13 +38,13 @@ class MXNetOperator:
         return self._y.asnumpy()
 
     def backward(self, dy: Any) -> Any:
-        """(dx, dgamma, dbeta) of the last forward, in its mode."""
+        """Return (dx, dgamma, dbeta) of the last forward, in its mode."""
         self._y.backward(mx.nd.array(dy, ctx=self._context, dtype=dy.dtype), train_mode=self._training)
         gradients = zip(self._state[:2], self._learned, strict=True)
         return (self._x.grad.asnumpy(), *(array.grad.asnumpy() if learned else None for array, learned in gradients))
 
     def moving(self) -> Any:
-        """(moving_mean, moving_var)."""
+        """Return (moving_mean, moving_var)."""
         return tuple(array.asnumpy() for array in self._state[2:])
 
 
@@ -64,5 +64,5 @@ def _options(spec: Any) -> dict[str, Any]:
 
 
 def make(num_features: int, spec: Any = None, device: str = "cpu") -> MXNetOperator:
-    """A subject; spec None: the operator's own defaults, fix_gamma among them."""
+    """Make a subject; without a spec, it has the operator's own defaults, fix_gamma among them."""
     return MXNetOperator(num_features, spec, device)

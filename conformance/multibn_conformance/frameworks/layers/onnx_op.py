@@ -16,7 +16,7 @@ OPSET = 15
 
 
 class OnnxOperator:
-    """One node; the caller keeps the statistics that it hands out. There is a model for each mode and type."""
+    """A model with one node per mode and type; the subject stores the statistics that the node returns."""
 
     def __init__(self, num_features: int, spec: Any, evaluator: Any) -> None:
         self._attributes = {} if spec is None else _attributes(spec)
@@ -32,7 +32,7 @@ class OnnxOperator:
         self._state = [np.array(a) for a in (gamma, beta, moving_mean, moving_var)]
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         mode = training and self._with_batch
         key = x.dtype.name, self._state[0].dtype.name, mode
         if key not in self._models:
@@ -43,11 +43,11 @@ class OnnxOperator:
         return answers[0]
 
     def backward(self, dy: Any) -> Any:
-        """There is none."""
+        """Refuse: there is no gradient."""
         raise NotImplementedError("ONNX has no gradient of BatchNormalization")
 
     def moving(self) -> Any:
-        """(running_mean, running_var)."""
+        """Return (running_mean, running_var)."""
         return tuple(array.copy() for array in self._state[2:])
 
 
@@ -86,12 +86,12 @@ def _reference(model: Any) -> Any:
 
 
 def make_runtime(num_features: int, spec: Any = None, device: str = "cpu") -> OnnxOperator:
-    """ONNX Runtime's, inference and training_mode; spec None: the operator's own defaults."""
+    """Make a subject of ONNX Runtime, for inference and training_mode; without a spec, it has the operator's own defaults."""
     return OnnxOperator(num_features, spec, _runtime)
 
 
 def make_reference(num_features: int, spec: Any = None, device: str = "cpu") -> OnnxOperator:
-    """The reference evaluator's."""
+    """Make a subject of the reference evaluator."""
     return OnnxOperator(num_features, spec, _reference)
 
 

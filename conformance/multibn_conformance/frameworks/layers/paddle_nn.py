@@ -9,11 +9,11 @@ import paddle
 from paddle import nn
 
 CLASSES = {4: nn.BatchNorm2D, 5: nn.BatchNorm3D}
-"""Of the input's rank; BatchNorm1D for all others, which it refuses if they are neither 2 nor 3."""
+"""Rank of the input -> class; other ranks go to BatchNorm1D, which raises for them."""
 
 
 class PaddleNN:
-    """One layer for each rank that comes."""
+    """One layer per rank of the input."""
 
     def __init__(self, num_features: int, spec: Any) -> None:
         self._options = {} if spec is None else _options(spec)
@@ -36,7 +36,7 @@ class PaddleNN:
         return layer
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         kind = CLASSES.get(x.ndim, nn.BatchNorm1D)
         if not isinstance(self._layer, kind):
             self._state["_mean"], self._state["_variance"] = self.moving()
@@ -48,7 +48,7 @@ class PaddleNN:
         return np.array(self._y.numpy())
 
     def backward(self, dy: Any) -> Any:
-        """(dx, dgamma, dbeta) of the last forward."""
+        """Return (dx, dgamma, dbeta) of the last forward."""
         self._y.backward(paddle.to_tensor(np.ascontiguousarray(dy)))
         return self._x.grad.numpy(), self._gradient(self._layer.weight), self._gradient(self._layer.bias)
 
@@ -56,7 +56,7 @@ class PaddleNN:
         return parameter.grad.numpy() if self._learned and parameter is not None and parameter.grad is not None else None
 
     def moving(self) -> Any:
-        """(_mean, _variance)."""
+        """Return (_mean, _variance)."""
         return np.array(self._layer._mean.numpy()), np.array(self._layer._variance.numpy())
 
 
@@ -77,5 +77,5 @@ def _options(spec: Any) -> dict[str, Any]:
 
 
 def make(num_features: int, spec: Any = None, device: str = "cpu") -> PaddleNN:
-    """A subject; spec None: Paddle's own defaults."""
+    """Make a subject; without a spec, it has Paddle's own defaults."""
     return PaddleNN(num_features, spec)

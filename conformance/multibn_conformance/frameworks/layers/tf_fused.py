@@ -1,6 +1,6 @@
 """tf.compat.v1.nn.fused_batch_norm as a subject. Needs NumPy and TensorFlow only.
 
-Its channel axis is the last one: input is moved there and back. Rank 4 and 5 only.
+The channel axis is the last one: input is transposed for it, and output back. Rank 4 and 5 only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 
 class FusedBatchNorm:
-    """A call; the caller keeps the statistics that it hands out."""
+    """The operator; the subject stores the statistics that it returns."""
 
     def __init__(self, num_features: int, spec: Any) -> None:
         self._options = {} if spec is None else _options(spec)
@@ -28,7 +28,7 @@ class FusedBatchNorm:
         self._state = [tf.constant(a) for a in (gamma, beta, moving_mean, moving_var)]
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         if x.ndim not in (4, 5):
             raise NotImplementedError("fused_batch_norm takes rank 4 and 5 only")
         mode = training and self._with_batch
@@ -45,7 +45,7 @@ class FusedBatchNorm:
         return np.moveaxis(self._y.numpy(), -1, 1)
 
     def backward(self, dy: Any) -> Any:
-        """(dx, dgamma, dbeta) of the last forward."""
+        """Return (dx, dgamma, dbeta) of the last forward."""
         dx, *gradients = self._tape.gradient(self._y, self._given, tf.constant(np.moveaxis(dy, 1, -1)))
         return (
             np.moveaxis(dx.numpy(), -1, 1),
@@ -53,7 +53,7 @@ class FusedBatchNorm:
         )
 
     def moving(self) -> Any:
-        """The mean and the variance handed out last."""
+        """Return the mean and the variance that the operator returned last."""
         return tuple(each.numpy() for each in self._state[2:])
 
 
@@ -66,5 +66,5 @@ def _options(spec: Any) -> dict[str, Any]:
 
 
 def make(num_features: int, spec: Any = None, device: str = "cpu") -> FusedBatchNorm:
-    """A subject; spec None: the operator's own defaults."""
+    """Make a subject; without a spec, it has the operator's own defaults."""
     return FusedBatchNorm(num_features, spec)

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 CLASSES = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-"""Of the input's rank; BatchNorm1d for all others, which it refuses if they are neither 2 nor 3."""
+"""Rank of the input -> class; other ranks go to BatchNorm1d, which raises for them."""
 
 
 class TorchNN:
-    """One layer, given the class of its input's rank at each forward; the classes differ in the ranks that they take only."""
+    """One layer, whose class is set for the input's rank in each forward; the classes differ only in the ranks that they
+    accept.
+    """
 
     def __init__(self, num_features: int, spec: Any, device: str) -> None:
         options = {} if spec is None else _options(spec)
@@ -32,7 +34,7 @@ class TorchNN:
             self._layer.num_batches_tracked.zero_()
 
     def forward(self, x: Any, training: bool) -> Any:
-        """y for x."""
+        """Return y for x."""
         self._layer.__class__ = CLASSES.get(x.ndim, nn.BatchNorm1d)
         self._layer.train(training and self._with_batch)
         self._layer.zero_grad()
@@ -43,13 +45,13 @@ class TorchNN:
         return self._array(self._y)
 
     def backward(self, dy: Any) -> Any:
-        """(dx, dgamma, dbeta) of the last forward."""
+        """Return (dx, dgamma, dbeta) of the last forward."""
         self._y.backward(self._tensor(dy))
         gradients = [p if p is None else p.grad for p in (self._layer.weight, self._layer.bias)]
         return (self._array(self._x.grad), *(g if g is None else self._array(g) for g in gradients))
 
     def moving(self) -> Any:
-        """(running_mean, running_var)."""
+        """Return (running_mean, running_var)."""
         return self._array(self._layer.running_mean), self._array(self._layer.running_var)
 
     def _tensor(self, a: Any) -> torch.Tensor:
@@ -70,5 +72,5 @@ def _options(spec: Any) -> dict[str, Any]:
 
 
 def make(num_features: int, spec: Any = None, device: str = "cpu") -> TorchNN:
-    """A subject; spec None: PyTorch's own defaults."""
+    """Make a subject; without a spec, it has PyTorch's own defaults."""
     return TorchNN(num_features, spec, device)
