@@ -16,7 +16,7 @@ SWITCHES = "--no-sandbox --disable-gpu --disable-background-networking --disable
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium; where there is none these tests are skipped, unless MULTIBN_BROWSER says that there must be one."""
+    """Start Chromium; without it these tests are skipped, unless MULTIBN_BROWSER is set, which requires it."""
     chromium = shutil.which("chromium")
     if not os.environ.get("MULTIBN_BROWSER"):
         pytest.importorskip("playwright", reason="the page's tests need Playwright: pip install playwright")
@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
 
 
 class Opened:
-    """A page in a browser, with what it complained about and what it asked the network for."""
+    """A page in a browser, with its errors and its network requests."""
 
     def __init__(self, browser: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
         self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -51,11 +51,11 @@ class Opened:
 
     @property
     def elsewhere(self) -> list[str]:
-        """What it asked for that is not in the file itself."""
+        """Requests for anything outside the file itself."""
         return [url for url in self.asked if not url.startswith(("file:", "data:"))]
 
     def visible(self, selector: str) -> list[str]:
-        """The texts of the elements that show."""
+        """Return the texts of the visible elements."""
         found = self.page.locator(selector)
         return [found.nth(i).inner_text() for i in range(found.count()) if found.nth(i).is_visible()]
 
@@ -88,7 +88,7 @@ CONTRASTS = """() => {
 
 
 def outside(page: Any, inside: str) -> list[str]:
-    """What reaches beyond the window to the right, except what lies in these."""
+    """Return elements that extend beyond the window on the right, except those inside the given ones."""
     found: list[str] = page.evaluate(
         """(inside) => [...document.querySelectorAll("body *")].filter((each) => {
             const box = each.getBoundingClientRect();
@@ -100,6 +100,6 @@ def outside(page: Any, inside: str) -> list[str]:
 
 
 def is_dark(page: Any) -> bool:
-    """Whether the page has a dark background."""
+    """Return whether the page has a dark background."""
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     return sum(map(int, re.findall(r"\d+", back))) < 3 * 128

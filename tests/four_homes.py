@@ -20,14 +20,14 @@ State = dict[str, Any]
 
 
 def weights() -> list[Any]:
-    """Of the convolutions, (out, in, 3, 3), and of the linear layer, (10, 16)."""
+    """Return the weights of the convolutions, (out, in, 3, 3), and of the linear layer, (10, 16)."""
     draw = np.random.default_rng(0)
     made = [draw.normal(0, (2 / (9 * given)) ** 0.5, (features, given, 3, 3)) for given, features in WIDTHS]
     return [each.astype(np.float32) for each in (*made, draw.normal(0, 0.1, (10, WIDTHS[-1][1])))]
 
 
 def batches() -> list[tuple[Any, Any]]:
-    """Images (N, 1, 8, 8) and digits."""
+    """Return batches of images (N, 1, 8, 8) and digits."""
     digits = load_digits()
     images, labels = (digits.images[:, None] / 16).astype(np.float32), digits.target.astype(np.int32)
     order = np.random.default_rng(1).permutation(len(images))[: STEPS * BATCH].reshape(STEPS, BATCH)
@@ -35,7 +35,7 @@ def batches() -> list[tuple[Any, Any]]:
 
 
 def torch() -> State:
-    """Trained in PyTorch."""
+    """Train in PyTorch."""
     import torch
 
     from multibn_torch import BatchNorm2d
@@ -63,7 +63,7 @@ def torch() -> State:
 
 
 def mxnet() -> State:
-    """Trained in Gluon."""
+    """Train in Gluon."""
     from mxnet import autograd, gluon, init, nd
 
     from multibn import BatchNormSpec
@@ -94,7 +94,7 @@ def mxnet() -> State:
 
 
 def jax() -> State:
-    """Trained in Flax, channels last."""
+    """Train in Flax, channels-last."""
     import jax.numpy as jnp
     import optax
     from flax import nnx

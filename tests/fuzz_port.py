@@ -1,4 +1,5 @@
-"""Damaged checkpoints by the thousand: ``python tests/fuzz_port.py 100000``. Each is read or refused, in little memory and time.
+"""Fuzz the readers of checkpoints: ``python tests/fuzz_port.py 100000``. Each damaged file is read or refused, in little memory
+and time.
 
 Half are ``.params`` files and half symbols; those that are still graphs go to PyTorch's importer.
 """
@@ -44,7 +45,7 @@ WORDS = (
 
 
 def params_files(rng: random.Random, count: int) -> Iterator[bytes]:
-    """Damaged files of every version: bytes and words overwritten, cut, doubled."""
+    """Yield damaged files of every version: bytes and words overwritten, removed or repeated."""
     generator = np.random.default_rng(0)
     arrays = {f"arg:{i}": generator.standard_normal((2, i + 1)).astype(np.float32) for i in range(4)}
     arrays["bf"] = np.array([1.5, 2], np.float32)
@@ -70,7 +71,7 @@ def params_files(rng: random.Random, count: int) -> Iterator[bytes]:
 
 
 def small() -> tuple[str, dict[str, Any]]:
-    """A graph with most kinds of operators and its arrays."""
+    """Make a graph with most kinds of operators, and its arrays."""
     nodes = [
         node("null", "data"), node("null", "c_weight"),
         node("Convolution", "c", 0, 1, kernel="(3, 3)", num_filter=4, pad="(1, 1)", no_bias="True"),
@@ -95,7 +96,7 @@ def small() -> tuple[str, dict[str, Any]]:
 
 
 def symbol_files(rng: random.Random, count: int) -> Iterator[str]:
-    """Damaged graphs: attributes, operators, references and types exchanged, or characters of the text."""
+    """Yield damaged graphs: with other attributes, operators, references, types, or characters of the text."""
     text, _ = small()
     for i in range(count):
         if i % 3 == 0:
@@ -130,7 +131,7 @@ def symbol_files(rng: random.Random, count: int) -> Iterator[str]:
 
 
 def main(count: int) -> None:
-    """Read them all; anything but a PortError ends the run."""
+    """Read all files; any exception except PortError ends the run."""
     from multibn_torch.port.importer import read
 
     found: Counter[str] = Counter()

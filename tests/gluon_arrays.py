@@ -1,4 +1,4 @@
-"""What the tests of Gluon blocks share: both interfaces of MXNet's arrays."""
+"""Helpers for the tests of Gluon blocks: both interfaces of MXNet's arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from multibn.layer.types import Array
 
 @pytest.fixture(params=[False, True], ids=["nd", "np"])
 def numpy_mode(request: Any) -> Iterator[bool]:
-    """Whether arrays are ``mx.np``'s."""
+    """Return whether arrays are those of ``mx.np``."""
     if request.param:
         mx.npx.set_np()
     yield request.param
@@ -21,6 +21,6 @@ def numpy_mode(request: Any) -> Iterator[bool]:
 
 
 def array(values: Array) -> Any:
-    """An array of the interface that is in use."""
+    """Make an array of the active interface."""
     make = mx.np.array if mx.util.is_np_array() else mx.nd.array
     return make(values, dtype=values.dtype)

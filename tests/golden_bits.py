@@ -39,7 +39,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 class Data(NamedTuple):
-    """What goes in: arrays of one type, and of the type of its parameters."""
+    """Input: arrays of one type, and of the type of its parameters."""
 
     x: list[Array]
     dy: list[Array]
@@ -47,7 +47,7 @@ class Data(NamedTuple):
 
 
 def data(shape: tuple[int, ...], dtype: str) -> Data:
-    """Input of ten steps. From whole numbers, not from a random generator, whose stream may change with NumPy."""
+    """Make the input of ten steps from integers, since the streams of NumPy's random generators may change between releases."""
     size, channels = int(np.prod(shape)), shape[1]
 
     def values(seed: int, count: int) -> Array:
@@ -64,7 +64,7 @@ def data(shape: tuple[int, ...], dtype: str) -> Data:
 
 
 def hashes(subject: Any, given: Data) -> dict[str, str]:
-    """What a subject makes of it in ten steps of training."""
+    """Hash the results of a subject in ten training steps."""
     subject.load(*(a.copy() for a in given.state))
     found = {name: hashlib.sha256() for name in NAMES}
     for x, dy in zip(given.x, given.dy, strict=True):

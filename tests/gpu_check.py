@@ -62,12 +62,12 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last
 
 
 def left() -> float:
-    """Seconds until the time is up."""
+    """Return the seconds that are left."""
     return LIMIT - (time.monotonic() - BEGAN)
 
 
 class Report(NamedTuple):
-    """What came."""
+    """The results."""
 
     environment: dict[str, Any]
     bits: list[dict[str, Any]]
@@ -86,7 +86,7 @@ class Report(NamedTuple):
 
 
 def environment() -> dict[str, Any]:
-    """What this ran on."""
+    """Describe the machine."""
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
@@ -115,14 +115,14 @@ def data(shape: tuple[int, ...], dtype: str, layout: str) -> tuple[torch.Tensor,
 
 
 def array(x: torch.Tensor, layout: str) -> Array:
-    """(N, C, S) float64, in the order of the memory."""
+    """Return (N, C, S) float64, in memory order."""
     if layout == "channels-last":
         return x.movedim(1, -1).reshape(-1, x.shape[1], 1).to(torch.float64).numpy()
     return x.reshape(*x.shape[:2], -1).to(torch.float64).numpy()
 
 
 def expected(given: tuple[torch.Tensor, ...], layout: str, rectify: bool) -> list[Array]:
-    """By the NumPy reference: its float64 results, rounded once."""
+    """Return the float64 results of the NumPy reference, rounded once."""
     x, dy, *state = given
     dtype = str(x.dtype).removeprefix("torch.")
     gamma, beta, mean, var = (t.to(torch.float64).numpy() for t in state)
@@ -138,7 +138,7 @@ def expected(given: tuple[torch.Tensor, ...], layout: str, rectify: bool) -> lis
 
 
 def layer(shape: tuple[int, ...], implementation: str, state: Any, device: str) -> Any:
-    """A layer with this state, on the device."""
+    """Make a layer with this state on the device."""
     kind = state[0].dtype
     made: Any = ours.BatchNorm(shape[1], 4, SPEC, implementation=implementation, device=device, dtype=kind)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -148,14 +148,14 @@ def layer(shape: tuple[int, ...], implementation: str, state: Any, device: str) 
 
 
 def step(norm: Any, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
-    """y and gradients of one step of training."""
+    """Return y and gradients of one training step."""
     x = x.detach().requires_grad_()
     y = norm(x)
     return [y.detach(), *torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)]
 
 
 def check_bits(report: Report, device: str, shape: tuple[int, ...], dtype: str, layout: str, rectify: bool = False) -> None:
-    """The kernel's bits on a device against the reference's on the CPU."""
+    """Compare the kernel's bits on a device with the reference's on the CPU."""
     given = data(shape, dtype, layout)
     norm = layer(shape, "kernel", given[2:], device)
     norm.fuse_relu = rectify
@@ -173,7 +173,7 @@ def check_bits(report: Report, device: str, shape: tuple[int, ...], dtype: str, 
 
 
 def check_golden(report: Report, device: str, dtype: str) -> None:
-    """The bits that the CPU kernel gives, as they are kept in tests/golden_bits.json."""
+    """Compare with the bits of the CPU kernel in tests/golden_bits.json."""
     names = list(SHAPES) if ON_GPU else ["one chunk for many channels"]
     candidate = Candidate(ours.BACKEND, "kernel", device)
     found = golden(candidate.make, [dtype], {name: SHAPES[name] for name in names})[dtype]
@@ -187,7 +187,7 @@ def check_golden(report: Report, device: str, dtype: str) -> None:
 
 
 def check_clauses(report: Report, device: str, cases: list[Case]) -> None:
-    """Both implementations, case by case, while there is time."""
+    """Judge both implementations, case by case, while there is time."""
     for case in cases:
         for implementation in ours.BACKEND.implementations:
             if left() < 15:
@@ -204,7 +204,7 @@ def check_clauses(report: Report, device: str, cases: list[Case]) -> None:
 
 
 def seconds(run: Callable[[], Any], turns: int) -> float:
-    """How long one run takes, the mean of some."""
+    """Return the mean duration of a run."""
     if not ON_GPU:
         began = time.perf_counter()
         run()
@@ -219,7 +219,7 @@ def seconds(run: Callable[[], Any], turns: int) -> float:
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same, replayed by a CUDA graph."""
+    """Return a function that replays the run with a CUDA graph."""
     side = CUDA.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -233,7 +233,9 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def measure(report: Report, device: str, shape: tuple[int, ...], dtype: str, layout: str) -> None:
-    """Forward and backward of ours by each implementation, of PyTorch's own layer, and a copy of as many bytes, in turns."""
+    """Measure in turns: forward and backward of our layer by each implementation, of PyTorch's own, and a copy of the same
+    bytes.
+    """
     x, dy, *state = data(shape, dtype, layout)
     x, dy = x.to(device), dy.to(device)
     own = torch.nn.BatchNorm2d(shape[1], device=device)
@@ -267,7 +269,7 @@ def measure(report: Report, device: str, shape: tuple[int, ...], dtype: str, lay
 
 
 def run_tests(report: Report) -> None:
-    """The tests marked ``gpu``, where pytest is installed."""
+    """Run the tests marked ``gpu``, if pytest is installed."""
     if find_spec("pytest") is None:
         report.tests["not run"] = "pytest is not installed"
         return
@@ -286,7 +288,7 @@ def run_tests(report: Report) -> None:
 
 
 def run(report: Report, write: Callable[[], None]) -> None:
-    """What matters most comes first; what there is no time for is noted. What came is written after each task."""
+    """Run the tasks, the most important first; note those for which no time is left. Results are written after each task."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     stages = STAGES if ON_GPU else [(4, 3, 6, 6)]
     small = SMALL if ON_GPU else [(4, 3, 5, 6)]
@@ -332,7 +334,7 @@ def run(report: Report, write: Callable[[], None]) -> None:
 
 
 def table(report: Report) -> str:
-    """The short of it."""
+    """Summarise the results."""
     where = ", ".join(report.environment["devices"]) or "no CUDA device: Triton's interpreter, on tiny shapes"
     lines = [f"{where}; torch {report.environment['torch']}, triton {report.environment['triton']}"]
     right = sum(each["right"] for each in report.bits)

@@ -1,4 +1,4 @@
-"""Send CPU tensors where CUDA tensors go, so that the layers run the GPU kernel in Triton's interpreter."""
+"""Route CPU tensors to the GPU kernel, which then runs in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A grid of wrong arguments: each cell hands a layer one wrong thing, in a process of its own, and judges what comes of it.
+"""A grid of wrong arguments: each cell passes one wrong argument to a layer, in a separate process, and judges the outcome.
 
 A runner starts a process for many cells. The process prints a line when a cell begins and one when it ends, so that a crash
 costs one cell: the next process goes on behind it. ``python tests/grid.py --write PATH`` runs the grids of all frameworks that
@@ -54,7 +54,7 @@ def run(framework: str, timeout: float = 600) -> dict[str, str]:
 
 
 def serve(framework: str, after: int, without: str) -> None:
-    """Run the cells from a number on and print what comes of each.
+    """Run the cells from a number on and print the outcome of each.
 
     Args:
         without: the cell in which the framework's own layer crashes.

@@ -1,4 +1,4 @@
-"""Run the kernel's compiled bodies on buffers between pages that nobody may touch: a read or write outside ends the process.
+"""Run the kernel's compiled bodies on buffers between inaccessible pages: a read or write outside ends the process.
 
 ``python tests/guarded.py SEEDS`` goes over the shapes of all fixed cases and of so many random ones, in every type, as contiguous
 and channels-last memory, forward and backward, with and without a ReLU, in every stage. Each buffer once ends at a page that may
@@ -30,14 +30,14 @@ LARGEST = 1 << 16
 
 
 class Guarded:
-    """Memory that ends at a page without access, or begins behind one."""
+    """Memory that ends before an inaccessible page, or begins after one."""
 
     def __init__(self, at_end: bool) -> None:
         self._at_end = at_end
         self._kept: list[tuple[mmap.mmap, int, int]] = []
 
     def __call__(self, size: int, dtype: Any, fill: Any = None) -> Array:
-        """An array of so many values."""
+        """Return an array with this many values."""
         page, nbytes = mmap.PAGESIZE, max(1, size) * np.dtype(dtype).itemsize
         inside = -(-nbytes // page) * page
         memory = mmap.mmap(-1, inside + 2 * page)
@@ -51,7 +51,7 @@ class Guarded:
         return array
 
     def free(self) -> None:
-        """Give access back, so that the memory can be unmapped."""
+        """Restore access, so that the memory can be unmapped."""
         for memory, start, size in self._kept:
             LIBC.mprotect(ctypes.c_void_p(start), size, mmap.PROT_READ | mmap.PROT_WRITE)
             del memory
@@ -72,12 +72,12 @@ def shapes(seeds: int) -> list[tuple[int, int, int]]:
 
 
 def stages(groups: bool, sums_needed: bool) -> Iterator[int]:
-    """As ``schedule._stages`` takes them, with groups enough for the threads or not."""
+    """Return the stages of ``schedule._stages``, with and without enough groups for the threads."""
     yield from [0] if groups else range(1 if sums_needed else 2, 4)
 
 
 def run(kind: str, shape: tuple[int, int, int], at_end: bool, forward: bool, groups: bool, rectify: bool, training: bool) -> None:
-    """One pass of a body on one thread."""
+    """Run one pass of a body on one thread."""
     new = Guarded(at_end)
     n, channels, s = shape
     size, cut = n * channels * s, plan.plan_of(shape)
@@ -107,7 +107,7 @@ def run(kind: str, shape: tuple[int, int, int], at_end: bool, forward: bool, gro
 
 
 def main(seeds: int, kinds: list[str]) -> None:
-    """All of it."""
+    """Run everything."""
     asked, passes = shapes(seeds), 0
     for kind in kinds:
         for shape in asked:

@@ -1,4 +1,4 @@
-"""What is known to differ between frameworks and can be seen on a CPU, and the place of the atlas that must show it."""
+"""Known differences between frameworks that show on a CPU, and the place in the atlas that must show each."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class StateChanged(Exception):
 
 
 class Run:
-    """One forward and backward of a layer, and what a cell may change before and between them."""
+    """One forward and backward of a layer, with the objects that a cell may change before and between them."""
 
     def __init__(self, kind: str, way: str) -> None:
         self.layer = LAYERS[kind]()
@@ -54,7 +54,7 @@ class Run:
         return [values(p._data[0]) for p in self.layer.collect_params().values() if isinstance(p._data, list)]
 
     def replace(self, name: str, array: Any) -> None:
-        """Put an array in the place of a parameter's."""
+        """Replace the array of a parameter."""
         getattr(self.layer, name)._data[0] = array
 
     def go(self, before: Callable[[Run], None], between: Callable[[Run], None]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def empty_handle() -> Any:
 
 
 def part(array: Any) -> Any:
-    """The same values as a part of a larger array."""
+    """Return the same values as a slice of a larger array."""
     larger = mx.nd.zeros((array.shape[0] + 2, *array.shape[1:]), dtype=array.dtype)
     larger[1:-1] = array
     return larger[1:-1]
@@ -134,12 +134,12 @@ IDENTITY = np.eye(C, dtype="f").reshape(C, C, 1, 1)
 
 
 def convolved(like: Any) -> Any:
-    """What oneDNN leaves in a layout of its own."""
+    """Return an array in oneDNN's internal layout."""
     return mx.nd.Convolution(like, mx.nd.array(IDENTITY), num_filter=C, kernel=(1, 1), no_bias=True)
 
 
 def convolution() -> Any:
-    """A layer that returns its input, in oneDNN's layout."""
+    """Make a convolution that returns its input, in oneDNN's layout."""
     layer = gluon.nn.Conv2D(C, 1, use_bias=False, in_channels=C)
     layer.initialize(mx.init.Constant(mx.nd.array(IDENTITY)))
     return layer
@@ -251,7 +251,7 @@ Change = tuple[Callable[[Run], None], Callable[[Run], None]]
 
 
 def changes() -> dict[str, Change]:
-    """Name -> what is done before the forward, and between it and the backward."""
+    """Return name -> actions before the forward, and between forward and backward."""
     found: dict[str, Change] = {"nothing": (nothing, nothing)}
     for what, make in (ARRAYS | IMAGES).items():
         found[f"x {what}"] = partial(set_x, make), nothing

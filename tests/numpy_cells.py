@@ -141,7 +141,7 @@ def given(who: str) -> dict[str, Array]:
 def cell(
     who: str, training: bool, before: Callable[[dict[str, Any]], None], between: Callable[[dict[str, Any]], None]
 ) -> str | None:
-    """What is wrong with ours, or None."""
+    """Return what is wrong with our layer, or None."""
     ours, theirs = WHO[who]
     its, others = given(who), given(who)
     before(its)

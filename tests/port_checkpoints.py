@@ -17,7 +17,7 @@ Array = Any
 
 
 def values(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Array]:
-    """Random float32 arrays that suit their names; variances are > 0, gammas away from 1."""
+    """Make random float32 arrays by their names; variances are > 0, gammas not 1."""
     rng = np.random.default_rng(seed)
     found = {}
     for name, shape in shapes.items():
@@ -71,7 +71,7 @@ def small(
 
 
 def write(folder: Path, text: str, arrays: Mapping[str, Array], name: str = "small") -> tuple[Path, Path]:
-    """Both files of a checkpoint, with the names that Module writes."""
+    """Write both files of a checkpoint, with the names of Module."""
     symbol, params = folder / f"{name}-symbol.json", folder / f"{name}-0000.params"
     symbol.write_text(text)
     auxiliary = ("moving_mean", "moving_var", "running_mean", "running_var")
@@ -80,7 +80,7 @@ def write(folder: Path, text: str, arrays: Mapping[str, Array], name: str = "sma
 
 
 def mxnet() -> Any:
-    """MXNet, with its fusion of subgraphs off, which gives wrong inner values."""
+    """Return MXNet with fusion of subgraphs off, which gives wrong intermediate values."""
     import pytest
 
     os.environ["MXNET_SUBGRAPH_BACKEND"] = "NONE"
@@ -88,7 +88,7 @@ def mxnet() -> Any:
 
 
 def in_mxnet(symbol: Any, arrays: Mapping[str, Array], inputs: Mapping[str, Array], training: bool = False) -> list[Array]:
-    """The outputs of MXNet's symbol; arguments that are not given are labels, zeros."""
+    """Return the outputs of MXNet's symbol; absent arguments are labels, which are zeros."""
     mx = mxnet()
     shapes, _, _ = symbol.infer_shape(**{name: value.shape for name, value in inputs.items()})
     given = {**arrays, **inputs}
@@ -101,7 +101,7 @@ def in_mxnet(symbol: Any, arrays: Mapping[str, Array], inputs: Mapping[str, Arra
 
 
 def made_by_mxnet(symbol: Any, shapes: Mapping[str, tuple[int, ...]], labels: tuple[str, ...] = ()) -> dict[str, Array]:
-    """Arrays for every argument and auxiliary state of a symbol but its inputs and labels."""
+    """Make arrays for every argument and auxiliary state of a symbol except inputs and labels."""
     arguments, _, states = symbol.infer_shape(**shapes)
     every = dict(zip(symbol.list_arguments(), arguments, strict=True)) | dict(
         zip(symbol.list_auxiliary_states(), states, strict=True)

@@ -1,4 +1,4 @@
-"""Functions that may crash, each in a process of its own."""
+"""Run functions that may crash, each in a separate process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def outcome(function: Callable[[], Any], seconds: int = 60) -> dict[str, Any]:
-    """What the function does in a forked child: {"value": ...}, {"error": class, "message": ...} or {"crash": signal}.
+    """Return what the function does in a forked child: {"value": ...}, {"error": class, "message": ...} or {"crash": signal}.
 
     The value must be JSON's.
     """

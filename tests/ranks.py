@@ -1,7 +1,7 @@
-"""Runs functions in several processes at once, as ranks of one group, with an end that is certain.
+"""Run functions in several processes at once, as ranks of one group, with a time limit.
 
-A program is a function ``program(rank, size, folder)`` of a module in this folder. It returns what the test looks at; what it
-raises is returned as text.
+A program is a function ``program(rank, size, folder)`` of a module in this folder. It returns the results for the test; an
+exception is returned as text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ENVIRONMENT = {
 
 
 def run(program: str, size: int, folder: Path, limit: float = 240.0, mpi: bool = False) -> list[Any]:
-    """What each rank returned; None for one that returned nothing, as it was killed.
+    """Return the result of each rank; None for one that was killed.
 
     Args:
         program: ``module:function``.
@@ -93,7 +93,7 @@ def warm() -> None:
 
 
 def main() -> None:
-    """One rank."""
+    """Run one rank."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"mxnet\.")  # as in pyproject.toml
     name, folder, *numbers = sys.argv[1:]
@@ -145,7 +145,7 @@ def over_gloo(checks: Checks, rank: int, size: int, folder: Path) -> dict[str, s
 
 
 def outcomes(checks: dict[str, Any], *arguments: Any) -> dict[str, str]:
-    """Runs each check; "" for one that passed, else what it raised."""
+    """Run each check; return "" for one that passed, else its traceback."""
     found = {}
     for name, check in checks.items():
         try:

@@ -1,4 +1,4 @@
-"""Rounding of float64 values to narrower types, once, ties to even: by exact arithmetic, apart from what is tested."""
+"""Round float64 values to narrower types, once, ties to even, by exact arithmetic that shares no code with the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMATS = {
 
 
 def rounded(values: Array, dtype: str) -> Array:
-    """The values of a type that are nearest, as float64."""
+    """Return the nearest values of a type, as float64."""
     if dtype == "float64":
         return values
     mantissa, least_exponent, largest = FORMATS[dtype]

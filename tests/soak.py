@@ -1,4 +1,4 @@
-"""Random programs for a while, in threads, forks and processes, over every backend: the bits must agree, and memory stay bounded.
+"""Run random programs in threads, forks and processes, over every backend: the bits must agree, and memory must stay bounded.
 
 ``make soak`` runs ``python tests/soak.py 600``. Each program draws a shape, a type, a spec and values from its seed, and takes a
 few training steps with the layer of a backend. Every backend must give the bits of the NumPy kernel: from any thread, in a forked
@@ -78,13 +78,13 @@ def process(name: str, seeds: list[int]) -> list[str]:
 
 
 def resident() -> float:
-    """MiB of this process that are in memory."""
+    """Return the resident MiB of this process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main(seconds: float, first: int = 0) -> int:
-    """Run until the time is over; 1 if a digest differs or memory grows."""
+    """Run until the time is over; return 1 if a digest differs or memory grows."""
     warnings.simplefilter("ignore")
     present = {each.name: each for each, _ in backends()[0] if "kernel" in each.implementations}
     reference = present["numpy"]

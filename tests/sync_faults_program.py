@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_sync_faults.py do: rank 1 does something else than the others, which all must be told."""
+"""Programs of the ranks of tests/test_sync_faults.py: rank 1 does something different, and all ranks must raise."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def raised(function: Callable[[], Any], kind: type[Exception]) -> str:
 
 
 def layers(count: int = 1, seconds: float = 60, **keywords: Any) -> list[SyncBatchNorm]:
-    """Layers of a new group, which have run once."""
+    """Make layers of a new group, and run each once."""
     group = dist.new_group(timeout=timedelta(seconds=seconds))
     made = [SyncBatchNorm(**{"num_features": 4, **keywords}, process_group=group) for _ in range(count)]
     for i, its in enumerate(made):

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_sync_mxnet.py do: Gluon alone, and Gluon and PyTorch in one group."""
+"""Programs of the ranks of tests/test_sync_mxnet.py: Gluon alone, and Gluon and PyTorch in one group."""
 
 from __future__ import annotations
 

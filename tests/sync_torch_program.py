@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_sync_torch.py do; each check runs on all of them at the same time."""
+"""Programs of the ranks of tests/test_sync_torch.py; each check runs on all ranks at the same time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bits(t: torch.Tensor) -> bytes:
 
 
 def parts(n: int, size: int, generator: random.Random) -> list[range]:
-    """A random split, some of it empty."""
+    """Return a random split, in which parts may be empty."""
     cuts = sorted(generator.choices(range(n + 1), k=size - 1))
     return [range(a, b) for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
 

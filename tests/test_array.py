@@ -1,4 +1,4 @@
-"""The NumPy layer: what it takes, what it refuses, with the whole message."""
+"""The NumPy layer: accepted input, and errors with whole messages."""
 
 from __future__ import annotations
 

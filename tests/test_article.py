@@ -60,7 +60,7 @@ def test_a_bias_grows_only_where_the_gradient_does_not_know() -> None:
     ],
 )
 def test_the_suite_catches_the_layers_whose_bias_grows(wrong: type[ReferenceSubject], name: str) -> None:
-    """The very classes of the study, on (N, C); BN-08 accuses them, and names the bug."""
+    """The classes of the study, on (N, C), fail BN-08, and the message names the bug."""
     message = judge_maker(wrong, CASES["BN-08-training-rank-2-float32"], "study/one/cpu", "exact").message
     assert message.startswith("BN-08-training-rank-2-float32: ")
     assert f"({name}: " in message
@@ -114,7 +114,7 @@ def test_intervals_are_students() -> None:
 
 
 def made_up(gain: float) -> dict[Run, dict[str, Any]]:
-    """Results in which BatchNorm knows so many more; without it a little more than half are known."""
+    """Make results in which BatchNorm classifies this many more digits; without it, a little more than half are right."""
     found = {}
     for run in TINY.runs():
         noise = 0.001 * run.seed * (1 + run.norm)

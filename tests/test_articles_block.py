@@ -18,7 +18,7 @@ from multibn_mxnet.studies.articles_block import BatchNorm
 
 
 class TheArticles:
-    """The block behind NumPy arrays, as the conformance suite judges it."""
+    """The block as a subject of the conformance suite."""
 
     rank = 4
 
@@ -53,7 +53,7 @@ class Dense(TheArticles):
 
 
 class Inverted(TheArticles):
-    """The same with the momentum the wrong way round."""
+    """The block with momentum as the weight of the new value."""
 
     def forward(self, x: Array, training: bool) -> Array:
         old = self.block.moving_mean
@@ -79,7 +79,9 @@ def test_it_is_the_specification_in_float32() -> None:
 
 
 def test_beside_ours_on_real_activations() -> None:
-    """m = 1024 values: two float32 sums of them, each off by less than m roundings in the worst case; measured are about 3."""
+    """Two float32 sums of m = 1024 values, each with an error of less than m roundings in the worst case, and about 3 in
+    practice.
+    """
     assert max(beside_the_articles_block().values()) < 2 * 1024 * 2**-24
 
 

@@ -315,7 +315,7 @@ def test_gluons_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "layers", "parameters"), [("densenet121", 121, 7_978_856), ("resnet18", 20, 11_689_512)])
 def test_the_networks_are_those_of_the_papers(name: str, layers: int, parameters: int) -> None:
-    """The numbers are torchvision's, whose names the weights have too."""
+    """The numbers are those of torchvision, whose names the weights have too."""
     torch = pytest.importorskip("torch")
     from multibn_torch.studies import models
 

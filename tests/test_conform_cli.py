@@ -53,7 +53,7 @@ LOOSE = Backend("loose", {"third": "3.0"}, {"right": "working"}, lambda: ("cpu",
 
 @pytest.fixture
 def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A distribution that someone else made: its backends appear through its entry points alone."""
+    """A third-party distribution, whose backends are found through entry points only."""
     (tmp_path / "third_party_norm.py").write_text(THIRD_PARTY)
     info = tmp_path / "third_party_norm-3.0.dist-info"
     info.mkdir()
@@ -270,7 +270,7 @@ def test_the_table_of_seven_is_whole_in_80_columns() -> None:
 
 
 def checked(*arguments: str, path: Path | None = None, before: str = "") -> subprocess.CompletedProcess[str]:
-    """``pytest conformance`` in a process of its own."""
+    """Run ``pytest conformance`` in a separate process."""
     start = f"import sys; sys.path[:0] = [{str(path)!r}]" if path else "import sys"
     given = ["conformance", "-q", "-p", "no:cacheprovider", *arguments]
     code = f"{start}\n{before}\nimport pytest; sys.exit(pytest.main({given!r}))"

@@ -1,4 +1,4 @@
-"""The suite's power: every wrong BatchNorm is caught by the clause that it breaks, and its message points to the bug."""
+"""Every known defect is caught by the clause that it breaks, and the message names the bug."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_it_is_caught_by_the_clause_that_it_breaks_and_named(name: str) -> None:
 
 @pytest.mark.parametrize("turn", range(7))
 def test_what_is_never_the_same_is_named_wherever_it_shows_first(turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its place in the message depends on how often the process has made one; the name must not."""
+    """The first difference depends on how often the process has made one; the name of the defect must not."""
     case = CASES["BN-15-float64"]
     monkeypatch.setattr(bits, "_RUNS", count(turn))
     message = judge_maker(DEFECTS["another-order-each-run"].make, case, "x/y/cpu", "exact").message
@@ -122,7 +122,7 @@ class InferenceUpdates(WorkingTextbook):
     ],
 )
 def test_the_same_bug_in_other_code_is_named_too(make: Any, case: str, name: str) -> None:
-    """In float32, added in another order: nothing but the bug is the same."""
+    """Only the bug is the same: the sums are float32, in another order."""
     message = judge_maker(make, CASES[case], "tried/one/cpu", "working").message
     assert message.splitlines()[-1].startswith("These are the values of a BatchNorm that ")
     assert f"({name}: " in message

@@ -1,4 +1,4 @@
-"""Every block of Python in README.md, CONTRIBUTING.md and docs/ runs and prints what stands beside it; shell lines run too."""
+"""Every block of Python in README.md, CONTRIBUTING.md and docs/ runs and prints what its comments say; shell lines run too."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NOT_RUN = {
 
 
 def run_python(example: Any) -> None:
-    """Run a block; a comment behind a print is what it prints."""
+    """Run a block; the comment after a print is its expected output."""
     code = example.parsed
     before = example.document.text[: example.region.start]
     if "Save it as `plain.py`" in before[-400:]:
@@ -52,7 +52,7 @@ def run_python(example: Any) -> None:
 
 
 def run_shell(example: Any) -> None:
-    """Run each line, made smaller where SMALLER says so."""
+    """Run each line, with the smaller input of SMALLER if there is one."""
     for line in filter(None, map(str.strip, example.parsed.splitlines())):
         line = line.partition("  #")[0].strip()
         if line.startswith("make"):
@@ -69,7 +69,7 @@ def run_shell(example: Any) -> None:
 
 
 def needs(code: str) -> list[str]:
-    """The frameworks that a block imports."""
+    """Return the frameworks that a block imports."""
     return [name for name in ("torch", "mxnet", "jax") if re.search(rf"^(import|from) .*\b{name}\b", code, re.MULTILINE)]
 
 

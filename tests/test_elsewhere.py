@@ -48,7 +48,7 @@ POINTS = "[multibn.backends]\nthird = third:GOOD\nbad = third:BAD\nnumpy = third
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An interpreter that has backends which this one does not know."""
+    """Make an interpreter with backends that this one lacks."""
     folder = tmp_path_factory.mktemp("third")
     (folder / "third.py").write_text(SOURCE)
     (folder / "third-1.2.dist-info").mkdir()

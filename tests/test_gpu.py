@@ -1,4 +1,4 @@
-"""The layers on a CUDA device; `make gpu` runs these too. Without one, the interpreter and fake tensors stand in elsewhere."""
+"""The layers on a CUDA device; `make gpu` runs these too. Other tests use Triton's interpreter and fake tensors instead."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def layer(**options: Any) -> Any:
 
 
 def step(norm: Any, x: Any, dy: Any) -> list[Any]:
-    """One step of training: y, gradients and statistics."""
+    """Return y, gradients and statistics of one training step."""
     x = x.detach().requires_grad_()
     y = norm(x)
     gradients = torch.autograd.grad(y, [x, *norm.parameters()], dy)

@@ -62,14 +62,14 @@ class Twice(ReferenceSubject):
 
 
 class Stuck(ReferenceSubject):
-    """Has no backward, and a message that no page or XML may take for its own."""
+    """Does not implement backward, and raises a message that contains markup."""
 
     def _backward(self, dy):  # type: ignore[no-untyped-def]
         raise RuntimeError('</script><b id="injected">&\x00 not today')
 
 
 class Shifted(ReferenceSubject):
-    """Off by one ulp in training."""
+    """Has an error of one ulp in training."""
 
     def _forward(self, x, training):  # type: ignore[no-untyped-def]
         y = super()._forward(x, training)

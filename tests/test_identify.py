@@ -1,4 +1,4 @@
-"""``multibn identify``: what a black box is, found out from outside; never guessed."""
+"""``multibn identify``: determine the dialect of a black box from its answers, without guessing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TESTS = Path(__file__).parent
 
 
 class Speaker(ReferenceSubject):
-    """The reference with a dialect's parameters, its time of update, and what it does with one value per channel."""
+    """The reference with a dialect's parameters, time of update, and behaviour for one value per channel."""
 
     def __init__(self, num_features: int, dialect: Dialect) -> None:
         super().__init__(num_features, dialect.spec)
@@ -62,7 +62,7 @@ class Speaker(ReferenceSubject):
 
 
 def rebuilt(found: Identity) -> BatchNormSpec:
-    """The spec that the printed code gives."""
+    """Return the spec of the printed code."""
     made = eval(found.code(), {"BatchNormSpec": BatchNormSpec})
     assert isinstance(made, BatchNormSpec)
     return made
@@ -261,7 +261,7 @@ def test_a_wrong_one_is_seen_for_what_it_is(defect: str, differs: dict[str, str]
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_nothing_is_guessed(defect: str) -> None:
-    """Whatever is wrong, a parameter is what it was made with, or told to be another, or not told."""
+    """Whatever is wrong, a parameter is right, reported as different, or undetermined."""
     found = identify(lambda num_features: DEFECTS[defect].make(num_features, BatchNormSpec()))
     assert found.spec.keys() | found.unknown.keys() == BatchNormSpec().to_dict().keys()
     other = {name: value for name, value in found.spec.items() if value != getattr(BatchNormSpec(), name)}
@@ -277,7 +277,7 @@ def test_nothing_is_guessed(defect: str) -> None:
 
 
 class FusedOfRank4(ReferenceSubject):
-    """Has another estimator where a framework would have a fused operator, as Keras 2 does."""
+    """Uses another estimator for rank 4, as the fused operator of Keras 2 does."""
 
     def forward(self, x: Array, training: bool) -> Array:
         fused = x.ndim == 4 and x.dtype == np.float32
@@ -421,7 +421,7 @@ def test_statistics_that_never_move() -> None:
 
 
 class Refuses(ReferenceSubject):
-    """Takes no NaN, and no large input."""
+    """Refuses NaN and large input."""
 
     def forward(self, x: Array, training: bool) -> Array:
         if not np.all(np.isfinite(x)) or x.size > 500:
@@ -438,7 +438,7 @@ def test_what_is_refused() -> None:
 
 
 class Lists(ReferenceSubject):
-    """Half input gives a list; float64 is rounded to float32."""
+    """Returns a list for half-precision input; rounds float64 to float32."""
 
     def forward(self, x: Array, training: bool) -> Any:
         y = super().forward(x, training)
@@ -452,7 +452,7 @@ def test_float64_that_is_none() -> None:
 
 
 class OwnWeights(ReferenceSubject):
-    """Weights of its own, of mean and variance, old and new."""
+    """Has separate weights for mean and variance, old and new."""
 
     weights: Any
 
@@ -493,7 +493,7 @@ def test_odd_weights(weights: Any, finding: str, monkeypatch: pytest.MonkeyPatch
 
 
 class OddDivisor(ReferenceSubject):
-    """Inference divides by something of its own."""
+    """Divides by another number in inference."""
 
     divisor: Any
 

@@ -1,4 +1,4 @@
-"""Whatever a program hands to the whitening layer: the right numbers, or an exception that leaves the state as it was."""
+"""Unusual arguments for the whitening layer: correct results, or an exception that leaves the state unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors for code that Python cannot call: written, answered by a stand-in that reads nothing but the files, and judged."""
+"""Test vectors: written, answered by code that reads the files only, and judged."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def array(given: dict[str, Any] | None, folder: Path) -> Any:
-    """As a reader in another language would."""
+    """Read an array as another language would."""
     if given is None:
         return None
     kind = np.dtype(given["dtype"])
@@ -137,7 +137,7 @@ def right(written: Path) -> Path:
 
 
 def changed(right: Path, to: Path, name: str, change: Callable[[Any], object]) -> Path:
-    """The right answers, one of them changed."""
+    """Return the right answers with one changed."""
     to.mkdir()
     for path in right.iterdir():
         (to / path.name).write_text(path.read_text())

@@ -1,4 +1,5 @@
-"""Hostile answers to vectors: each file gets a judgement with one message, whatever it holds; nothing outside its folder is read.
+"""Hostile answers to vectors: each file, whatever its content, gets a judgement with one message; no file outside the folder is
+read.
 
 ``MULTIBN_FUZZ=100000 pytest -s tests/test_vectors_fuzz.py`` tries more files; ``MULTIBN_FUZZ_SEED`` gives others.
 ``--basetemp`` on a file system in memory, such as ``/dev/shm/fuzz``, makes it several times faster.
@@ -80,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def right(name: str) -> dict[str, Any]:
-    """The right answer to a case."""
+    """Return the right answer to a case."""
 
     def told(a: Any) -> Any:
         return a if a is None else {"dtype": a.dtype.name, "shape": list(a.shape), "values": a.ravel().tolist()}
@@ -101,7 +102,7 @@ def right(name: str) -> dict[str, Any]:
 
 
 def places(data: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container of a value with its key, of values in long lists the first ones."""
+    """Yield every container and key of a value; of long lists, the first ones only."""
     pairs = list(data.items()) if isinstance(data, dict) else list(enumerate(data[:4])) if isinstance(data, list) else []
     for key, value in pairs:
         yield data, key
@@ -109,7 +110,7 @@ def places(data: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def hostile(draw: random.Random, data: dict[str, Any]) -> bytes:
-    """The answer, changed in a few places, as text that may be damaged too."""
+    """Return the answer as text with a few changes, possibly damaged."""
     data = copy.deepcopy(data)
     for _ in range(draw.choice((1, 1, 1, 2, 5))):
         container, key = draw.choice(list(places(data)) or [(data, "steps")])

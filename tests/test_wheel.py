@@ -1,4 +1,4 @@
-"""The built wheel, installed without extras into an empty environment: what it holds, and what works there."""
+"""The built wheel, installed without extras into an empty environment: its contents, and that it works there."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter with the wheel and what it needs, in the versions of constraints.txt."""
+    """Make an interpreter with the wheel and its dependencies, in the versions of constraints.txt."""
     folder = tmp_path_factory.mktemp("empty")
     venv.create(folder, with_pip=True)
     its = folder / "bin" / "python"
@@ -116,7 +116,7 @@ wrong: int = spec.eps
 
 
 def test_mypy_takes_the_types_of_the_package(tmp_path: Path) -> None:
-    """A user's file: the mistake is found, and nothing is Any for want of py.typed."""
+    """In a user's file, mypy finds the mistake, and nothing is Any, as it would be without py.typed."""
     pytest.importorskip("mypy", reason="mypy is not installed")
     (tmp_path / "user.py").write_text(USER)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "user.py"]

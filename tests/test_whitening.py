@@ -1,4 +1,4 @@
-"""Whitening: the article's derivation, the matrices and their gradients, the layers of all homes, and what they refuse."""
+"""Whitening: the derivation, the matrices and their gradients, the layers of all backends, and their errors."""
 
 from __future__ import annotations
 

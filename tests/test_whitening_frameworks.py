@@ -1,4 +1,4 @@
-"""Whitening in PyTorch and in Gluon: the same numbers as NumPy's, state, modes, refusals."""
+"""Whitening in PyTorch and in Gluon: the same numbers as in NumPy, state, modes, errors."""
 
 from __future__ import annotations
 

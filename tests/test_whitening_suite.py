@@ -1,4 +1,4 @@
-"""The suite's cases of whitening: each wrong whitening is caught by the clause that it breaks, the right one is not accused."""
+"""The suite's whitening cases: each defective whitening fails the clause that it breaks, and the right one passes."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ SHAPE, C = (8, 16, 4, 4), 16
 
 
 class Plain(torch.Tensor):
-    """A subclass that is memory like any other."""
+    """A subclass with ordinary memory."""
 
 
 class Wrapper(torch.Tensor):
-    """A subclass that holds a tensor, and has no memory itself."""
+    """A subclass that wraps a tensor and has no memory of its own."""
 
     @staticmethod
     def __new__(cls, t: Any) -> Any:
@@ -38,7 +38,7 @@ class Wrapper(torch.Tensor):
 
 
 def dead(t: Any) -> Any:
-    """What is left of a wrapper of ``torch.func`` after its transform."""
+    """Return a wrapper of ``torch.func`` after its transform has ended."""
     kept: list[Any] = []
 
     def total(a: Any) -> Any:
@@ -152,7 +152,7 @@ def setting() -> tuple[Any, Any, dict[str, Any]]:
 
 
 def put(layer: Any, name: str, value: Any) -> None:
-    """Behind the back of ``nn.Module``, as sharding and other libraries do it."""
+    """Assign without ``nn.Module``'s checks, as sharding and other libraries do."""
     if name in layer._parameters:
         tensor = isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and not value.is_inference()
         value = torch.nn.Parameter(value) if tensor and value.is_floating_point() else value
@@ -220,7 +220,7 @@ def same(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def judge(argument: str, wrong: str, when: str, ask_own: bool = True) -> str:
-    """Ours must raise, or agree with PyTorch's own; where that raises, with what it makes of the right argument."""
+    """Our layer must raise, or agree with PyTorch's own; if that raises, agree with its results for the right argument."""
     try:
         make = WRONG[wrong]
         x, dy, state = setting()

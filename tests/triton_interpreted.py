@@ -62,7 +62,7 @@ def data(call: Call) -> tuple[Any, ...]:
 
 
 def on_gpu(call: Call) -> list[Any]:
-    """What the GPU kernel gives."""
+    """Return the results of the GPU kernel."""
     x, dy, gamma, beta, mean, var = data(call)
     if not call.affine:
         gamma = beta = None
@@ -80,14 +80,14 @@ def on_gpu(call: Call) -> list[Any]:
 
 
 def array(t: Any) -> Array:
-    """A view of a tensor as the CPU kernel takes it."""
+    """Return a view of a tensor for the CPU kernel."""
     if t.dtype == torch.float16:
         return t.view(torch.int16).numpy()  # type: ignore[no-any-return]
     return t.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else t.numpy()  # type: ignore[no-any-return]
 
 
 def on_cpu(call: Call) -> list[Any]:
-    """What the CPU kernel gives; a ReLU is applied to its output, and to dy."""
+    """Return the results of the CPU kernel; a ReLU is applied to its output, and to dy."""
     x, dy, gamma, beta, mean, var = data(call)
     if not call.affine:
         gamma, beta = torch.ones_like(gamma), torch.zeros_like(beta)
@@ -106,7 +106,7 @@ def on_cpu(call: Call) -> list[Any]:
 
 
 def bits(t: Any) -> Any:
-    """The bits of a tensor, all NaN being alike."""
+    """Return the bits of a tensor, with all NaNs equal."""
     if not t.is_floating_point():
         return t
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize]
@@ -198,7 +198,7 @@ def test_no_bit_depends_on_the_tiles(monkeypatch: Any) -> None:
 
 
 def fold(a: Array) -> Array:
-    """The sum over the first axis, as BN-15 says."""
+    """Sum over the first axis in the order of BN-15."""
     while len(a) > 1:
         half = (len(a) + 1) // 2
         low = a[:half].copy()
@@ -271,7 +271,7 @@ def test_random_cases(call: Call) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_results_are_rounded_once(dtype: str) -> None:
-    """Ties, and the float64 next to them: to round by way of another type would round some of them twice."""
+    """Ties, and the adjacent float64: conversion through another type would round some of them twice."""
     mantissa, least, largest = FORMATS[dtype]
     random = np.random.default_rng(0)
     low = random.integers(0, 2**mantissa, 300) / 2.0**mantissa + 1

@@ -15,7 +15,7 @@ KERNELS = ("describe", "statistics", "normalise", "correlate", "gradients", "pro
 
 
 class Launch(NamedTuple):
-    """A kernel, and what it would have been launched with."""
+    """A kernel and its launch arguments."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -33,7 +33,7 @@ class _Recorder:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Launches become entries of the list."""
+    """Record launches in the list instead of running them."""
     launches: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in KERNELS:

@@ -39,7 +39,7 @@ def _seed() -> Any:
 
 
 def both(program: Callable[[Any], Any], layer: Any) -> None:
-    """Run a program on a copy of a layer over each kernel: the same bits of all that it returns, and of the layer's state."""
+    """Run a program on a copy of a layer with each kernel; results and the layer's state must have the same bits."""
     ran = []
     for gpu in (False, True):
         mine = copy.deepcopy(layer)
@@ -56,7 +56,7 @@ def both(program: Callable[[Any], Any], layer: Any) -> None:
 
 
 def steps(shape: Any, dtype: Any = torch.float32, layout: Callable[[Any], Any] = lambda x: x, **keywords: Any) -> Any:
-    """Two steps of training and an inference."""
+    """Run two training steps and an inference."""
 
     def program(layer: Any) -> list[Any]:
         results = []
@@ -152,7 +152,7 @@ def test_checkpointing_updates_once() -> None:
 
 
 def test_transforms() -> None:
-    """Of these the formulas take care, and of higher derivatives too."""
+    """Under transforms, and for higher derivatives, the formulas compute."""
 
     def program(layer: Any) -> list[Any]:
         x = torch.randn(8, 3, requires_grad=True)
@@ -168,7 +168,7 @@ def test_transforms() -> None:
 
 @pytest.mark.parametrize("weight_of_old", [0.9, None])
 def test_the_operators_are_what_they_say(weight_of_old: float | None, monkeypatch: Any) -> None:
-    """PyTorch's own check: schema, autograd, and shapes and layouts of the fake implementations."""
+    """Run PyTorch's check: schema, autograd, and shapes and layouts of the fake implementations."""
     for routed in ROUTED:
         monkeypatch.setattr(*routed)
     for x in (torch.randn(4, 3, 5, 6), torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)):

@@ -1,4 +1,4 @@
-"""Subjects that misbehave in a process of their own, each made by the function ``make_`` and its name."""
+"""Subjects that misbehave, run in a separate process; ``make_NAME`` makes each."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class SpeaksOutOfTurn(ReferenceSubject):
 
 
 def _send(text: bytes, rest: bytes = b"") -> None:
-    """A message of the worker, written by the subject; then it never returns."""
+    """Write a message of the worker from the subject, and never return."""
     os.write(int(sys.argv[4]), len(text).to_bytes(8, "little") + text + rest)
     time.sleep(1000)
 
@@ -226,7 +226,7 @@ class GivesAnEndlessInteger(ReferenceSubject):
 
 
 class GivesALyingArray(ReferenceSubject):
-    """A right answer, of a class that claims other bytes."""
+    """Returns a right answer of a class that reports other bytes."""
 
     def forward(self, x: Any, training: bool) -> Any:
         class Lying(np.ndarray):  # type: ignore[type-arg]
@@ -269,7 +269,7 @@ class KeepsItsInput(ReferenceSubject):
 
 
 class LeavesSomethingBehind(ReferenceSubject):
-    """Starts a process in a session of its own, and one whose parent is gone and whose environment is empty; then it hangs."""
+    """Starts a process in a new session, and an orphaned one with an empty environment; then hangs."""
 
     def forward(self, x: Any, training: bool) -> Any:
         if os.fork() == 0:
@@ -301,7 +301,7 @@ class Prints(ReferenceSubject):
 
 
 class Shared(ReferenceSubject):
-    """A right one that starts a process, which outlives a crash and holds on to what it inherits."""
+    """A correct one that starts a process, which survives a crash and keeps inherited files open."""
 
     def forward(self, x: Any, training: bool) -> Any:
         child = os.fork()
@@ -332,7 +332,7 @@ def _maker(kind: type[ReferenceSubject]) -> Any:
 
 
 def right(num_features: int, spec: Any, device: str) -> Any:
-    """As it should be, on the device that it is told."""
+    """Make a correct one, on the given device."""
     assert device in ("cpu", "chip:1"), device
     return ReferenceSubject(num_features, spec)
 
@@ -344,6 +344,6 @@ number = 3
 
 
 def own(num_features: int, spec: Any, device: str) -> Any:
-    """A right one that is asked for its own defaults."""
+    """Make a correct one with its own defaults."""
     assert spec is None
     return ReferenceSubject(num_features)
