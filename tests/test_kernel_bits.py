@@ -33,7 +33,7 @@ def home(request: pytest.FixtureRequest) -> Callable[[int, BatchNormSpec], Any]:
 
 @pytest.fixture(params=[1, 2, 3, 4])
 def thread_count(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Every way of asking for so many threads."""
+    """Set the number of threads in every way."""
     monkeypatch.setattr(threads, "limit", lambda: request.param)
     monkeypatch.setattr(kernel, "CREATING", kernel.SERIAL)
     try:
@@ -89,7 +89,7 @@ def test_a_group_fits_into_a_chunk(channels: int, s: int) -> None:
     ("shape", "together"), [((32, 512, 4), 128), ((16, 512, 9), 128), ((16, 128, 49), 32), ((8, 2048, 1), 2048)]
 )
 def test_threads_have_equal_groups(shape: tuple[int, int, int], together: int) -> None:
-    """But where S is 1."""
+    """Unless S is 1."""
     plan = loops.plan_of(shape)
     assert (plan.together, plan.groups) == (together, shape[1] // together)
 
@@ -97,7 +97,7 @@ def test_threads_have_equal_groups(shape: tuple[int, int, int], together: int) -
 def both(
     x: Array, dy: Array, spec: BatchNormSpec, *, training: bool = True, channel_axis: int = 1, batches: int = 0
 ) -> tuple[list[Any], list[Any]]:
-    """(y, dx, dgamma, dbeta, moving_mean, moving_var) of the reference and of the kernel."""
+    """Return (y, dx, dgamma, dbeta, moving_mean, moving_var) of the reference and of the kernel."""
     channels, kind = x.shape[channel_axis], PARAMETER_TYPE[x.dtype.name]
     rng = np.random.default_rng(5)
     gamma, beta, mean, var = (rng.uniform(0.5, 2, channels).astype(kind) for _ in range(4))
@@ -199,7 +199,7 @@ def test_reference_and_kernel_agree_on_nothing(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(4, 3, 5), (70, 3, 200)], ids=["serial", "staged"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_a_poisoned_channel_poisons_no_other(value: float, shape: tuple[int, ...], dtype: str) -> None:
-    """BN-11. A NaN's own bits are not promised, so the poisoned channel is compared by value."""
+    """BN-11. The bits of a NaN are not specified, so the poisoned channel is compared by value."""
     x, dy = random(shape, dtype), random(shape, dtype, 1)
     x[1, 1, 2] = value
     by_reference, by_kernel = both(x, dy, BatchNormSpec())
@@ -222,7 +222,7 @@ MEMORY: dict[str, Callable[[Array], Array]] = {
 
 @pytest.mark.parametrize("layout", MEMORY)
 def test_memory_layout_of_x_does_not_change_the_meaning(layout: str) -> None:
-    """BN-14. Whole numbers, whose sums and means are exact, so that the order of summation cannot show."""
+    """BN-14. Integers, whose sums and means are exact, so that the order of summation does not matter."""
     x = np.arange(2 * 3 * 4 * 4, dtype=np.float32).reshape(2, 3, 4, 4) % 8
     dy = random(x.shape, "float32")
     assert both(MEMORY[layout](x), dy, BatchNormSpec())[1][0].tobytes() == both(x, dy, BatchNormSpec())[1][0].tobytes()

@@ -33,7 +33,7 @@ def ulp(exact: Array, dtype: str) -> Array:
 
 
 def greatest(dtype: str) -> float:
-    """The largest finite value of a type."""
+    """Return the largest finite value of a type."""
     return 2.0 ** (1 - SMALLEST[dtype]) * (2 - 2.0 ** (1 - DIGITS[dtype]))
 
 
@@ -74,7 +74,7 @@ def by_kernel(x: Array, dy: Array, state: tuple[Array, ...], dtype: str, eps: fl
 
 
 def by_formulas(x: Array, dy: Array, state: tuple[Array, ...], eps: float, dtype: str) -> tuple[Results, Results]:
-    """The exact results, to extended precision, and how far from them BN-16 allows to be."""
+    """Return the results in extended precision, and the bounds of BN-16."""
     kind = PARAMETER_TYPE[dtype]
     gamma, beta, old_mean, old_var = (a.astype(np.longdouble)[:, None] for a in state)
     m, m_axes = x.shape[0] * x.shape[2], (0, 2)
@@ -140,7 +140,7 @@ def assert_exact(x: Array, dtype: str, eps: float = 1e-5, parameters: tuple[floa
 
 
 def normal(m: int, mean: float, std: float = 1.0) -> Array:
-    """(N, 3, S) with N*S = m."""
+    """Return a shape (N, 3, S) with N*S = m."""
     s = next(s for s in (1000, 100, 10, 7, 1) if m % s == 0 and m > s)
     return np.random.default_rng(m).normal(mean, std, (m // s, 3, s))
 
@@ -160,7 +160,7 @@ def test_ten_million_values(dtype: str) -> None:
 @pytest.mark.parametrize("eps", [1e-5, 1e-12])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 10.0, 1e4, 1e6])
 def test_mean_far_from_zero(mean: float, eps: float, dtype: str) -> None:
-    """float32's spacing at 1e6 is 1/16, so it has some fifty values left."""
+    """The spacing of float32 at 1e6 is 1/16, so that about fifty values are left."""
     assert_exact(normal(20_000, mean), dtype, eps)
     assert_exact(normal(20_000, -mean, 1e-3), dtype, eps)
 
@@ -194,7 +194,7 @@ def test_hard_input(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_one_outlier_among_very_many(dtype: str) -> None:
-    """xhat is a thousand."""
+    """xhat is 1000."""
     assert_exact(outlier(1_000_000, 6e4), dtype)
 
 
@@ -224,7 +224,7 @@ def test_denormal_results(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_results_too_large_for_the_type_are_infinite(dtype: str) -> None:
-    """The largest finite value is taken up to half its ulp beyond; then it is infinity, as IEEE-754 rounds."""
+    """Values up to half an ulp beyond the largest finite value are rounded to it, larger ones to infinity, as in IEEE-754."""
     largest = greatest(dtype)
     half = 2.0 ** (1 - SMALLEST[dtype] - DIGITS[dtype])
     x = as_bits(np.array([-1.0, 1.0]).reshape(2, 1, 1), dtype)

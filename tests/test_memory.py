@@ -1,4 +1,4 @@
-"""Memory for large outputs: it is lent once at a time, comes back by itself, and no more of it is kept than promised."""
+"""The pool of memory for large outputs: a buffer has one user at a time and returns automatically, and the limit holds."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_without_a_system_to_ask_nothing_is_asked(monkeypatch: Any) -> None:
 
 
 def test_a_forked_child_begins_with_a_new_lock(monkeypatch: Any) -> None:
-    """What os.fork calls in the child, called here: a lock may be held there by a thread that is not."""
+    """Call what os.fork calls in the child, where a lock may be held by a thread that does not exist."""
     before = memory._keeping
     monkeypatch.setattr(memory, "_keeping", before)  # to be as it was afterwards
     memory._forget()

@@ -1,4 +1,4 @@
-"""What MXNet's own unit tests ask of its BatchNorm, asked of ours, and real programs.
+"""MXNet's own unit tests of BatchNorm, applied to our blocks, and typical programs.
 
 After ``tests/python/unittest/test_operator.py`` (``test_batchnorm_training``, ``test_batchnorm``) and ``test_gluon.py``
 (``test_batchnorm``, ``test_batchnorm_16c``, ``test_slice_batchnorm``, ``test_reshape_batchnorm``, ``test_fill_shape_deferred``,
@@ -87,7 +87,7 @@ def test_ten_steps_on_every_axis(shape: tuple[int, ...], hybrid: bool) -> None:
 
 
 class Reshaped(mx.gluon.HybridBlock):  # type: ignore[misc,name-defined]
-    """A convolution and ours, with input and middle sliced or reshaped, as MXNet's tests make them."""
+    """Make a convolution and our block, with the input and the intermediate value sliced or reshaped, as in MXNet's tests."""
 
     def __init__(self, how: str, kind: Any) -> None:
         super().__init__()

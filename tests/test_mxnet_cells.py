@@ -1,4 +1,4 @@
-"""A Gluon layer raises with its state unchanged, or gives what MXNet's own gives, whatever it is handed: mxnet_cells.py."""
+"""For any argument, a Gluon layer raises with its state unchanged, or agrees with MXNet's own: mxnet_cells.py."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def agree(ours: dict[str, Any], other: dict[str, Any], but: tuple[str, ...]) -> 
 
 
 def wrong(name: str, outcomes: dict[str, Any]) -> str | None:
-    """What is wrong with ours in a cell, or None."""
+    """Return what is wrong with our layer in a cell, or None."""
     ours, own = outcomes[f"ours|{name}"], outcomes.get(f"own|{name}", {})
     if "crash" in ours or ours.get("error") == "StateChanged":
         return str(ours)

@@ -49,7 +49,7 @@ class Point:
         self.moving = random(channels, seed=6, dtype=state), random(channels, seed=7, dtype=state) ** 2 + np.asarray(0.5, state)
 
     def gradients(self, spec: BatchNormSpec, training: bool, **at: Array) -> dict[str, Array]:
-        """The first ones, by the reference."""
+        """Return the first gradients of the reference."""
         at = {name: values.astype("d") for name, values in {**self.at, **at}.items()}
         mean, var = (each.astype("d") for each in self.moving)
         done = reference.forward(at["x"], at["gamma"], at["beta"], mean, var, spec, training, self.axis)
@@ -57,7 +57,7 @@ class Point:
         return {name: each for name, each in (("dx", its.dx), ("dgamma", its.dgamma), ("dbeta", its.dbeta)) if each is not None}
 
     def second(self, spec: BatchNormSpec, training: bool, name: str) -> Array:
-        """The gradient of their weighted sum, by differences."""
+        """Return the gradient of their weighted sum, by finite differences."""
 
         def total(values: Array) -> float:
             its = self.gradients(spec, training, **{name: values})
@@ -73,7 +73,7 @@ class Point:
 
 
 def block_at(point: Point, spec: BatchNormSpec, block: Any = None) -> Any:
-    """A block with the point's gamma, beta and moving statistics."""
+    """Make a block with the point's gamma, beta and moving statistics."""
     channels = point.at["gamma"].size
     block = block or multibn_mxnet.GluonBatchNorm(point.axis, epsilon=spec.eps, in_channels=channels, implementation="composed")
     block.initialize()
@@ -85,7 +85,7 @@ def block_at(point: Point, spec: BatchNormSpec, block: Any = None) -> Any:
 
 
 def derive(block: Any, point: Point, training: bool) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The first and second gradients of a block."""
+    """Return the first and second gradients of a block."""
     x, tanh = array(point.at["x"]), mx.np.tanh if mx.util.is_np_array() else mx.nd.tanh
     x.attach_grad()
     names = [name for name in ("gamma", "beta") if hasattr(block, name) and getattr(block, name).grad_req != "null"]

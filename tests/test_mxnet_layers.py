@@ -1,4 +1,4 @@
-"""The Gluon blocks: the same bits as the reference in every way that MXNet runs a block, and Gluon's habits kept."""
+"""The Gluon blocks: the same bits as the reference in every mode of MXNet, and Gluon's conventions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def random(*shape: int, seed: int = 0, dtype: str = "float32") -> Array:
 
 
 def train(block: Any, x: Array, dy: Array) -> tuple[Array, Array]:
-    """y and dx of one step."""
+    """Return y and dx of one step."""
     given: Any = array(x)
     given.attach_grad()
     with mx.autograd.record():
@@ -63,7 +63,7 @@ def train(block: Any, x: Array, dy: Array) -> tuple[Array, Array]:
 def expect(
     spec: BatchNormSpec, steps: int, shape: tuple[int, ...], dtype: str = "float32", axis: int = 1
 ) -> tuple[reference.Forward, reference.Backward]:
-    """The last of so many training steps on ``random``, from the initial state."""
+    """Return the last of this many training steps on ``random``, from the initial state."""
     kind = "float64" if dtype == "float64" else "float32"
     channels = shape[axis]
     mean, var, ones, zeros = (f(channels, kind) for f in (np.zeros, np.ones, np.ones, np.zeros))
@@ -446,7 +446,7 @@ class SlowProp(mx.operator.CustomOpProp):  # type: ignore[misc,name-defined]
 
 
 def slowly(values: Any) -> Any:
-    """A copy that takes a while to be there, and lets MXNet's own operators run in the meantime."""
+    """Return a copy that is computed asynchronously and takes a while, during which MXNet runs other operators."""
     return mx.nd.Custom(values, op_type="multibn_test_slowly")
 
 

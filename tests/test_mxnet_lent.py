@@ -1,4 +1,4 @@
-"""Gluon's large outputs lie in memory that was used before, and in nobody else's."""
+"""Gluon's large outputs are in reused memory that no other array uses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def square(dtype: Any = np.float32, context: Any = None) -> Any:
 
 
 def places() -> list[int]:
-    """Where the memory of all that is lent lies."""
+    """Return the addresses of all buffers in use."""
     return [memory.ctypes.data for _, memory in output_memory._out]
 
 
@@ -52,7 +52,7 @@ def test_memory_is_lent_again_when_its_last_user_has_gone(use: Any) -> None:
 
 
 def test_pending_operators_keep_the_memory() -> None:
-    """They read it after the caller has let go of it."""
+    """MXNet's operators read an array after the caller has freed it."""
     expected = []
     found = []
     for i in range(20):

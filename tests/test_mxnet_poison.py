@@ -1,4 +1,4 @@
-"""A poisoned batch in Gluon: a warning says so, once, with the name of the block (BN-11)."""
+"""A batch with NaN or Inf in Gluon: one warning per block names the block (BN-11)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def batch(value: float, channels: Any = (2,), size: int = 5, dtype: str = "float
 
 
 def told(block: Any, x: Any, training: bool = True) -> list[str]:
-    """What is said at a call."""
+    """Return the warnings of a call."""
     with warnings.catch_warnings(record=True) as caught, mx.autograd.record(train_mode=training):
         warnings.simplefilter("always", PoisonedBatch)
         block(x)

@@ -1,4 +1,4 @@
-"""What the Gluon blocks refuse: the whole message, at the call, and nothing changed."""
+"""Errors of the Gluon blocks: whole messages, raised by the call, with nothing changed."""
 
 from __future__ import annotations
 

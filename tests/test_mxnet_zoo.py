@@ -34,7 +34,7 @@ def test_these_are_all_there_are() -> None:
 
 
 def network(name: str, dtype: str = "float32") -> Any:
-    """The zoo's with known weights, its end made for small images and few classes."""
+    """Make a network of the zoo with fixed weights, adapted to small images and few classes."""
     net = getattr(vision, name)(classes=4)
     blocks = net.features._children
     for key, block in list(blocks.items()):
@@ -59,7 +59,7 @@ def array(values: Array) -> Any:
 
 
 def step(net: Any, name: str, dtype: str = "float32") -> dict[str, Array]:
-    """Everything that a training step and an inference give."""
+    """Return all results of a training step and an inference."""
     x = array(images(name, dtype))
     x.attach_grad()
     mx.random.seed(3)

@@ -1,4 +1,4 @@
-"""NumPy layers and the kernel raise with their state unchanged, or agree with the reference, whatever they are handed."""
+"""For any argument, NumPy layers and the kernel raise with their state unchanged, or agree with the reference."""
 
 from __future__ import annotations
 

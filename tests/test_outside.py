@@ -1,4 +1,4 @@
-"""Anyone's BatchNorm in a process of its own: whatever it does there, its case fails with a message, and the run goes on."""
+"""External subjects in a separate process: whatever a subject does, its case fails with a message, and the run continues."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def where_the_zoo_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def message(name: str, case: str, timeout: float | None = None) -> str:
-    """The first line that one case on one subject gets."""
+    """Return the first line of the message for one case on one subject."""
     theirs = judged(f"zoo:make_{name}", [CASES[case]], timeout=timeout)
     assert theirs is not None
     return judge(theirs.candidate, CASES[case]).message.partition("\n")[0]
@@ -293,13 +293,13 @@ def test_options_of_a_subject_need_one(option: str) -> None:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another interpreter, with nothing installed."""
+    """Make another interpreter, with nothing installed."""
     return _environment(tmp_path_factory.mktemp("bare"))
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another interpreter, with NumPy alone."""
+    """Make another interpreter, with NumPy only."""
     python = _environment(tmp_path_factory.mktemp("other"))
     (site,) = python.parents[1].glob("lib/python*/site-packages")
     for package in Path(np.__file__).parents[1].glob("numpy*"):
@@ -401,7 +401,7 @@ def test_where_memory_is_not_told_it_is_not_judged(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_worker_answers() -> None:
-    """As its process does, which is ended without a chance to say what of it ran."""
+    """As the subject's process, which is killed before it can save its coverage."""
     x, spec = np.ones((2, 3), np.float32), BatchNormSpec().to_dict()
     requests, answers = io.BytesIO(), io.BytesIO()
     asked: tuple[tuple[str, tuple[Any, ...], int], ...] = (
@@ -485,7 +485,7 @@ def test_a_wrong_parameter_is_caught(its: dict[str, object], clause: str) -> Non
 
 
 def test_what_needs_statistics_that_stay_is_caught_where_they_move() -> None:
-    """The state is loaded again between training and inference, so that no rounding of it comes between."""
+    """The state is loaded again between training and inference, so that rounding of the state does not matter."""
     cases, _ = fitted([CASES["BN-08-the-last-forward"]], spec_from("torch"))
     assert [step.do for step in cases[0].steps] == ["train", "load", "infer", "backward"]
     judgement = judge_maker(DEFECTS["gradient-of-an-old-forward"].make, cases[0], "one", "exact")
@@ -517,7 +517,7 @@ def test_which_cases_fit() -> None:
 
 
 def example() -> str:
-    """The Python of the guide."""
+    """Return the Python code of the guide."""
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     assert len(code.splitlines()) == 20
     return str(code)
@@ -556,7 +556,7 @@ def _alive(pid: int) -> bool:
 
 
 def _started_by(pid: int) -> set[int]:
-    """The processes of subjects that a process started, with all that these started."""
+    """Return the subjects' processes that a process started, with their descendants."""
     marks = set()
     for entry in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
@@ -578,7 +578,7 @@ needs_linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason
 
 @needs_linux
 def test_what_left_its_session_ends_too() -> None:
-    """Also a process whose parent is gone, and one without the environment."""
+    """Also an orphaned process, and one without the environment."""
     others = _started_by(os.getpid())
     told = message("LeavesSomethingBehind", TRAIN, timeout=1.5)
     assert told == f"{TRAIN}: step 1 of 1 (train): forward did not come back within 1.5 s; its process was stopped."
@@ -636,7 +636,7 @@ def test_signals_are_as_before_after_a_command() -> None:
     ],
 )
 def test_what_was_given_earlier_must_stay(name: str, case: str, told: str) -> None:
-    """Here as in a process of its own."""
+    """The same here as in a separate process."""
     kind: type[ReferenceSubject] = getattr(zoo, name)
     here = judge_maker(kind, CASES[case], "zoo/one/cpu", "working").message.splitlines()[0]
     assert here.endswith(f"{told} It must copy what it keeps.")

@@ -1,4 +1,4 @@
-"""The frameworks' own BatchNorms: what is said of them, how a dialect changes a case, and the ones that are installed here."""
+"""The frameworks' own BatchNorms: their entries, how a dialect changes a case, and the ones that are installed here."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_without_a_gradient_backward_is_left_out() -> None:
 
 def test_reasons_of_a_difference() -> None:
     class Backward(ReferenceSubject):
-        """Moves in backward, with momentum as float32."""
+        """Updates in backward, with momentum in float32."""
 
         def _forward(self, x: Any, training: bool) -> Any:
             before = self.moving_mean, self.moving_var

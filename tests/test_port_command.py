@@ -35,7 +35,7 @@ def port(*arguments: Any) -> Any:
 
 
 def report_of(folder: Path, *arguments: Any, code: int = 0, **batch_norm_attributes: Any) -> dict[str, Any]:
-    """The report of a small network."""
+    """Return the report of a small network."""
     symbol, params, _ = small(folder, **batch_norm_attributes)
     done = port(symbol, params, "data=2,3,8,8", "-o", folder / "out", *arguments)
     assert done.exit_code == code, done.output
@@ -206,7 +206,7 @@ def test_float32_error_of_a_layer_is_seen(tmp_path: Path) -> None:
 
 
 class _Float32(torch.nn.BatchNorm2d):
-    """PyTorch's layer under another name, so that it is judged as ours is."""
+    """PyTorch's layer under another name, so that it is judged like ours."""
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Small(nn.Module):
-    """What ``small`` is, in other words: names, order and spelling of its own."""
+    """The network of ``small`` with other names, another order and other spelling."""
 
     def __init__(
         self, eps: float = 1e-3, classes: int = 5, act: Any = nn.ReLU, momentum: float = 0.1, more: bool = False
@@ -57,7 +57,7 @@ def make_nothing() -> None:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """The model with values of its own."""
+    """Return the model with other values."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, each in model.state_dict().items():
@@ -143,7 +143,7 @@ def test_branches_that_nothing_tells_apart_are_refused() -> None:
 
 
 class Told(Two):
-    """The same with one branch going out by itself too, which tells them apart."""
+    """The same, with one branch as an additional output, which tells them apart."""
 
     def forward(self, x: Any) -> Any:
         return self.a(x) + self.b(x), self.a(x)
@@ -155,7 +155,7 @@ def test_what_another_output_tells_apart_is_matched() -> None:
 
 
 class Residual(nn.Module):
-    """x + f(x), either way round; scaled by a constant."""
+    """x + f(x) or f(x) + x, scaled by a constant."""
 
     def __init__(self, swapped: bool, scale: float = 2.0) -> None:
         super().__init__()

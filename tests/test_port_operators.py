@@ -1,4 +1,4 @@
-"""Every operator that can be ported gives what MXNet gives: outputs within 1e-5 of the largest."""
+"""Every operator that can be ported agrees with MXNet: outputs within 1e-5 of the largest."""
 
 from __future__ import annotations
 

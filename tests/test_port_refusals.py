@@ -1,4 +1,4 @@
-"""What cannot be ported is refused, by name, with a message that says what to do; all of it at once."""
+"""What cannot be ported is refused in one error that names each item and says what to do."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_unknown_layers_are_refused(tmp_path: Path) -> None:
 
 
 def norms(*arrays: tuple[str, str, str, str], attributes: tuple[dict[str, str], ...] = ({}, {})) -> str:
-    """Two BatchNorms, one after the other, with arrays of these names."""
+    """Make two consecutive BatchNorms with arrays of these names."""
     names = list(dict.fromkeys(name for each in arrays for name in each))
     nodes = [node("null", "data"), *[node("null", name) for name in names]]
     last = 0

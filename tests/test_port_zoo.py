@@ -1,4 +1,4 @@
-"""All 27 networks of Gluon's model zoo that have BatchNorm: outputs beside MXNet's, and the proof of every BatchNorm."""
+"""All 27 networks of Gluon's model zoo that have BatchNorm: outputs compared with MXNet's, and the proof of every BatchNorm."""
 
 from __future__ import annotations
 

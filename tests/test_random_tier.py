@@ -1,4 +1,4 @@
-"""The random tier: what it draws, that right ones pass, that wrong ones fail with a small case, and code that runs it again."""
+"""The random tier: its cases, that correct subjects pass, and that defects fail with a small case and code to reproduce it."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_reproduce_takes_a_case() -> None:
 
 
 def test_fixed_parameters() -> None:
-    """Those of a subject that lets nobody choose them; nothing else is asked of it."""
+    """The parameters of a subject that does not accept others; it gets no other spec."""
     fixed = BatchNormSpec(eps=1e-3, momentum=None, moving_variance="unbiased", normalize_with="moving")
     for number in range(80):
         case, judgement = judge_seed(made_by(lambda n, spec: Right(n, fixed)), number, fixed)
@@ -220,7 +220,7 @@ def test_pytest_runs_them(arguments: list[str], fixed: Any, seeds: int) -> None:
 
 
 def test_pytest_judges_a_seed() -> None:
-    """In pytest's own words, on two processes."""
+    """Through pytest, in two processes."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "conformance", "--backend", "numpy"]
     options = ["--random", "3", "--case", "BN-12-two-values"]
     root = Path(__file__).parents[1]
@@ -243,7 +243,7 @@ def test_what_is_installed_passes() -> None:
 
 
 def test_what_is_installed_takes_the_least_momentum() -> None:
-    """A denormal number, which MXNet's own operators do not read."""
+    """A denormal number, which MXNet's own operators flush to 0."""
     case = replace(CASES["BN-05-momentum-0.1"], id="BN-05-least", spec=BatchNormSpec(momentum=5e-324))
     told = {each.subject: each.message for each in (judge(candidate, case) for candidate in candidates()[0])}
     assert told == dict.fromkeys(told, "")

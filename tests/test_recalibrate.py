@@ -83,7 +83,7 @@ def test_what_is_not_finite_keeps_its_old_statistics() -> None:
 
 
 class Home:
-    """A framework, as these tests need it: a net with three BatchNorms, one of them the framework's own."""
+    """What these tests need of a framework: a net with three BatchNorms, one of them the framework's own."""
 
     name: str
     recalibrate: Callable[..., list[str]]

@@ -23,7 +23,7 @@ BLOCKS = {
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """multibn and its suite, to be changed."""
+    """Make a copy of multibn and its suite."""
     ignored = shutil.ignore_patterns("__pycache__")
     for package in ("multibn", "conformance/multibn_conformance"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
@@ -31,7 +31,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def python(copy: Path, *arguments: str) -> str:
-    """What a program printed that imports the copy."""
+    """Return the output of a program that imports the copy."""
     path = os.pathsep.join(str(copy / each) for each in (".", "conformance"))
     env = {**os.environ, "PYTHONPATH": path, "NUMBA_DISABLE_JIT": "0"}
     done = subprocess.run([sys.executable, *arguments], env=env, cwd=copy, capture_output=True, text=True)

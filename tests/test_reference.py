@@ -66,7 +66,7 @@ def slope(channel: Channel, spec: BatchNormSpec, batch: bool, field: str, index:
 
 
 def number(value: Any) -> Any:
-    """A NumPy number or a rational as an mpf."""
+    """Convert a NumPy number or a rational to an mpf."""
     exact = Fraction(value if isinstance(value, Fraction) else float(value))
     return mpmath.mpf(exact.numerator) / exact.denominator
 
@@ -457,7 +457,7 @@ def folded(sums: list[float]) -> float:
 
 
 def sum_as_the_clause_says(rows: list[list[float]], channels: int) -> float:
-    """The sum of one channel, whose rows these are."""
+    """Return the sum of one channel, given its rows."""
     joined = max(1, min(LANES // (channels * len(rows[0])), len(rows) // JOINED))
     length = math.ceil(len(rows[0]) / math.ceil(len(rows[0]) / LANES))
     pieces = [[row[start : start + length] for start in range(0, len(row), length)] for row in rows]

@@ -1,4 +1,4 @@
-"""BatchNormSpec: what it accepts, what it says when it refuses, and how it travels."""
+"""BatchNormSpec: accepted values, error messages, copies and pickles."""
 
 from __future__ import annotations
 

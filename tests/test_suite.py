@@ -1,4 +1,4 @@
-"""The conformance suite is tested itself: it catches wrong BatchNorms by the clause that they break, and accuses no right one."""
+"""Tests of the conformance suite: defects fail the clause that they break, and correct BatchNorms pass."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_right_one_written_in_another_way_passes(make: Make, precision: Precis
 
 
 def test_bounds_are_within_a_hundred_of_a_right_one() -> None:
-    """Of each result in each type there is a right one at no less than a hundredth of the bound."""
+    """For each result and type, a correct answer reaches at least a hundredth of the bound."""
     found = nearest()
     assert len(found) == 2 * (6 * 2 + 2)  # six results of float32 and float64, y and dx of float16 as well
     assert {key: part for key, (part, _) in found.items() if not 0.01 <= part <= 1} == {}
@@ -114,7 +114,7 @@ def test_messages(defect: str, name: str, message: str) -> None:
 
 
 class Odd(ReferenceSubject):
-    """A right one whose answers a test replaces."""
+    """A correct subject whose answers a test replaces."""
 
     answers: dict[str, object]
 

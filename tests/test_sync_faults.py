@@ -1,4 +1,4 @@
-"""Ranks that disagree, refuse, are late or die, over three processes by gloo: every rank gets an error, and nothing changes."""
+"""Ranks that disagree, refuse, are late or die, in three processes over gloo: every rank raises, and nothing changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``SyncBatchNorm`` in one process: conversion, a group of one, inference, and what it refuses."""
+"""``SyncBatchNorm`` in one process: conversion, a group of one, inference, and errors."""
 
 from __future__ import annotations
 

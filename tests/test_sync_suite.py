@@ -1,4 +1,4 @@
-"""The suite on synchronised statistics: it catches every wrong one, and accuses no right one."""
+"""The suite's cases of synchronised statistics: each defect fails, and correct layers pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``SyncBatchNorm`` of PyTorch over three processes, by gloo. One test, for the processes take long to start."""
+"""``SyncBatchNorm`` of PyTorch in three processes over gloo. One test, since the processes take long to start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads of compiled code: as many as are asked for, OpenMP's or the system's, and limits are kept to."""
+"""Threads of compiled code: the requested number, from OpenMP or the system, within the limits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def starters(request: pytest.FixtureRequest) -> Array:
 
 
 def forward(body: int, starters: Array, count: int, shape: tuple[int, int, int], use_batch: bool = True) -> Array:
-    """y, saved and the moving statistics of a forward by a body and so many threads."""
+    """Return y, saved and the moving statistics of a forward with a body and this many threads."""
     x = np.random.default_rng(0).normal(3, 2, shape).astype(np.float32)
     y, (gamma, beta, mean, var) = np.zeros_like(x), np.ones((4, shape[1]), np.float32)
     saved = np.zeros((2, shape[1]))

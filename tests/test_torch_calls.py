@@ -1,4 +1,4 @@
-"""Random sequences of public calls on a layer beside PyTorch's own: the same results, or an error and the state as it was."""
+"""Random sequences of public calls, compared with PyTorch's own layer: the same results, or an error and an unchanged state."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CALLS = st.one_of(
 
 
 class Program:
-    """A layer and the batch that waits for its backward."""
+    """A layer, and the batch whose backward has not run yet."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.waiting: Any = None
 
     def call(self, name: str, argument: Any, seed: int) -> dict[str, Any]:
-        """Make a call; return what came of it."""
+        """Make a call; return its outcome."""
         layer, generator = self.layer, torch.Generator().manual_seed(seed)
         if name == "forward":
             x = torch.randn(4, C, 2, 2, generator=generator).add(0.3).to(TYPES[argument]).requires_grad_()
@@ -74,7 +74,7 @@ def state(layer: Any) -> dict[str, Any]:
 
 
 def twin(layer: Any) -> Any:
-    """PyTorch's own layer in the same state."""
+    """Make PyTorch's own layer with the same state."""
     own = nn.BatchNorm2d(C).train(layer.training)
     own.load_state_dict(state(layer), assign=True)
     for p, mine in zip(own.parameters(), layer.parameters(), strict=True):
@@ -100,7 +100,7 @@ def close(found: dict[str, Any], wanted: dict[str, Any], tolerance: float) -> No
 
 
 def goes_with(layer: Any, kind: str) -> bool:
-    """Whether an input of the type goes with the layer's state (BN-10)."""
+    """Return whether the layer's state allows input of a type (BN-10)."""
     needed = torch.float64 if kind == "float64" else torch.float32
     return all(t.dtype is needed for t in layer.state_dict().values() if t.dim())
 

@@ -1,4 +1,4 @@
-"""``multibn_jax.BatchNorm`` beside ``flax.nnx.BatchNorm``: arguments, state, results, refusals; and as the article's block."""
+"""``multibn_jax.BatchNorm`` compared with ``flax.nnx.BatchNorm``: arguments, state, results, errors; and with a spec."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def pair(arguments: dict[str, Any], implementation: str) -> tuple[nnx.BatchNorm, nnx.BatchNorm]:
-    """Ours and Flax's with the same arguments."""
+    """Make our layer and Flax's with the same arguments."""
     axis = arguments.get("axis", -1)
     features = X.shape[axis[0] if isinstance(axis, tuple) else axis]
     theirs = nnx.BatchNorm(features, rngs=nnx.Rngs(0), **{**arguments, "use_fast_variance": False})
