@@ -72,7 +72,7 @@ def test_a_damaged_file_is_reported_set_aside_and_compiled_anew(damage: Any, pro
     (file,) = program.files
     sound = file.read_bytes()
     file.write_bytes(damage(sound))
-    line = f"multibn: the cached file {file} is damaged; it is set aside as .damaged and compiled anew"
+    line = f"multibn: the cache file {file} is damaged; renamed it to .damaged and recompiling"
     assert program.run() == ("42 0 1", line)
     assert file.with_suffix(".damaged").read_bytes() == damage(sound)
     assert program.run() == ("42 1 0", "")
@@ -101,8 +101,8 @@ def test_a_folder_that_others_may_write_to_is_not_used(mode: int, program: Progr
     out, err = program.run()
     assert out == "42 0 1"
     assert err == (
-        f"multibn: the cache folder {file.parent} is not used, since others may write to it and what is loaded from it runs. "
-        f"Make it yours alone (chmod go-w {file.parent}), or set NUMBA_CACHE_DIR to a folder that is"
+        f"multibn: the cache folder {file.parent} is not used, because other users can write to it and cached code is executed. "
+        f"Run chmod go-w {file.parent}, or set NUMBA_CACHE_DIR to a folder that only you can write to"
     )
     file.parent.chmod(0o755)
     assert program.run() == ("42 1 0", "")

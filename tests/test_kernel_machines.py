@@ -18,7 +18,7 @@ import multibn
 
 TESTS = Path(__file__).parent
 GOLDEN = json.loads((TESTS / "golden_bits.json").read_text())
-NOTICE = "multibn: compiling the CPU kernel for {}; later runs find it on disk\n"
+NOTICE = "multibn: compiling the CPU kernel for {}; the result is cached for later runs\n"
 
 
 class Run(NamedTuple):

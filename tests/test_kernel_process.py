@@ -177,7 +177,7 @@ def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unprepared")
 @pytest.mark.parametrize(("kind", "name"), [("int16", "float16"), ("uint16", "bfloat16"), ("float32", "float32")])
-@pytest.mark.parametrize(("folder", "ending"), [("/somewhere", "; later runs find it on disk"), (None, "")])
+@pytest.mark.parametrize(("folder", "ending"), [("/somewhere", "; the result is cached for later runs"), (None, "")])
 def test_one_line_when_compiling_takes_over_a_second(
     kind: str, name: str, folder: str | None, ending: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

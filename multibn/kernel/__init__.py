@@ -1,4 +1,4 @@
-"""The CPU kernel: BN-01 to BN-16, compiled by Numba, which loads when one of these names is first used."""
+"""The CPU kernel, an implementation of BN-01 to BN-16 in Numba. Numba is imported when one of these names is first used."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -15,7 +15,9 @@ from .jit import inner
 
 @inner
 def keep(arrays: Any) -> None:
-    """Use arrays, so that Numba does not free them before this point; it does not count the use of an address."""
+    """Keep arrays alive up to this call. Numba frees an array after its last use, and does not see that a raw address refers
+    to it.
+    """
 
 
 @intrinsic
@@ -30,7 +32,9 @@ def pointer(_: Any, address: Any) -> Any:  # pragma: no cover - runs in the comp
 
 @intrinsic
 def part(_: Any, array: Any, start: Any, width: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """``array[start : start + width]`` of a contiguous one-dimensional array, without bounds handling: much less code."""
+    """``array[start : start + width]`` of a contiguous one-dimensional array, without the bounds handling that Numba generates
+    for slices, which is much more code.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         given = make_array(signature.args[0])(context, builder, arguments[0])
@@ -44,7 +48,7 @@ def part(_: Any, array: Any, start: Any, width: Any) -> Any:  # pragma: no cover
 
 @intrinsic
 def call(_: Any, address: Any, arguments: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """Call the C function at an address with a tuple of integers or addresses."""
+    """Call the C function at an address; the arguments are a tuple of integers or addresses; the result is discarded."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         word = ir.IntType(64)
@@ -58,7 +62,7 @@ def call(_: Any, address: Any, arguments: Any) -> Any:  # pragma: no cover - run
 
 @intrinsic
 def fetch_add(_: Any, address: Any, count: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """Add to the int64 at an address atomically; return the old value."""
+    """Atomically add to the int64 at an address; return the old value."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
@@ -68,4 +72,4 @@ def fetch_add(_: Any, address: Any, count: Any) -> Any:  # pragma: no cover - ru
 
 
 unsigned = np.uint64
-"""Type of an index; compiled code checks each signed index for being negative."""
+"""Type for indices: for a signed index, Numba generates a check for negative values (wraparound)."""

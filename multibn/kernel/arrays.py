@@ -1,4 +1,4 @@
-"""BatchNorm of NumPy arrays: ``forward`` and ``backward`` by the kernel."""
+"""``forward`` and ``backward`` of BatchNorm for NumPy arrays, computed by the kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multibn.layer.inputs import check_writable, plain
-from multibn.layer.types import PARAMETER_TYPE, Array
+from multibn.layer.types import PARAMETER_TYPE, Array, three_axes
 from multibn.reference import check
 from multibn.spec.batchnorm import BatchNormSpec
 
@@ -19,7 +19,9 @@ from .schedule import forward_at as forward_at
 
 
 class Saved(NamedTuple):
-    """What ``backward`` needs of a ``forward`` of NumPy arrays, and what ``run_forward`` returned."""
+    """State saved by ``forward`` for ``backward``. ``left`` is the number of channels whose moving statistics were not
+    updated.
+    """
 
     x: Array
     gamma: Array
@@ -41,13 +43,13 @@ def forward(
     channel_axis: int = 1,
     batches: int = 0,
 ) -> tuple[Array, Saved]:
-    """``reference.forward`` by the kernel: the same arguments and the same bits, but the moving statistics are updated in place.
+    """Like ``reference.forward``, with the same bits, but computed by the kernel, and the moving statistics are updated in place.
 
-    x may have any memory layout; it is copied once, for backward, so that it may change afterwards.
+    x may have any memory layout. It is copied for backward, so the caller may modify x afterwards.
 
     Raises:
-        ValueError, TypeError: as ``reference.forward``; or the moving statistics are to be updated, but are read-only or share
-            memory. Nothing has changed then.
+        ValueError, TypeError: as ``reference.forward``; or an update is requested and the moving statistics are read-only or
+            share memory. No array has been modified in that case.
     """
     x = plain("x", x)
     gamma, beta = (None if a is None else plain(name, a) for name, a in (("gamma", gamma), ("beta", beta)))
@@ -76,7 +78,7 @@ def backward(dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
     """``(dx, dgamma, dbeta)``, the same bits as ``reference.backward``.
 
     Raises:
-        ValueError: dy is not of x's shape and type.
+        ValueError: dy does not have x's shape and type.
         TypeError: dy is not a NumPy array, or is masked.
     """
     dy = plain("dy", dy)
@@ -96,21 +98,22 @@ def backward(dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
 
 
 def _state(name: str, array: Any) -> Array:
-    """A moving statistic as the kernel takes it: the array itself, or a copy of one that lies in memory otherwise."""
+    """Return the array if the kernel can use it in place (C-contiguous, aligned, native byte order), else a copy that is."""
     its = plain(name, array)
     return its if its is array and its.flags.c_contiguous and its.flags.aligned else np.array(its)
 
 
 def by_channel(x: Array, channel_axis: int) -> Array:
-    """Return x as a C-contiguous (N, C, S) array: a view where possible, with S = 1 for channels-last memory."""
-    axis = channel_axis % x.ndim
-    channels = x.shape[axis]
+    """Return x as a C-contiguous (N, C, S) array, a view if possible; for channels-last memory, the other axes
+    are all in N, and S is 1.
+    """
+    shape = three_axes(x.shape, channel_axis)
     if not (x.flags.c_contiguous and x.flags.aligned):
-        last = np.moveaxis(x, axis, -1)
+        last = np.moveaxis(x, channel_axis, -1)
         if last.flags.c_contiguous and last.flags.aligned:
-            return last.reshape(-1, channels, 1)
+            return last.reshape(-1, shape[1], 1)
         x = np.array(x, order="C")
-    return x.reshape(math.prod(x.shape[:axis]), channels, math.prod(x.shape[axis + 1 :]))
+    return x.reshape(shape)
 
 
 def bits(a: Array) -> Array:

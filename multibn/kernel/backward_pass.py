@@ -1,4 +1,4 @@
-"""The backward pass: sums over dy, gradients of gamma and beta, and dx (BN-08)."""
+"""The backward pass: sums of dy and dy*(x-mean), dgamma and dbeta, and dx (BN-08)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _correlate4(a: Any, b: Any, c: Any, d: Any, da: Any, db: Any, dc: Any, dd: A
 
 @inner
 def _correlate_rectified(a: Any, da: Any, lanes: Any) -> None:
-    """``_correlate`` with a fused ReLU: y is recomputed, and dy counts as 0 where y <= 0."""
+    """``_correlate`` with a fused ReLU: recompute y and treat dy as 0 where y <= 0."""
     least = vanishes(a)
     for j in range(a.shape[0]):
         p, dp = load(a[j]) - lanes[j + MEAN], load(da[j])
@@ -102,14 +102,14 @@ _rectified_lines, _rectified_lines_past = by_lines((MEAN, A, B, SCALE, BETA), _p
 
 @inner
 def _scale(da: Any, dx: Any, lanes: Any) -> None:
-    """Compute dx from dy where the statistics are constants."""
+    """Compute dx from dy when forward normalised with moving statistics, which are constants: dx = dy * scale."""
     for j in range(da.shape[0]):
         store(dx, j, load(da[j]) * lanes[j + SCALE])
 
 
 @inner
 def _propagate_row(a: Any, da: Any, dx: Any, through: bool, rectify: bool, lanes: Any) -> None:
-    """Compute dx of a chunk by the loop that fits."""
+    """Compute dx of a chunk with the loop for these flags."""
     if rectify:
         _propagate_rectified(a, da, dx, through, lanes)
     elif through:
@@ -144,7 +144,7 @@ def _correlate_blocks(
     plan: Plan, flat: Any, dy: Any, gamma: Any, beta: Any, saved: Any, sums: Any, means: Any, rectify: bool,
     first: int, last: int, lanes: Any,
 ) -> None:  # fmt: skip
-    """Fill sums[0] with the sums of dy, masked by the ReLU if one is fused, and sums[1] with those of dy*(x-mean)."""
+    """Fill sums[0] with the block sums of dy and sums[1] with those of dy*(x-mean); with a fused ReLU, of the masked dy."""
     used = lanes_in_use(plan)
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
@@ -184,7 +184,7 @@ def _propagate_blocks(
 ) -> None:  # fmt: skip
     """Compute dx. ``means`` holds per channel the mean of dy, the factor of x-mean, and gamma*invstd.
 
-    known: whether the lanes still hold the values that ``_correlate_blocks`` put there for the same group.
+    known: whether the lanes still hold mean (and scale, beta) of this group from ``_correlate_blocks``.
     """
     past, whole = goes_past(dx, plan.row, large), plan.n // plan.joined
     for task in range(first, last):
@@ -200,7 +200,7 @@ def _propagate_blocks(
                 spread(beta, plan, group, lanes[BETA:])
         first_step, last_step = steps_of(plan, block)
         for step in range(first_step, last_step):
-            # last rows first: they are still in the cache
+            # backwards: the last rows of the previous pass are still in the cache
             row, piece = ROWS * (math.ceil(plan.rows / ROWS) - 1 - step // plan.pieces), step % plan.pieces
             i, w = chunk_of(plan, group, row * plan.pieces + piece)
             if row + ROWS <= whole and through and has_vectors(dx):
@@ -226,7 +226,7 @@ def backward_stage(
     stage: int, first: int, last: int, shape: tuple[int, int, int], x: Any, dy: Any, dx: Any, gamma: Any, beta: Any, saved: Any,
     dgamma: Any, dbeta: Any, sums: Any, means: Any, lanes: Any, through: bool, rectify: bool, large: int,
 ) -> None:  # fmt: skip
-    """Run one stage of a backward, numbered as those of ``forward_stage``; x, dy and dx are flat."""
+    """Run one stage of a backward; stages as in ``forward_stage``. x, dy and dx are one-dimensional."""
     plan, m = plan_of(shape), shape[0] * shape[2]
     for i in range(last - first if stage == 0 else 1):
         begin, end, c, c_end = tasks(plan, stage, first, last, i)

@@ -1,8 +1,10 @@
-"""Keep compiled code on disk: checked against a digest before it is used, in folders that nobody else may write to.
+"""On-disk cache for compiled code: each file is verified by a digest before use, and only folders that other users cannot write
+to are used.
 
-Numba's own files are pickles of machine code: a damaged one raises from every process, or runs. Here each file begins with the
-SHA-256 of the rest. A file that does not match is set aside and its function compiled anew; a disk that is full, or a folder that
-others may write to, costs the cache and nothing else. Each is reported in one line on stderr.
+Numba's own cache files are pickles that contain machine code; a damaged one raises in every process, or is executed. Here each
+file begins with the SHA-256 of the rest. A file that does not match is renamed to .damaged and its function is recompiled. If the
+disk is full or the folder is writable by others, the code is compiled without caching. Each of these events is reported in one
+line on stderr.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from .compat import IndexDataCacheFile
 _DIGEST = hashlib.sha256().digest_size
 
 when_compiling: list[Callable[[], None]] = []
-"""Called when a function was not found on disk, so that it is about to be compiled."""
+"""Callbacks, called when a function is not in the cache and will be compiled."""
 
 
 class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
-    """The files of one function: ``NAME.STAMP-KEY.nbc``. STAMP stands for the sources, KEY for the types and the processor.
+    """Cache files of one function, ``NAME.STAMP-KEY.nbc``: STAMP is a hash of the sources, KEY of the argument types and the
+    processor.
 
     Args:
-        folder: where they are.
+        folder: the cache folder.
         base: NAME.
         stamp: anything whose text changes with the sources.
     """
@@ -40,7 +43,7 @@ class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
         self._folder, self._base, self._stamp = Path(folder), base, _short(stamp, self._version)
 
     def load(self, key: Any) -> Any:
-        """What was saved for a key; None if there is nothing sound, so that Numba compiles."""
+        """Return the data saved for a key; None if there is none or it is damaged, and then Numba compiles."""
         found = self._load(self._path(key)) if _is_trusted(self._folder) else None
         if found is None:
             for call in when_compiling:
@@ -57,11 +60,11 @@ class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
                 return pickle.loads(content[_DIGEST:])
         with suppress(OSError):
             path.replace(path.with_suffix(".damaged"))
-        _report(f"the cached file {path} is damaged; it is set aside as .damaged and compiled anew")
+        _report(f"the cache file {path} is damaged; renamed it to .damaged and recompiling")
         return None
 
     def save(self, key: Any, data: Any) -> None:
-        """Save what was compiled for a key, and remove the files of other sources."""
+        """Save the compiled data of a key, and delete files compiled from other versions of the sources."""
         if not _is_trusted(self._folder):
             return
         path, content = self._path(key), self._dump(data)
@@ -84,15 +87,16 @@ class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
 
 
 def keep(function: Any, sources: str) -> Any:
-    """The function, whose compiled code is kept in checked files, for these sources alone.
+    """Make a function use verified cache files that are invalidated when any source changes; return the function.
 
-    Numba compiles anew when a function's own file has changed. Its code also holds what it calls, and the constants, of others.
+    Numba invalidates its cache only when the function's own file changes, but the compiled code also contains functions and
+    constants from other files.
 
     Args:
         function: a dispatcher or ``CFunc`` with Numba's cache.
         sources: a digest of everything that the function is compiled from.
     """
-    with suppress(AttributeError):  # no cache where NUMBA_DISABLE_JIT is set, or perhaps another one in a later Numba
+    with suppress(AttributeError):  # no cache if NUMBA_DISABLE_JIT is set; later Numba releases may rename these attributes
         its = function._cache
         old = its._cache_file
         its._cache_file = CheckedFile(its._cache_path, old._index_name.removesuffix(".nbi"), (old._source_stamp, sources))
@@ -101,7 +105,7 @@ def keep(function: Any, sources: str) -> Any:
 
 @cache
 def _is_trusted(folder: Path) -> bool:
-    """Whether only this user, or root, may write into a folder: what is loaded from it runs."""
+    """Whether only this user or root can write to a folder; required, because cached code is executed."""
     try:
         its = folder.stat()
     except OSError:
@@ -113,14 +117,16 @@ def _is_trusted(folder: Path) -> bool:
     if mine and not others:
         return True
     _report(
-        f"the cache folder {folder} is not used, since others may write to it and what is loaded from it runs. "
-        f"Make it yours alone (chmod go-w {folder}), or set NUMBA_CACHE_DIR to a folder that is"
+        f"the cache folder {folder} is not used, because other users can write to it and cached code is executed. "
+        f"Run chmod go-w {folder}, or set NUMBA_CACHE_DIR to a folder that only you can write to"
     )
     return False
 
 
 def _is_private(group: int) -> bool:
-    """Whether a group is this user's own and has no other member, as in distributions with a group for each user."""
+    """Whether a group is the user's private group with no other members (the user-private-group scheme of many Linux
+    distributions).
+    """
     import grp
     import pwd
 

@@ -1,4 +1,4 @@
-"""Private parts of Numba that the kernel uses. A release that lacks one is reported when the kernel is imported."""
+"""Private APIs of Numba that the kernel uses. If a Numba release lacks one, importing the kernel raises ImportError."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ PARTS: Final = {
     "numba.np.arrayobj:make_array": "generate code for arrays at addresses",
     "numba.np.arrayobj:populate_array": "generate code for arrays at addresses",
 }
-"""``module:name`` -> what the kernel cannot do without it. ``Dispatcher._cache`` and ``CFunc._cache``, with ``_cache_file`` and
-``_cache_path`` inside, are used too; where a release lacks them, the kernel is compiled in every process (``cache.keep``)."""
+"""``module:name`` -> what the kernel cannot do without it. Not listed, since optional: ``Dispatcher._cache`` and ``CFunc._cache``
+with their ``_cache_file`` and ``_cache_path``; without these, the kernel is recompiled in every process (see ``cache.keep``).
+"""
 
 
 def part(place: str) -> Any:

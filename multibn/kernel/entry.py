@@ -1,4 +1,4 @@
-"""Entry points of the CPU kernel that every layer shares: choose threads, compile on first use, run."""
+"""Entry points of the CPU kernel, used by all layers: choose the number of threads, compile on first use, run."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from .schedule import normalise_at as normalise_at
 from .schedule import propagate_at as propagate_at
 
 SERIAL, CREATING = 1 << 15, 1 << 18
-"""Inputs with fewer values than this run on the calling thread alone: SERIAL if sleeping threads exist, else CREATING."""
+"""Inputs with fewer values than this run on the calling thread only: SERIAL if an OpenMP thread pool is running, CREATING if
+threads must be created first.
+"""
 
 LARGE = 8 << 20
-"""Outputs of this many bytes and more are written by non-temporal stores: little of them would stay in the cache."""
+"""Outputs of this size (bytes) or larger are written with non-temporal stores, since they would not stay in the cache anyway."""
 
 
 def team(body: int, size: int, asked: int | None = None) -> Team:
-    """Choose the threads that run a body on an input.
+    """Return the launch options of a call: how many threads, how they are started, and when to use non-temporal stores.
 
     Args:
         body: address of the compiled body.
         size: number of values of the input.
-        asked: the largest number of threads; None for ``threads.limit()``.
+        asked: maximum number of threads; None for ``threads.limit()``.
     """
     place, count = threads.starters(), 1
     if size >= (SERIAL if threads.awake() else CREATING):
@@ -47,12 +49,13 @@ def run_forward(
     """Normalise x into y; fill saved; update the moving statistics in place.
 
     Args:
-        x, y: (N, C, S), C-contiguous, float32, float64, or half types as their bits (int16 for float16, uint16 for bfloat16).
+        x, y: (N, C, S), C-contiguous, float32, float64, or half precision reinterpreted as integers (int16 for float16, uint16
+            for bfloat16).
         gamma, beta, moving_mean, moving_var: (C,), float64 for float64 x, else float32; ones and zeros where the layer has none.
-        saved: (2, C) float64, filled with the mean that normalised and 1/sqrt(var+eps).
+        saved: (2, C) float64, output: the mean used for normalising, and 1/sqrt(var+eps).
         old: weight of the old moving statistics.
         use_batch: normalise with the batch statistics, else with the moving statistics before this update.
-        update: update the moving statistics with those of the batch.
+        update: update the moving statistics with the batch statistics.
 
     Returns:
         The number of channels whose moving statistics were not updated (BN-11).
@@ -69,9 +72,9 @@ def run_backward(x: Array, dy: Array, dx: Array, gamma: Array, saved: Array, dga
 
     Args:
         x, dy, dx: (N, C, S), as for ``run_forward``.
-        gamma, dgamma, dbeta: (C,), as gamma there.
+        gamma, dgamma, dbeta: (C,), of the type of gamma in ``run_forward``.
         saved: as filled by ``run_forward``.
-        through: whether batch statistics normalised, so that gradients flow through them (BN-08).
+        through: whether forward normalised with batch statistics, so that gradients flow through mean and variance (BN-08).
     """
     if x.size == 0:
         dgamma[:] = dbeta[:] = 0
@@ -87,7 +90,7 @@ _preparing = threading.RLock()
 
 
 def _wait_for_compilers() -> None:
-    """Before a fork, wait until no other thread compiles: the child would inherit its locks and never get them."""
+    """Acquire the compiler locks before a fork. A child forked while another thread holds them could never acquire them."""
     _preparing.acquire()
     global_compiler_lock.acquire()
 
@@ -112,7 +115,7 @@ def prepare(kind: Any) -> Bodies:
             cache.when_compiling.append(notice.start)
             try:
                 stats = getattr(forward_at, "stats", None)  # absent where NUMBA_DISABLE_JIT is set
-                if stats is not None and not stats.cache_path:  # nothing can be on disk
+                if stats is not None and not stats.cache_path:  # no cache on disk, so everything will be compiled
                     notice.start()
                 _ready[kind] = bodies(kind.name)
             finally:
@@ -122,7 +125,7 @@ def prepare(kind: Any) -> Bodies:
 
 
 class _Notice:
-    """Report that the kernel is being compiled, a second after compiling began."""
+    """Timer that reports on stderr when compiling takes longer than a second."""
 
     def __init__(self, kind: str) -> None:
         self._timer, self._started = threading.Timer(1.0, _say_compiling, [kind]), False
@@ -140,5 +143,5 @@ class _Notice:
 
 def _say_compiling(kind: str) -> None:
     kind = {"int16": "float16", "uint16": "bfloat16"}.get(kind, kind)
-    kept = "; later runs find it on disk" if forward_at.stats.cache_path else ""
+    kept = "; the result is cached for later runs" if forward_at.stats.cache_path else ""
     print(f"multibn: compiling the CPU kernel for {kind}{kept}", file=sys.stderr)

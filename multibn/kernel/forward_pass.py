@@ -1,8 +1,8 @@
 """The forward pass: batch statistics, moving statistics, and normalising (BN-02 to BN-07).
 
-The loops take several chunks at a time, each from another sample: what belongs to a lane is then loaded once for all of them, and
-the processor, whose load queue is short, sees further ahead. Loops that write as much as they read are vectorised by hand: see
-``simd``. Threads share out whole blocks of chunks, or whole groups of channels.
+The loops process several chunks at a time, each from a different sample: the values of a lane (mean, scale, accumulators) are
+loaded once for all chunks, and more independent loads are in flight. Loops that write as much as they read are vectorised by hand
+(see ``simd``). Threads take whole blocks of chunks or whole groups of channels.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from .lanes import BETA, MEAN, SCALE, A, B, add, clear, fold_blocks, fold_lanes,
 from .plan import Plan, channels_of, chunk_of, chunks_of_four, count_of, lanes_in_use, plan_of, steps_of, tasks
 from .simd import ROWS, by_lines, goes_past, has_vectors, whole_lines
 
-# Inner loops. With four chunks at a time a lane adds them one after the other, but is loaded and stored only once.
+# Inner loops. The ...4 variants add four chunks to each lane in order, as four calls would, but load and store the lane only
+# once.
 
 
 @inner
 def _add4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
-    """Store the sum of PIVOT chunks in the lanes; their old values do not count."""
+    """Set the lanes to the sum of four chunks, overwriting them."""
     for j in range(a.shape[0]):
         lanes[j] = ((load(a[j]) + load(b[j])) + load(c[j])) + load(d[j])
 
@@ -61,7 +62,7 @@ def _at_least(value: float, least: float) -> float:
 
 
 def _normalise_vector(b: Any, least: Any, x: Any, mean: Any, scale: Any, beta: Any) -> Any:
-    """``_normalise`` of vectors."""
+    """LLVM code of ``_normalise`` on SIMD vectors (b is the LLVM builder)."""
     y = b.fadd(b.fmul(b.fsub(x, mean), scale), beta)
     return b.select(b.fcmp_ordered("<", y, least), least, y)
 
@@ -71,7 +72,7 @@ _normalise_lines, _normalise_lines_past = by_lines((MEAN, SCALE, BETA), _normali
 
 @inner
 def _normalise_rows(x: Any, y: Any, start: int, row: int, width: int, past: bool, least: float, lanes: Any) -> None:
-    """``_normalise`` of ROWS rows that begin ``row`` values apart, with ordinary or non-temporal stores."""
+    """``_normalise`` for ROWS rows with stride ``row`` (in values), with ordinary or non-temporal stores."""
     begin, end, line = whole_lines(part(y, start, width), row)
     if past:
         for j in range(begin, end, line):
@@ -89,7 +90,9 @@ def _normalise_rows(x: Any, y: Any, start: int, row: int, width: int, past: bool
 
 @inlined
 def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, lanes: Any) -> None:
-    """Fill sums with the pivot of each block, the sum of the deviations from it, and the sum of their squares."""
+    """Compute for each block the pivot (sums[0]: the mean of its first PIVOT chunks), the sum of deviations from the pivot
+    (sums[1]) and the sum of squared deviations (sums[2]).
+    """
     used = lanes_in_use(plan)
     for task in range(first, last):
         group, block = task // plan.blocks, task % plan.blocks
@@ -154,7 +157,9 @@ def _normalise_blocks(
 
 @inner
 def _batch_statistics(plan: Plan, m: int, sums: Any, saved: Any, first: int, last: int) -> None:
-    """Fill saved with mean and variance of channels first..last from the sums of their blocks, as ``reference.statistics``."""
+    """Compute mean and variance of channels first..last from the block sums into saved; same formula and order as
+    ``reference.statistics``.
+    """
     totals = sums[3]
     for b in range(plan.blocks):
         count = count_of(plan, b * BLOCK, min(plan.chunks, (b + 1) * BLOCK))
@@ -184,7 +189,7 @@ def _statistics(
 ) -> int:  # fmt: skip
     """Fill saved with mean and 1/sqrt(var+eps), and update the moving statistics in place (BN-05, BN-06, BN-11).
 
-    sums[0, 0] becomes gamma/sqrt(var+eps).
+    Overwrites sums[0, 0] with gamma/sqrt(var+eps).
 
     Returns the number of channels whose moving statistics were not updated.
     """
@@ -209,8 +214,8 @@ def _statistics(
     return left
 
 
-# Stage 0 takes groups first..last through all passes, one group after the other, while its values are in the cache. Stages 1, 2
-# and 3 are single passes, for inputs with too few groups to give each thread some.
+# Stage 0 runs all passes on one group at a time, while the group's values are in the cache. If there are too few groups for the
+# threads, stages 1 (block sums), 2 (statistics) and 3 (normalise) run one pass each over all groups.
 
 
 @inlined

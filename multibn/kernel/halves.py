@@ -1,4 +1,6 @@
-"""Load and store values as float64; half types come as their bits: int16 holds float16, uint16 holds bfloat16."""
+"""Conversion between stored values and float64. Half-precision arrays are passed as integers: int16 for float16, uint16 for
+bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,7 @@ def _decode(code: Any, mantissa: int, bias: int) -> Any:
 
 @inner
 def _encode(value: Any, mantissa: int, bias: int) -> Any:
-    """Encode a float64 in the nearest 16 bits, ties to even, with one rounding (BN-16)."""
+    """Round a float64 to the nearest 16-bit value, ties to even, in one rounding (BN-16)."""
     size = abs(value)
     infinity = np.int64((0x7FFF >> mantissa) << mantissa)
     if not size < np.inf:

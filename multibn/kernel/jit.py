@@ -1,4 +1,4 @@
-"""How the kernel is compiled, and how compiled code is cached on disk."""
+"""Decorators that compile the kernel with Numba and cache the result on disk."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ def compiled(function: Any) -> Any:
 
 
 def inner(function: Any) -> Any:
-    """For functions that only compiled code calls: no entry from Python, which would double the compile time."""
+    """Compile a function that only compiled code calls: without wrappers for Python and C, which would double the compile
+    time.
+    """
     return _compile(function, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
 
 
 def inlined(function: Any) -> Any:
-    """Like ``compiled``, for a function with one caller: compiled as part of the caller only."""
+    """Like ``compiled``, but inline the function into its only caller."""
     return _compile(function, {"inline": "always"})
 
 
@@ -39,7 +41,7 @@ def _compile(function: Any, options: dict[str, Any]) -> Any:
 def c_function(signature: Any, function: Any, sources: str) -> Any:
     """Compile a function for C callers (see its ``address``), cached on disk; ``sources`` as for ``cache.keep``."""
     made = CFunc(function, normalize_signature(signature), {}, {"nopython": True, "error_model": "numpy"})
-    with suppress(RuntimeError):  # no folder for Numba to write to
+    with suppress(RuntimeError):  # Numba found no writable cache folder
         made.enable_caching()
     cache.keep(made, sources).compile()
     return made

@@ -1,4 +1,4 @@
-"""The lanes of a chunk: one float64 accumulator for each position, and how lanes are folded into channel sums.
+"""Lanes: one float64 accumulator per position of a chunk, and their summation to channel sums.
 
 The compiler vectorises across lanes, which reorders nothing, so the bits depend on the shape alone (BN-15).
 """
@@ -14,21 +14,22 @@ from .halves import load
 from .jit import inner
 from .plan import Plan, channels_of
 
-# A thread's scratch holds six vectors of LANES values at constant distances, so the compiler sees that they do not overlap.
+# A thread's scratch holds six vectors of LANES values at constant offsets, so that the compiler can prove that they do not
+# overlap.
 _PAD = 24
-"""Values between two vectors: at distances of a power of two they would compete for the same cache lines."""
+"""Padding between vectors, in values: at power-of-two distances they would map to the same cache sets."""
 
 
 A, B, MEAN, SCALE, BETA, _ASIDE, ALL = (i * (LANES + _PAD) for i in range(7))
 
 
 SIDE_BY_SIDE = 8
-"""From this many channels on, their lanes are folded together."""
+"""With at least this many channels, the lanes of all channels are summed in one vectorised loop over channels."""
 
 
 @inner
 def spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
-    """Repeat the value of each channel of the group for each of its lanes."""
+    """Broadcast the value of each channel of the group to all lanes of the channel."""
     first, last = channels_of(plan, group)
     if plan.width == 1:  # a plain copy, which LLVM vectorises
         for j in range(last - first):
@@ -46,7 +47,8 @@ def spread(values: Any, plan: Plan, group: int, lanes: Any) -> None:
 
 @inner
 def _fold(lanes: Any, start: int, width: int, each: int) -> None:
-    """Sum ``width`` vectors of ``each`` lanes into the first: add the second half to the first until one is left.
+    """Sum ``width`` vectors of ``each`` lanes into the first by pairwise halving: repeatedly add the second half to the first
+    half.
 
     All indices are unsigned, here and in ``fold_lanes``.
     """
@@ -82,7 +84,7 @@ def fold_lanes(lanes: Any, start: int, plan: Plan, group: int, sums: Any) -> Non
 
 @inner
 def _lay_side_by_side(lanes: Any, start: int, out: int, channels: int, width: int) -> None:
-    """Fold each channel's lanes once, into ``out``, with neighbouring channels side by side."""
+    """Perform the first halving of each channel's lanes; write the result to ``out`` with channels interleaved."""
     half = (width + unsigned(1)) // unsigned(2)
     for j in range(width - half):
         for k in range(channels):

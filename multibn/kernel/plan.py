@@ -1,7 +1,8 @@
-"""How an (N, C, S) array is cut into chunks, blocks and groups (BN-15).
+"""Partition of an (N, C, S) array into chunks, blocks and groups (BN-15).
 
-A row holds the S values of one channel of one sample. Rows are cut into equal chunks of at most LANES values. Neighbouring
-channels with short rows share a chunk, and so do short samples, so that the inner loops are long and contiguous for every shape.
+A row holds the S values of one channel of one sample. Rows are cut into equal chunks of at most LANES values; a block is BLOCK
+consecutive chunks. If rows are short, several neighbouring channels share a chunk (a group); if whole samples are short, several
+samples share one. So the inner loops are long and contiguous for every shape.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .simd import ROWS
 EVEN = 4
 """Groups come in multiples of this number where there are few, so that two or four threads get equal shares.
 
-No bit depends on it, since each channel is summed by itself."""
+The result does not depend on this number, since each channel is summed separately."""
 
 
 class Plan(NamedTuple):
@@ -27,13 +28,13 @@ class Plan(NamedTuple):
     channels: int
     s: int
     joined: int
-    """Samples that share a chunk; 1 where a sample does not fit in half a chunk."""
+    """Samples per chunk; 1 if two samples do not fit in a chunk or the batch is smaller than 2*JOINED."""
     rows: int
-    """Samples divided by ``joined``, rounded up."""
+    """Number of sets of ``joined`` samples, the last possibly smaller."""
     row: int
     """Values of ``joined`` samples, all channels."""
     together: int
-    """Neighbouring channels that share a chunk, called a group."""
+    """Channels per group: neighbouring channels that share a chunk."""
     pieces: int
     """Chunks of a row of one channel."""
     width: int
@@ -87,7 +88,7 @@ def lanes_in_use(plan: Plan) -> int:
 
 @inner
 def count_of(plan: Plan, begin: int, end: int) -> int:
-    """Number of values per channel in the chunks begin..end."""
+    """Number of values per channel in the chunks begin..end, end excluded."""
     if plan.joined > 1:
         return (min(end * plan.joined, plan.n) - begin * plan.joined) * plan.s
     whole = end // plan.pieces - begin // plan.pieces
@@ -96,14 +97,14 @@ def count_of(plan: Plan, begin: int, end: int) -> int:
 
 @inner
 def steps_of(plan: Plan, block: int) -> tuple[int, int]:
-    """A block's share of the steps of a pass without sums; a step takes one piece of ROWS rows."""
+    """Range of steps of a block in a pass that computes no sums; a step is one chunk of each of ROWS consecutive rows."""
     steps = math.ceil(plan.rows / ROWS) * plan.pieces
     return steps * block // plan.blocks, steps * (block + 1) // plan.blocks
 
 
 @inner
 def chunks_of_four(plan: Plan, group: int, chunk: int, end: int) -> tuple[bool, int, int, int]:
-    """Whether four chunks of equal width begin with this one, and the offsets of the other three."""
+    """Whether this chunk and the next three have equal width, and the offsets of those three."""
     if chunk + 3 >= end:
         return False, 0, 0, 0
     _, width = chunk_of(plan, group, chunk)
@@ -115,7 +116,9 @@ def chunks_of_four(plan: Plan, group: int, chunk: int, end: int) -> tuple[bool, 
 
 @inner
 def tasks(plan: Plan, stage: int, first: int, last: int, i: int) -> tuple[int, int, int, int]:
-    """Tasks and channels of the i-th round of a stage: one group per round at stage 0, else everything at once."""
+    """Task range and channel range of round i of a stage: stage 0 has one round per group, the other stages have a single
+    round.
+    """
     if stage == 0:
         begin, end = channels_of(plan, first + i)
         return (first + i) * plan.blocks, (first + i + 1) * plan.blocks, begin, end

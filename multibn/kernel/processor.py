@@ -1,7 +1,7 @@
 """The processor's floating-point mode: the kernel's passes round to nearest and keep denormals, whatever the process has set.
 
-``torch.set_flush_denormal``, libraries built with ``-ffast-math`` and XLA's threads make a thread flush denormals to zero. BN-15
-and BN-16 hold in such a thread too, since each pass sets the mode and restores it.
+``torch.set_flush_denormal``, libraries built with ``-ffast-math`` and XLA's threads can set a thread to flush denormals to zero.
+Each pass sets the default mode and restores the old one afterwards, so that BN-15 and BN-16 hold in such threads too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from .compat import get_or_insert_function
 
 _X86_DEFAULT = 0x1F80
-"""MXCSR after reset: round to nearest, keep denormals, no exceptions raised."""
+"""MXCSR default value: round to nearest, keep denormals, all exceptions masked."""
 
 
 @intrinsic

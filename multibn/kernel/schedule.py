@@ -1,8 +1,9 @@
-"""Schedule a call of the kernel: describe it by addresses, and let threads take pieces of it, without Python between the passes.
+"""Run a call of the kernel on several threads: write a descriptor of the call, then run its passes on all threads, without
+returning to Python in between.
 
-The loops are compiled once for each type of input, as a C function (a body) that takes the address of a description of the call.
-A body takes pieces of a stage until none is left; several threads may run it at once. ``forward_at`` and ``backward_at``
-write the description and run the body, stage after stage.
+For each input type, forward and backward are compiled to one C function each (a body), which takes the address of the call's
+descriptor. Several threads run the body concurrently; each claims pieces of the current stage until none is left. ``forward_at``
+and ``backward_at`` write the description and run the body, stage after stage.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from .plan import Plan, plan_of
 from .processor import restore_mode, set_default_mode
 
 PIECES = 4
-"""Pieces per thread, so that a thread that starts late does less."""
+"""Pieces per thread. More than one, so that a thread that starts late claims fewer pieces (dynamic scheduling)."""
 
 GROUPS = 2
-"""From this many groups per thread on, threads take whole groups (stage 0)."""
+"""With at least this many groups per thread, each thread processes whole groups through all passes (stage 0); see
+forward_pass.
+"""
 
 _INTEGERS = (
     *(
@@ -41,19 +44,21 @@ _INTEGERS = (
     *("blocks", "unbiased", "use_batch", "update", "through", "rectify", "large"),
 )
 CALL = np.dtype([*((name, np.int64) for name in _INTEGERS), ("eps", np.float64), ("old", np.float64)])
-"""The description of a call, forward or backward; ``next``, ``left`` and ``seat`` come first and are counted atomically."""
+"""Descriptor of a forward or backward call. ``next`` (first unclaimed piece), ``left`` (channels not updated, BN-11) and ``seat``
+(index of the next thread) come first and are incremented atomically.
+"""
 _SIZE, _LEFT, _SEAT = CALL.itemsize // 8, 8, 16
 
 
 @inner
 def described(address: int) -> Any:
-    """The description at an address."""
+    """Return the call descriptor at an address."""
     return carray(pointer(address), 1, CALL)[0]
 
 
 @inner
 def claimed(address: int) -> tuple[int, int]:
-    """Take the next piece: its tasks first..last, or none if all pieces are taken."""
+    """Claim the next piece of the stage; return its tasks first..last (last excluded), or (0, 0) if none is left."""
     its = described(address)
     piece: int = fetch_add(address, 1)
     if piece >= its.pieces:
@@ -63,12 +68,12 @@ def claimed(address: int) -> tuple[int, int]:
 
 @inner
 def lanes_of_a_thread(address: int) -> Any:
-    """Scratch lanes of this thread alone; allocated before the first pass, so that a pass cannot fail."""
+    """Claim this thread's scratch memory. It was allocated before the first pass, so that no pass can run out of memory."""
     return carray(pointer(described(address).lanes + 8 * ALL * fetch_add(address + _SEAT, 1)), ALL, np.float64)
 
 
 class Bodies(NamedTuple):
-    """The compiled loops for a type of input, each with its ``address``."""
+    """Compiled forward and backward of one input type; ``.address`` is the C function's address."""
 
     forward: Any
     backward: Any
@@ -80,7 +85,7 @@ def bodies(kind: str) -> Bodies:
     The result must be kept alive as long as its addresses are used.
 
     Args:
-        kind: NumPy's name of the type; that of their bits for half types.
+        kind: NumPy's name of the type: int16 for float16, uint16 for bfloat16.
     """
     values = np.dtype(kind).type
     parameters = np.float64 if values is np.float64 else np.float32
@@ -139,12 +144,12 @@ def _backward_body(values: Any, parameters: Any) -> Any:
 
 Team = tuple[int, int, int, int]
 """The address of the body, the address of ``threads.starters``, the number of threads, and the output size in bytes from which on
-non-temporal stores are used. A plain tuple reaches compiled code twice as fast as a named one."""
+non-temporal stores are used. A plain tuple is unboxed by Numba twice as fast as a NamedTuple."""
 
 
 @inner
 def run_stage(team: Team, address: int, stage: int, count: int, threads: int) -> None:
-    """Run a stage of ``count`` tasks on ``threads`` threads; all have finished when this returns."""
+    """Run a stage of ``count`` tasks on ``threads`` threads and wait for all of them."""
     body, place, _, _ = team
     its = described(address)
     its.stage, its.count, its.pieces = stage, count, 1 if threads == 1 else min(count, PIECES * threads)
@@ -159,7 +164,7 @@ def run_stage(team: Team, address: int, stage: int, count: int, threads: int) ->
     if create != 0:
         for i in range(1, threads):
             call(create, (its.started + 8 * i, 0, body, address))
-    call(body, (address,))  # does everything if no thread could be started
+    call(body, (address,))  # this thread claims pieces too, and does all the work if no thread could be started
     for i in range(1, threads):
         if started[i] != 0:
             call(join, (started[i], 0))
@@ -167,12 +172,14 @@ def run_stage(team: Team, address: int, stage: int, count: int, threads: int) ->
 
 @inner
 def _stages(team: Team, address: int, plan: Plan, sums_needed: bool) -> None:
-    """Run all passes: group by group, while its values are in the cache, if there are enough groups for the threads."""
+    """Run all passes. If there are enough groups for all threads, take each group through all passes while its values are in the
+    cache; otherwise run each pass over the whole array.
+    """
     _, _, threads, described(address).large = team
     first, last = (1 if sums_needed else 2), 4
     if threads == 1 or plan.groups >= GROUPS * threads:
         first, last = 0, 1
-    for stage in range(first, last):  # a loop, since each call written out is compiled separately
+    for stage in range(first, last):  # a loop, because Numba would compile one copy of run_stage per call site
         count = plan.groups if stage == 0 else plan.channels if stage == 2 else plan.groups * plan.blocks
         run_stage(team, address, stage, count, 1 if stage == 2 else threads)
 
@@ -182,7 +189,7 @@ def forward_at(
     team: Team, shape: tuple[int, int, int], x: int, y: int, gamma: int, beta: int, moving_mean: int, moving_var: int, saved: int,
     batches: int, eps: float, old: float, unbiased: bool, use_batch: bool, update: bool, rectify: bool,
 ) -> int:  # fmt: skip
-    """The forward of ``kernel.run_forward`` on addresses; returns the same.
+    """``run_forward`` on raw addresses; same return value.
 
     ``batches`` is the address of an int64 that counts the updates, or 0; ``rectify`` fuses a ReLU.
     """
@@ -224,9 +231,9 @@ def backward_at(
 def normalise_at(
     team: Team, shape: tuple[int, int, int], x: int, y: int, beta: int, saved: int, scale: Any, rectify: bool
 ) -> None:  # fmt: skip
-    """The last pass of a forward alone: y for statistics that are known, through a ReLU if ``rectify``.
+    """Run only the last pass of a forward: compute y from given statistics, with a ReLU if ``rectify``.
 
-    saved is where (2, C) float64 stands, the mean and 1/sqrt(var+eps); scale, (C,) float64, is gamma/sqrt(var+eps).
+    saved: address of (2, C) float64, mean and 1/sqrt(var+eps). scale: (C,) float64, gamma/sqrt(var+eps).
     """
     plan = plan_of(shape)
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
@@ -247,9 +254,9 @@ def normalise_at(
 def propagate_at(
     team: Team, shape: tuple[int, int, int], x: int, dy: int, dx: int, beta: int, saved: int, means: Any, through: bool
 ) -> None:  # fmt: skip
-    """The last pass of a backward alone: dx for sums that are known.
+    """Run only the last pass of a backward: compute dx from given sums.
 
-    means, (3, C) float64: the mean of dy, what goes with x-mean, and gamma/sqrt(var+eps).
+    means, (3, C) float64: the mean of dy, the factor of x-mean, and gamma/sqrt(var+eps).
     """
     plan = plan_of(shape)
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)

@@ -1,10 +1,12 @@
 """Loops vectorised by hand: several rows at a time, one cache line in each.
 
-LLVM vectorises a loop by itself. These loops use wider vectors, load the values of a lane once for all rows, and can use
-non-temporal stores: an ordinary store to memory outside the cache fetches the line first, which is a third of a forward's
-traffic, and LLVM generates no non-temporal stores from loops. The operations and the bits are those of the plain loops (BN-15).
+LLVM would vectorise the plain loops too. These loops use wider vectors, load per-lane values once for all rows, and can use
+non-temporal stores, which LLVM does not generate from loops. An ordinary store to a line that is not in the cache first reads the
+line from memory (read for ownership); this is a third of a forward's memory traffic. The operations, and so the bits, are those
+of the plain loops (BN-15).
 
-Non-temporal stores become visible to other processors late; the atomic instructions that count pieces of work wait for them.
+Non-temporal stores are weakly ordered. Each thread claims its next piece with a locked instruction, which on x86 completes all
+earlier non-temporal stores.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ LINE = 64
 """Bytes of a cache line."""
 
 ROWS = 4
-"""Rows that are processed at a time."""
+"""Number of rows processed together."""
 
 _VECTOR = 8
 """Values of a vector; a line of float32 holds two vectors."""
@@ -39,14 +41,15 @@ def has_vectors(out: Any) -> bool:
 def goes_past(out: Any, row: int, large: int) -> bool:
     """Whether an output has ``large`` bytes or more and can be written by non-temporal stores.
 
-    All rows must begin at the same offset in a cache line, at a multiple of the item size: NumPy arrays may begin at any byte.
+    This requires that all rows start at the same offset within a cache line and that the data is aligned to the item size, which
+    NumPy does not guarantee.
     """
     return out.nbytes >= large and row * out.itemsize % LINE == 0 and out.ctypes.data % out.itemsize == 0
 
 
 @inner
 def whole_lines(out: Any, row: int) -> tuple[int, int, int]:
-    """First and last value of the whole lines of a row, and the values per line.
+    """Range of values of a row that consists of whole cache lines, and the number of values per line.
 
     Lines are aligned to cache lines if that is possible in all rows, which begin ``row`` values apart.
     """
@@ -56,9 +59,11 @@ def whole_lines(out: Any, row: int) -> tuple[int, int, int]:
 
 
 def by_lines(lanes: Sequence[int], formula: Callable[..., Any]) -> tuple[Any, Any]:
-    """Make two functions for compiled code that write a line in each of ROWS rows: by ordinary and by non-temporal stores.
+    """Make two Numba intrinsics that compute and write one line in each of ROWS rows, one with ordinary and one with non-temporal
+    stores.
 
-    Their arguments: ``(out, inputs, start, row, lanes, j, number)``. The second needs lines aligned to cache lines.
+    Arguments of both: ``(out, inputs, start, row, lanes, j, number)``: offset of the line in the first row, stride of the rows,
+        scratch, index of the first lane, and a scalar that is passed on to the formula. The second requires aligned lines.
 
     Args:
         lanes: offsets of the lane vectors that the formula takes.
@@ -84,7 +89,7 @@ def _nothing(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
 
 
 class _Lines:  # pragma: no cover - runs in the compiler
-    """Generate the code of a function of ``by_lines``."""
+    """LLVM code generator of the intrinsics made by ``by_lines``."""
 
     def __init__(self, lanes: Sequence[int], formula: Callable[..., Any], past: bool) -> None:
         self._lanes, self._formula, self._past = lanes, formula, past
@@ -123,7 +128,7 @@ class _Lines:  # pragma: no cover - runs in the compiler
                 given = [builder.fpext(each, wide) for each in given] if converts else given
                 value = self._formula(builder, number, *given, *of_lanes)
                 values.append(builder.fptrunc(value, narrow) if converts else value)
-            # finish a line before the next: there are few write-combining buffers
+            # write a line completely before the next one, since the processor has few write-combining buffers
             for k, value in zip(vectors, values, strict=True):
                 store = builder.store(value, place(out, line, k, of=narrow), align=size * (_VECTOR if self._past else 1))
                 if self._past:

@@ -1,9 +1,10 @@
 """Threads for the kernel's compiled code: how many a call may use, and the C functions that start them.
 
-Where a framework has loaded GNU OpenMP, the kernel uses its threads: they spin while they wait for the next operator, so further
-threads would compete with them for the processors. Otherwise, and in a forked child, where OpenMP hangs, the kernel creates
-system threads for each call. Numba's threading layers do neither: they load another OpenMP and die in a forked child, or are not
-safe for two callers at once. Python's threads would wait for the GIL before they begin.
+Where a framework has loaded GNU OpenMP, the kernel uses its threads: OpenMP's idle threads spin for a while, so additional
+    threads
+would compete with them for processors. Otherwise, and in a forked child, where OpenMP hangs, the kernel creates system threads
+for each call. Numba's threading layers are not usable: they load a second OpenMP runtime, crash in a forked child, or do not
+allow concurrent callers. Python's threads would wait for the GIL before they begin.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ STARTERS = ("GOMP_parallel", "pthread_create", "pthread_join")
 
 
 def limit() -> int:
-    """The largest number of threads of a call: the least of the processors, OMP_NUM_THREADS and NUMBA_NUM_THREADS."""
+    """Maximum number of threads per call: the minimum of the available processors, OMP_NUM_THREADS and NUMBA_NUM_THREADS."""
     present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return _at_most("OMP_NUM_THREADS", within(present))
 
@@ -42,7 +43,9 @@ def _asked(variable: str) -> int | None:
 
 
 def starters() -> int:
-    """Address of an int64 array with the addresses of STARTERS, 0 for a function that is absent."""
+    """Return the address of an int64 array that holds the addresses of the functions in STARTERS, 0 for a missing one; also look
+    whether OpenMP has been loaded since.
+    """
     global _openmp
     if _openmp is None and hasattr(os, "RTLD_NOLOAD"):
         try:
@@ -54,7 +57,7 @@ def starters() -> int:
 
 
 def awake() -> bool:
-    """Whether threads exist that need not be created first; call ``starters`` before."""
+    """Whether an OpenMP thread pool exists; valid after a call of ``starters``."""
     return _openmp not in (None, _libc)
 
 
@@ -63,7 +66,7 @@ def _address(library: ctypes.CDLL, name: str) -> int:
 
 
 def _forget() -> None:
-    """In a forked child, drop OpenMP: its threads are gone, and it would wait for them for ever."""
+    """In a forked child, stop using OpenMP: its threads do not exist there, and it would wait for them forever."""
     global _openmp
     _openmp = _libc
     _starters[0] = 0
@@ -71,7 +74,7 @@ def _forget() -> None:
 
 _libc = ctypes.CDLL(None) if os.name == "posix" else None
 _openmp: ctypes.CDLL | None = None
-"""GNU OpenMP; None if not loaded yet; libc in a forked child, so that nobody looks for OpenMP again."""
+"""GNU OpenMP; None if not loaded yet; libc (a sentinel) in a forked child, so that ``starters`` does not look again."""
 _starters = np.array([0, *(_address(_libc, name) if _libc else 0 for name in STARTERS[1:])], np.int64)
 _place: int = _starters.ctypes.data
 
