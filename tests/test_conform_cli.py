@@ -126,7 +126,7 @@ def test_one_failure_and_what_is_left_out() -> None:
     assert code == 1
     assert lines[4].startswith("from")
     assert lines[-2:] == [
-        "skipped loose/right/cpu: BN-15-rank-2, BN-15-rank-4: equal bits are promised by exact implementations only",
+        "skipped loose/right/cpu: BN-15-rank-2, BN-15-rank-4: only implementations with exact precision promise equal bits",
         "does not conform: wrong/wrong/cpu breaks BN-05, BN-15",
     ]
 
@@ -291,7 +291,7 @@ def test_pytest_names_subject_and_case(third_party: Path) -> None:
 def test_pytest_skips_what_is_not_promised(third_party: Path) -> None:
     done = checked("--backend", "loose", "--device", "cpu", "--case", "BN-15-rank-2", "-rs", path=third_party)
     assert done.returncode == 0, done.stdout
-    assert "equal bits are promised by exact implementations only" in done.stdout
+    assert "only implementations with exact precision promise equal bits" in done.stdout
 
 
 def test_pytest_with_a_backend_that_cannot_load_is_an_error(third_party: Path) -> None:

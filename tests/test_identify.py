@@ -587,5 +587,5 @@ def test_the_command_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_call() -> None:
-    told = "--subject must be package.module:make, a module and its function, got 'zoo'."
+    told = "expected MODULE:MAKE, such as package.module:make, got 'zoo'."
     assert called("identify", "zoo") == (2, "", f"multibn: {told}\n")

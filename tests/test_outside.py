@@ -233,8 +233,8 @@ def test_device_and_exact() -> None:
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (("zoo",), "--subject must be package.module:make, a module and its function, got 'zoo'."),
-        (("zoo:a b",), "--subject must be package.module:make, a module and its function, got 'zoo:a b'."),
+        (("zoo",), "expected MODULE:MAKE, such as package.module:make, got 'zoo'."),
+        (("zoo:a b",), "expected MODULE:MAKE, such as package.module:make, got 'zoo:a b'."),
         (
             ("no_such_module:make",),
             "cannot load subject no_such_module:make: importing it raised ModuleNotFoundError: No module named 'no_such_module'",
@@ -627,11 +627,11 @@ def test_signals_are_as_before_after_a_command() -> None:
 @pytest.mark.parametrize(
     ("name", "case", "told"),
     [
-        ("KeepsItsState", "BN-05-momentum-0", "step 1 of 10 (train): the subject changed an array that it was given at load."),
+        ("KeepsItsState", "BN-05-momentum-0", "step 1 of 10 (train): the subject modified an array that it received at load."),
         (
             "KeepsItsInput",
             "BN-08-training-rank-4-float32",
-            "the subject changed an array that it was given at step 1 of 2 (train).",
+            "the subject modified an array that it received at step 1 of 2 (train).",
         ),
     ],
 )
@@ -639,7 +639,7 @@ def test_what_was_given_earlier_must_stay(name: str, case: str, told: str) -> No
     """The same here as in a separate process."""
     kind: type[ReferenceSubject] = getattr(zoo, name)
     here = judge_maker(kind, CASES[case], "zoo/one/cpu", "working").message.splitlines()[0]
-    assert here.endswith(f"{told} It must copy what it keeps.")
+    assert here.endswith(f"{told} It must copy arrays that it keeps.")
     assert message(name, case) == here
 
 

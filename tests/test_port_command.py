@@ -212,10 +212,10 @@ class _Float32(torch.nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["SYMBOL", "PARAMS", "data:1,3"], "a shape is given once for each input, as data=1,3,112,112; got 'data:1,3'."),
-        (["SYMBOL", "PARAMS", "data=1,0"], "a shape is given once for each input, as data=1,3,112,112; got 'data=1,0'."),
+        (["SYMBOL", "PARAMS", "data:1,3"], "expected INPUT=SIZES once per input, such as data=1,3,112,112, got 'data:1,3'."),
+        (["SYMBOL", "PARAMS", "data=1,0"], "expected INPUT=SIZES once per input, such as data=1,3,112,112, got 'data=1,0'."),
         (["SYMBOL", "PARAMS", "data=1,3", "data=1,3"],
-         "a shape is given once for each input, as data=1,3,112,112; got 'data=1,3'."),
+         "expected INPUT=SIZES once per input, such as data=1,3,112,112, got 'data=1,3'."),
         (["SYMBOL", "PARAMS", "--layers", "gluon"], "--layers must be multibn or torch, got 'gluon'."),
         (["SYMBOL", "PARAMS", "--python", "x"], "--python is the interpreter that runs MXNet for --check. Give --check too."),
         (["SYMBOL", "PARAMS", "-o", "no/where"], "the folder no does not exist. Make it, or give another -o."),

@@ -96,7 +96,7 @@ def test_the_message_says_what_came_and_what_should_have_come() -> None:
         (
             "writes-into-its-input",
             "BN-05-momentum-0",
-            "step 1 of 10 (train): the subject changed the array that it was given. It must leave its inputs as they are.",
+            "step 1 of 10 (train): the subject modified its input array. It must not modify its inputs.",
         ),
         ("promotes", "BN-10-float16", "step 1 of 3 (infer), y: got type float32, should be float16."),
         ("loses-an-axis", "BN-01-rank-3-float32", "step 1 of 1 (train), y: got shape (5, 21), should be (5, 3, 7)."),
@@ -188,13 +188,16 @@ def test_a_case_that_may_differ_does_not_count() -> None:
 def test_digits_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "find_spec", lambda name: None)
     judgement = judge_maker(ReferenceSubject, CASES["BN-16-digits-layer-0"], "tried/one/cpu", "exact")
-    assert judgement.message == "needs scikit-learn, for its digits: pip install 'multibn[conformance]'"
+    assert (
+        judgement.message
+        == "needs the digits data set of scikit-learn, which is not installed: pip install 'multibn[conformance]'"
+    )
     assert judgement.status == "skip"
 
 
 def test_working_arithmetic_is_not_promised_bits_nor_what_its_type_cannot_hold() -> None:
     reasons = {each.case: each.message for each in judged(WorkingTextbook, "working", clause="BN-15")}
-    assert set(reasons.values()) == {"equal bits are promised by exact implementations only"}
+    assert set(reasons.values()) == {"only implementations with exact precision promise equal bits"}
     overflow = judge_maker(WorkingTextbook, CASES["BN-16-near-overflow"], "tried/one/cpu", "working").message
     assert overflow == "not promised: the sum of the squares leaves the range of float32"
     facts = expected(CASES["BN-12-two-values"])[0].facts

@@ -294,6 +294,11 @@ def test_bad_input_is_refused_and_changes_nothing(x: Any, error: Any, message: A
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: ours.BatchNorm2d(4, momentum=3.0),
+            "momentum must be a number with 0 <= momentum <= 1, or None, got 3.0 (BN-05). In PyTorch, it is the weight of the "
+            "new value.",
+        ),
         (lambda: ours.BatchNorm(3, 6), "num_dims must be 2, 3, 4 or 5, the rank of the input (N, C, ...), got 6 (BN-01)."),
         (lambda: ours.BatchNorm(0, 4), "num_features must be an integer >= 1, the size of the channel axis, got 0 (BN-01)."),
         (

@@ -153,14 +153,14 @@ def test_all_false_is_an_empty_batch(momentum: Any, implementation: Any) -> None
         assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
-KIND = "expected a mask of type torch.bool, True where a value counts, got {}. Convert it: mask != 0."
+KIND = "expected a mask of type torch.bool, True at valid positions, got {}. Convert it: mask != 0."
 ONE_VALUE = (
     "Expected more than 1 value per channel when training, got a mask that is True once (BN-12). One value is its own mean, "
     "so its variance is 0 and the output would be beta whatever the input. Use a larger batch, or inference."
 )
 SHAPE = (
-    "expected a mask of shape (4, 7), that of the input without its channel axis, got {}. Every value of a place counts or none "
-    "does; expand the mask, or leave out its channel axis."
+    "expected a mask of shape (4, 7), that of the input without its channel axis, got {}. The mask applies to all channels of a "
+    "position: remove its channel axis, or expand the other axes."
 )
 
 

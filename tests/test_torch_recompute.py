@@ -165,7 +165,7 @@ def test_several_threads_each_have_their_own_switch() -> None:
 
 MESSAGE = (
     "a tensor of shape {} that recompute() needs for backward was changed in place: it is at version {}, expected version {}. "
-    "Change a copy, or leave recompute() out."
+    "Modify a copy instead, or do not use recompute()."
 )
 
 

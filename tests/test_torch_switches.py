@@ -133,5 +133,5 @@ def test_a_layer_without_moving_statistics_cannot_use_them() -> None:
 def test_a_model_without_our_layers_is_refused(name: str) -> None:
     with pytest.raises(ValueError) as caught:
         getattr(ours, name)(torch.nn.Sequential(torch.nn.BatchNorm2d(4)))
-    message = "expected a model with layers of multibn_torch, got one without. Call multibn_torch.swap(model) first."
+    message = "expected a model with multibn_torch layers, found none. Call multibn_torch.swap(model) first."
     assert str(caught.value) == message

@@ -149,8 +149,14 @@ def test_a_layer_that_does_more_is_not_taken_back() -> None:
     with pytest.raises(ValueError) as caught:
         ours.unswap(model)
     assert str(caught.value) == (
-        "1: expected a layer that PyTorch's own can stand in for, got one with update_statistics=False. "
-        "Set it back to True first."
+        "1: PyTorch's layer has no equivalent of update_statistics=False. Set update_statistics=True first."
+    )
+    ours.use_moving_statistics(model)
+    with pytest.raises(ValueError) as caught:
+        ours.unswap(model)
+    assert str(caught.value) == (
+        "1: PyTorch's layer has no equivalent of normalize_with='moving', update_statistics=False. "
+        "Set normalize_with='batch', update_statistics=True first."
     )
     assert type(model[1]) is ours.BatchNorm2d
 
@@ -183,9 +189,16 @@ def test_what_is_not_swapped_is_named() -> None:
     model = nn.ModuleDict({"lazy": nn.LazyBatchNorm1d(), "sync": nn.SyncBatchNorm(3), "other": Other(3)})
     assert ours.swap(model).skipped == {
         "lazy": "LazyBatchNorm1d has no parameters yet; swap after the first batch",
-        "sync": "SyncBatchNorm takes the statistics of all processes; it is left alone",
+        "sync": "SyncBatchNorm normalises with statistics of all processes; use multibn_torch.SyncBatchNorm instead",
         "other": "Other is a subclass of PyTorch's layer and may compute something else",
     }
     with pytest.raises(TypeError) as caught:
         ours.swap([model])  # type: ignore[arg-type]
-    assert str(caught.value) == "swap needs a torch.nn.Module, got list. Call it for each model."
+    assert str(caught.value) == (
+        "swap needs a torch.nn.Module, got list. Pass a module; for several models, call swap once for each."
+    )
+    with pytest.raises(TypeError) as caught:
+        ours.unswap(3)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "unswap needs a torch.nn.Module, got int. Pass a module; for several models, call unswap once for each."
+    )

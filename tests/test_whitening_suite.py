@@ -91,7 +91,7 @@ class WrongType(Right):
         (
             Writes,
             "WH-03-zca",
-            "step 1 of 1 (train): the subject changed the array that it was given. It must leave its inputs as they are.",
+            "step 1 of 1 (train): the subject modified its input array. It must not modify its inputs.",
         ),
         (WrongType, "WH-03-zca", "step 1 of 1 (train), y: got type float64, should be float32."),
         (

@@ -15,7 +15,7 @@ from torch.fx import Proxy
 from multibn import identity
 from multibn.layer.inputs import objection
 from multibn.spec.batchnorm import BatchNormSpec, spec_text
-from multibn.spec.parameters import check_features, check_rank
+from multibn.spec.parameters import check_features, check_rank, real_number
 
 from . import refusals
 from .compat import BatchNormBase, tracing_state
@@ -216,8 +216,15 @@ class Layer(Switches, BatchNormBase):
 
 def check_layer(layer: Any) -> None:
     """Raise ValueError or TypeError if the eps or momentum of a PyTorch layer violates the specification."""
-    momentum = None if layer.momentum is None else layer.momentum and 1.0 - layer.momentum
-    BatchNormSpec(eps=layer.eps, momentum=momentum)
+    BatchNormSpec(eps=layer.eps)
+    if layer.momentum is None:
+        return
+    allowed = "a number with 0 <= momentum <= 1, or None"
+    momentum = real_number("momentum", layer.momentum, allowed)
+    if momentum != 0 and not 0 <= 1 - momentum < 1:  # 0 is PyTorch's way to never update
+        raise ValueError(
+            f"momentum must be {allowed}, got {layer.momentum!r} (BN-05). In PyTorch, it is the weight of the new value."
+        )
 
 
 def keep_single(layer: torch.nn.Module) -> None:

@@ -58,8 +58,7 @@ def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
     >>> unswap(model)
     ['1']
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"swap needs a torch.nn.Module, got {type(model).__name__}. Call it for each model.")
+    _check_model("swap", model)
     found = {name: module for name, module in model.named_modules() if type(module) in _OURS}
     for name, module in found.items():
         try:
@@ -88,16 +87,19 @@ def unswap(model: torch.nn.Module) -> list[str]:
     ``torch.jit.script``.
 
     Raises:
+        TypeError: the model is not a module.
         ValueError: a layer uses a feature that PyTorch's layer lacks, such as frozen statistics; no layer has changed then.
     """
+    _check_model("unswap", model)
     theirs = {cls: own for own, cls in _OURS.items()}
     found = {name: module for name, module in model.named_modules() if type(module) in theirs}
     for name, layer in found.items():
         beyond = [key for key in _BEYOND if getattr(layer, key) != getattr(theirs[type(layer)], key, _BEYOND[key])]
         if beyond:
             raise ValueError(
-                f"{name or 'the model'}: expected a layer that PyTorch's own can stand in for, got one with "
-                f"{', '.join(f'{key}={getattr(layer, key)!r}' for key in beyond)}. Set it back to {_BEYOND[beyond[0]]!r} first."
+                f"{name or 'the model'}: PyTorch's layer has no equivalent of "
+                f"{', '.join(f'{key}={getattr(layer, key)!r}' for key in beyond)}. "
+                f"Set {', '.join(f'{key}={_BEYOND[key]!r}' for key in beyond)} first."
             )
     for layer in found.values():
         layer.__class__ = theirs[type(layer)]
@@ -114,6 +116,14 @@ _BEYOND = {"normalize_with": "batch", "update_statistics": True, "moving_varianc
 """Attribute for a feature that PyTorch's layers lack -> the value at which a layer behaves like PyTorch's."""
 
 
+def _check_model(function: str, model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"{function} needs a torch.nn.Module, got {type(model).__name__}. Pass a module; for several models, call {function} "
+            "once for each."
+        )
+
+
 def _why_not(module: torch.nn.Module) -> str:
     """Return why ``swap`` skips this BatchNorm; empty if it does not, or if the module is not a BatchNorm."""
     cls = type(module)
@@ -121,11 +131,12 @@ def _why_not(module: torch.nn.Module) -> str:
         return ""
     if isinstance(module, torch.jit.ScriptModule):
         scripted = getattr(module, "original_name", "")
-        return f"{scripted} is compiled by torch.jit.script; swap before it" if scripted.startswith("BatchNorm") else ""
+        reason = f"{scripted} was compiled by torch.jit.script; call swap before compiling"
+        return reason if scripted.startswith("BatchNorm") else ""
     if isinstance(module, LazyModuleMixin) and isinstance(module, BatchNormBase):
         return f"{cls.__name__} has no parameters yet; swap after the first batch"
     if isinstance(module, torch.nn.SyncBatchNorm):
-        return "SyncBatchNorm takes the statistics of all processes; it is left alone"
+        return "SyncBatchNorm normalises with statistics of all processes; use multibn_torch.SyncBatchNorm instead"
     if isinstance(module, BatchNormBase):
         return f"{cls.__name__} is a subclass of PyTorch's layer and may compute something else"
     return ""

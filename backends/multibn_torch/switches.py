@@ -106,5 +106,5 @@ def use_moving_statistics(model: torch.nn.Module, on: bool = True) -> list[str]:
 def _ours(model: torch.nn.Module) -> dict[str, Switches]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Switches)}
     if not layers:
-        raise ValueError("expected a model with layers of multibn_torch, got one without. Call multibn_torch.swap(model) first.")
+        raise ValueError("expected a model with multibn_torch layers, found none. Call multibn_torch.swap(model) first.")
     return layers

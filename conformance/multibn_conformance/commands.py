@@ -27,29 +27,39 @@ def conform(
     subject: Annotated[
         str | None, typer.Option(metavar="MODULE:MAKE", help="Judge this BatchNorm; see docs/judge-your-own.md.")
     ] = None,
-    spec: Annotated[str | None, typer.Option(help="The --subject's fixed parameters: a dialect's name or JSON.")] = None,
+    spec: Annotated[
+        str | None, typer.Option(help="Judge the --subject with these parameters only: a dialect's name or JSON.")
+    ] = None,
     python: Annotated[
         list[str] | None,
-        typer.Option(help="An interpreter that runs the --subject, or the backends that this one cannot load. May be repeated."),
+        typer.Option(help="Python interpreter for the --subject, or for backends that are not installed here. May be repeated."),
     ] = None,
     timeout: Annotated[
         float | None, typer.Option(help="Time limit for a call of the --subject, in seconds (default 20).")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="The arithmetic that the --subject promises: working (default) or exact.")
+        str | None,
+        typer.Option(
+            help="Accuracy to require of the --subject: exact (BN-16), or working, rounding in the input's type (default)."
+        ),
     ] = None,
-    own: Annotated[bool, typer.Option("--own", help="Judge the frameworks' own BatchNorms, also by their dialects.")] = False,
+    own: Annotated[
+        bool,
+        typer.Option("--own", help="Judge the frameworks' own BatchNorms instead, by the specification and by their dialects."),
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page to this file.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the report as JUnit XML to this file.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Run the few cases that catch every known defect.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run only a minimal set of cases that catches every known defect.")
+    ] = False,
     random: Annotated[int | None, typer.Option(metavar="N", help="Run N random cases instead of the fixed ones.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The seed of the first random case.")] = 0,
     ranks: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Judge synchronised statistics (SY) over N processes.")
     ] = None,
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="Judge the suite itself: it must catch wrong BatchNorms.")
+        bool, typer.Option("--self-test", help="Test the suite: it must reject each known wrong BatchNorm.")
     ] = False,
 ) -> None:
     """Judge every installed backend on every device by the BN and WH clauses; with --ranks, by the SY clauses.
@@ -74,7 +84,7 @@ def conform(
         no_use += [("--device", device), ("--random", random), *files.items()]
         others = [name for name, given in no_use if given]
         if others:
-            raise UsageError(f"--ranks judges backends by the SY clauses, and has no use for {', '.join(others)}.")
+            raise UsageError(f"--ranks judges backends by the SY clauses and cannot be combined with {', '.join(others)}.")
         console = Console()
         if self_test:
             raise typer.Exit(not synchronised.self_test(ranks, console))
@@ -121,10 +131,12 @@ def conform(
 
 @ending_on_signals()
 def identify(
-    subject: Annotated[str, typer.Argument(metavar="MODULE:MAKE", help="A BatchNorm, as docs/judge-your-own.md describes it.")],
-    python: Annotated[str | None, typer.Option(help="The Python interpreter that runs it.")] = None,
+    subject: Annotated[
+        str, typer.Argument(metavar="MODULE:MAKE", help="Module and function that make the subject; see docs/judge-your-own.md.")
+    ],
+    python: Annotated[str | None, typer.Option(help="Python interpreter for the subject [default: this one].")] = None,
     timeout: Annotated[float | None, typer.Option(help="Time limit for a call, in seconds (default 20).")] = None,
-    device: Annotated[str, typer.Option(help="The device, passed to its make function.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device to pass to MAKE.")] = "cpu",
 ) -> None:
     """Determine which dialect a BatchNorm follows by probing it, and print its BatchNormSpec.
 
@@ -140,7 +152,9 @@ def identify(
     raise typer.Exit(bool(found.unknown))
 
 
-vectors = typer.Typer(help="The fixed cases as files, for code that Python cannot call.", no_args_is_help=True)
+vectors = typer.Typer(
+    help="Export the cases to files and check answers, for implementations that Python cannot call.", no_args_is_help=True
+)
 _Vectors = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the vectors.")]
 
 
@@ -162,7 +176,7 @@ def write_vectors(
 @vectors.command("check")
 def check_vectors(
     folder: _Vectors,
-    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="The folder of the answers.")],
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="Folder with the answers to check.")],
     case: Annotated[list[str] | None, typer.Option(help="Judge this case, or the cases that match this pattern.")] = None,
     precision: Annotated[str, typer.Option(help="The arithmetic that the answers promise: working or exact.")] = "working",
 ) -> None:

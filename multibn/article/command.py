@@ -19,7 +19,7 @@ def article(
     framework: Annotated[list[str] | None, typer.Option(help="Train in torch, mxnet or jax. May be repeated.")] = None,
     python: Annotated[list[str] | None, typer.Option(help="An interpreter for frameworks that this one lacks.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few seeds and steps, to see that it works; nothing to judge by.")
+        bool, typer.Option("--quick", help="Smoke test with few seeds and steps; the results are not meaningful.")
     ] = False,
 ) -> None:
     """Execute each statement of the article, test its claims on scikit-learn's digits, and write an HTML report.

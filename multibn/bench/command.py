@@ -23,14 +23,16 @@ def bench(
     memory: Annotated[
         bool, typer.Option("--memory", help="Measure networks with and without recompute(): memory and time.")
     ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Few turns, to see that it works; no numbers to quote.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smoke test with few repetitions; do not quote the times.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the times to this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw ResNet-50's stages to this .svg or .png file.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads for each; 2 if there are so many processors.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Plot the results for ResNet-50's stages to this .svg or .png file.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads per framework [default: 2, or 1 on a single processor].")] = None,
     ranks: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Measure synchronised statistics over N processes instead, in torch.")
     ] = None,
-    whitening: Annotated[bool, typer.Option("--whitening", help="Measure whitening beside BatchNorm instead, in torch.")] = False,
+    whitening: Annotated[bool, typer.Option("--whitening", help="Compare whitening with BatchNorm, in torch.")] = False,
 ) -> None:
     """Compare the CPU layers with the framework's own and with a copy of the same bytes.
 

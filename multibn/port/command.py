@@ -21,13 +21,19 @@ from .errors import PortError
 def port(
     symbol: Annotated[Path, typer.Argument(metavar="NAME-symbol.json", help="The graph.")],
     params: Annotated[Path, typer.Argument(metavar="NAME-0000.params", help="The arrays.")],
-    inputs: Annotated[list[str] | None, typer.Argument(metavar="INPUT=SIZES", help="Shapes, as data=1,3,112,112.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where, without the endings.")] = Path("ported"),
-    layers: Annotated[str, typer.Option(help="Whose BatchNorm: multibn or torch.")] = "multibn",
-    check: Annotated[bool, typer.Option("--check", help="Run MXNet beside, and report every difference.")] = False,
-    python: Annotated[str | None, typer.Option(help="The interpreter that has MXNet, for --check; this one.")] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="INPUT=SIZES", help="Shape of an input, such as data=1,3,112,112. May be repeated."),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Output path without extension.")] = Path("ported"),
+    layers: Annotated[str, typer.Option(help="BatchNorm layers to use: multibn or torch.")] = "multibn",
+    check: Annotated[bool, typer.Option("--check", help="Also run the network in MXNet and report every difference.")] = False,
+    python: Annotated[str | None, typer.Option(help="Python interpreter with MXNet, for --check [default: this one].")] = None,
     fold: Annotated[bool, typer.Option("--fold", help="Fold each BatchNorm into the layer before it.")] = False,
-    into: Annotated[str | None, typer.Option(metavar="MODULE:MAKE", help="Fill this model too, matched by its graph.")] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:MAKE", help="Also load the parameters into this model, matching layers by graph structure."),
+    ] = None,
 ) -> None:
     """Convert an MXNet checkpoint to PyTorch, verify each BatchNorm, and report differences.
 
@@ -87,7 +93,7 @@ def shapes(inputs: list[str]) -> dict[str, tuple[int, ...]] | None:
     for each in inputs:
         name, _, sizes = each.rpartition("=")
         if not name or not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", sizes) or name in found:
-            raise PortError(f"a shape is given once for each input, as data=1,3,112,112; got {each!r}.")
+            raise PortError(f"expected INPUT=SIZES once per input, such as data=1,3,112,112, got {each!r}.")
         found[name] = tuple(map(int, sizes.split(",")))
     return found or None
 

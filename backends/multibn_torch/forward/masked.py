@@ -26,12 +26,12 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         came = f"one of type {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"expected a mask of type torch.bool, True where a value counts, got {came}. Convert it: mask != 0.")
+        raise TypeError(f"expected a mask of type torch.bool, True at valid positions, got {came}. Convert it: mask != 0.")
     wanted = (x.shape[0], *x.shape[2:])
     if mask.shape != wanted:
         raise ValueError(
             f"expected a mask of shape {tuple(wanted)}, that of the input without its channel axis, got {tuple(mask.shape)}. "
-            "Every value of a place counts or none does; expand the mask, or leave out its channel axis."
+            "The mask applies to all channels of a position: remove its channel axis, or expand the other axes."
         )
     if mask.device != x.device:
         raise RuntimeError(

@@ -67,7 +67,8 @@ class Stored:
         if self.tensor._version != self.version:
             raise RuntimeError(
                 f"a tensor of shape {tuple(self.tensor.shape)} that recompute() needs for backward was changed in place: it is "
-                f"at version {self.tensor._version}, expected version {self.version}. Change a copy, or leave recompute() out."
+                f"at version {self.tensor._version}, expected version {self.version}. Modify a copy instead, or do not use "
+                "recompute()."
             )
         return self.tensor
 

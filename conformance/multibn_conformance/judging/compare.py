@@ -18,7 +18,7 @@ from multibn_conformance.oracle.exact import Exact, Expected, as_input, expected
 
 from .perform import Answer, Make, Wrong, bits_differ, perform
 
-OTHER_BITS = "got other bits in a second run, should be the same."
+OTHER_BITS = "got different bits in a second run, should be the same."
 """Suffix of the message for irreproducible results. ``diagnose`` compares only this suffix, since the first place that differs
 can change from run to run.
 """
@@ -52,9 +52,9 @@ def tried(make: Make, case: Case, precision: Arithmetic) -> Error | Wrong | str:
 def skipped(case: Case, precision: Arithmetic) -> str | None:
     """Why the case is skipped, or None."""
     if any(step.values and step.values.kind.startswith("digits") for step in case.steps) and find_spec("sklearn") is None:
-        return "needs scikit-learn, for its digits: pip install 'multibn[conformance]'"
+        return "needs the digits data set of scikit-learn, which is not installed: pip install 'multibn[conformance]'"
     if case.against == "bits":
-        return "equal bits are promised by exact implementations only" if precision == "working" else None
+        return "only implementations with exact precision promise equal bits" if precision == "working" else None
     reasons = (bounds.not_promised(answer.facts, precision) for answer in expected(case) if answer.facts is not None)
     return next((reason for reason in reasons if reason is not None), None)
 

@@ -73,9 +73,9 @@ class Lent:
         """Raise ``Wrong`` if an array differs after the call at ``where``."""
         for since, a, before in self._lent:
             if a.tobytes() != before:
-                told = "the subject changed the array that it was given. It must leave its inputs as they are."
+                told = "the subject modified its input array. It must not modify its inputs."
                 if since != where:
-                    told = f"the subject changed an array that it was given at {since}. It must copy what it keeps."
+                    told = f"the subject modified an array that it received at {since}. It must copy arrays that it keeps."
                 raise Wrong(f"{where}: {told}")
 
 
@@ -86,7 +86,7 @@ def perform(case: Case, make: Make) -> Iterator[Answer]:
         Wrong: the subject raises unexpectedly, does not raise when it must, modifies an input array, or changes its moving
             statistics in a step with ``unchanged``.
     """
-    subject = call_subject("making it", make, case.features, case.spec)
+    subject = call_subject("creating the subject", make, case.features, case.spec)
     arrays = state(case.features, case.dtype, 0, case.spec)
     refusable = case.verdict == "must raise"
     lent = Lent()

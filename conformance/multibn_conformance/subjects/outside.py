@@ -321,7 +321,7 @@ def started(name: str, python: str | None = None, timeout: float | None = None, 
     """
     module, _, function = name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
-        raise UsageError(f"--subject must be package.module:make, a module and its function, got {name!r}.")
+        raise UsageError(f"expected MODULE:MAKE, such as package.module:make, got {name!r}.")
     limit = TIMEOUT if timeout is None else timeout
     if not 0 < limit < float("inf"):
         raise UsageError(f"--timeout must be a number of seconds > 0, got {timeout}.")

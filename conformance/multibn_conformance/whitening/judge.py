@@ -67,7 +67,7 @@ def perform(case: WhiteningCase, make: Make) -> Iterator[tuple[str, dict[str, Ar
     Raises:
         Wrong: it raises where it must not, or not where it must; changes its input; or does not keep its state.
     """
-    subject = call_subject("making it", make, case.features, case.spec)
+    subject = call_subject("creating the subject", make, case.features, case.spec)
     arrays = state(case)
     lent = Lent()
     call_subject("load", subject.load, *lent.copies("load", arrays))
