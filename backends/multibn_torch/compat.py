@@ -53,7 +53,7 @@ PARTS = {
         "SyncBatchNorm on CPU in DistributedDataParallel, if it refuses every torch.nn.SyncBatchNorm there",
         required=False,
     ),
-    "eval_frame": Part("_C._dynamo.eval_frame", "silence of compiled autograd in a backward", required=False),
+    "eval_frame": Part("_C._dynamo.eval_frame", "suppressing warnings of compiled autograd in a backward", required=False),
 }
 
 

@@ -1,4 +1,4 @@
-"""When a layer may return max(y, 0) for the ReLU after it: only while the module runs that calls both.
+"""Fuse a layer with the ReLU after it in eager mode, only while the module that calls both is running.
 
 ``arm`` hooks the module whose forward calls the layer and the ReLU. While it runs, the layer rectifies and the ReLU passes the
 result on. A layer that is called by anything else returns y. A rectified output that no ReLU took is an error, raised when the

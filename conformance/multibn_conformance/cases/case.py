@@ -1,7 +1,7 @@
-"""What a fixed case is: a sentence of a clause as data, with the bug that it catches.
+"""Fixed cases: a sentence of a clause as data, with the bug that it catches.
 
-A case observes only what its clause is about, so that a wrong BatchNorm fails under the clause that it breaks: where an average
-over steps matters, its momentum is one half, which is right also the wrong way round, unless the clause is BN-05.
+A case observes only what its clause is about, so that a wrong BatchNorm fails under the clause that it breaks. So cases with
+several updates use momentum 0.5, for which the weights of old and new are equal, unless the clause is BN-05.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Right BatchNorms that share no code with the layers: no case may accuse them. The defects derive from ``Right``."""
+"""Correct BatchNorms that share no code with the layers: every case must pass. The defects derive from ``Right``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from multibn.spec.batchnorm import BatchNormSpec
 
 
 class Right(ReferenceSubject):
-    """The reference taken apart: a wrong BatchNorm replaces one of its pieces. It has the reference's very bits."""
+    """The reference as separate steps, of which each defect overrides one. It has the same bits as the reference."""
 
     def __init__(self, num_features: int, spec: BatchNormSpec | None = None) -> None:
         super().__init__(num_features, self.of_spec(BatchNormSpec() if spec is None else spec))
 
     def of_spec(self, spec: BatchNormSpec) -> BatchNormSpec:
-        """The parameters that it goes by."""
+        """Return the spec to use."""
         return spec
 
     def _forward(self, x: Array, training: bool) -> Array:
@@ -41,27 +41,27 @@ class Right(ReferenceSubject):
             return y.astype(x.dtype).reshape(x.shape)
 
     def read(self, x: Array) -> Array:
-        """x as (N, C, S) float64."""
+        """Return x as (N, C, S) float64."""
         return reference.by_channel(x, 1)
 
     def statistics(self, values: Array) -> Any:
-        """Mean and biased variance, (C,) each."""
+        """Return mean and biased variance, (C,) each."""
         return reference.statistics(values)
 
     def normalising(self, var: Array) -> Array:
-        """The variance that normalises in training."""
+        """Return the variance used for normalising in training."""
         return var
 
     def estimate(self, var: Array, values: Array) -> Array:
-        """The variance that the moving one takes."""
+        """Return the variance that updates the moving one."""
         return var * (self.m / (self.m - 1)) if self.spec.moving_variance == "unbiased" else var
 
     def weight(self) -> float:
-        """Of the old moving statistics."""
+        """Return the weight of the old moving statistics."""
         return self.spec.weight_of_old(self.batches)
 
     def update(self, mean: Array, var: Array) -> None:
-        """Both moving statistics, where the new ones are finite."""
+        """Update both moving statistics where the new ones are finite."""
         weight = self.weight()
         new = [self.moved(old, batch, weight) for old, batch in ((self.moving_mean, mean), (self.moving_var, var))]
         made = self.made(*new)
@@ -70,24 +70,24 @@ class Right(ReferenceSubject):
         )
 
     def moved(self, old: Array, batch: Array, weight: float) -> Array:
-        """One moving statistic after an update."""
+        """Return one moving statistic after an update."""
         return reference._moved(old.astype(np.float64), batch, weight).astype(old.dtype)
 
     def made(self, mean: Array, var: Array) -> Array:
-        """Where the update takes place."""
+        """Return where the update takes place."""
         return np.isfinite(mean) & np.isfinite(var)
 
     def inverse_std(self, var: Array) -> Array:
-        """1/sqrt(var+eps)."""
+        """Return 1/sqrt(var+eps)."""
         return reference.inverse_std(var, self.spec.eps)
 
     def affine(self) -> tuple[Array, Array]:
-        """gamma and beta, (C,) float64."""
+        """Return gamma and beta, (C,) float64."""
         gamma = np.ones(self.num_features) if self.gamma is None else self.gamma.astype(np.float64)
         return gamma, np.zeros(self.num_features) if self.beta is None else self.beta.astype(np.float64)
 
     def output(self, deviations: Array, gamma: Array, invstd: Array, beta: Array) -> Array:
-        """y, (N, C, S)."""
+        """Return y, (N, C, S)."""
         return deviations * (gamma * invstd) + beta
 
     def _backward(self, dy: Array) -> Any:
@@ -103,20 +103,20 @@ class Right(ReferenceSubject):
         return dx, dgamma.astype(kind), dbeta.astype(kind)
 
     def parameter_gradients(self, dys: Array, deviations: Array, invstd: Array) -> tuple[Array, Array]:
-        """dgamma and dbeta, (C,) float64."""
+        """Return dgamma and dbeta, (C,) float64."""
         return reference.ordered_sum(dys * deviations) * invstd, reference.ordered_sum(dys)
 
     def through_statistics(self, dys: Array, deviations: Array, invstd: Array, dgamma: Array, dbeta: Array) -> Array:
-        """dy less what flows through mean and variance, (N, C, S)."""
+        """Return dy minus the gradients through mean and variance, (N, C, S)."""
         return dys - (dbeta / self.m)[:, None] - deviations * (invstd * (dgamma / self.m))[:, None]
 
     def slope(self, gamma: Array, invstd: Array) -> Array:
-        """What dx is multiplied by, (C,)."""
+        """Return the factor of dx, (C,)."""
         return gamma * invstd
 
 
 class Textbook(ReferenceSubject):
-    """Written from a textbook: one value added after the other, in float64."""
+    """A textbook implementation: sequential sums in float64."""
 
     def _type(self) -> Any:
         return np.float64
@@ -160,14 +160,14 @@ class Textbook(ReferenceSubject):
 
 
 class WorkingTextbook(Textbook):
-    """The same in the arithmetic of the input's type, float32 for half."""
+    """The textbook implementation in the input's type, float32 for half precision."""
 
     def _type(self) -> Any:
         return self.moving_mean.dtype.type
 
 
 def across(a: Array, like: Array) -> Any:
-    """(C,) as it lies along the channel axis of another array."""
+    """Reshape (C,) to broadcast along the channel axis of another array."""
     return a.reshape(1, -1, *[1] * (like.ndim - 2))
 
 
