@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import multibn_torch as ours
 from multibn_torch.forward.eager import kernel_forward
-from multibn_torch.forward.formulas import How, Moving
+from multibn_torch.forward.formulas import Moving, Settings
 
 pytestmark = [  # 2026-11-25: torch 2.13 uses what it deprecates while it compiles and exports
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -361,7 +361,7 @@ def test_a_layer_elsewhere_is_refused() -> None:
     assert str(caught.value) == "expected weight on cpu, where the input is, got it on meta. Move the layer or the input."
     with pytest.raises(RuntimeError) as caught:
         kernel_forward(
-            torch.empty(2, 3, 4, device="meta"), None, None, Moving(None, None, None), How(1e-5, 0.9, True, True, False)
+            torch.empty(2, 3, 4, device="meta"), None, None, Moving(None, None, None), Settings(1e-5, 0.9, True, True, False)
         )
     assert (
         str(caught.value) == "implementation='kernel' computes on cpu and cuda, got input on meta. Move the input, or use 'auto'."

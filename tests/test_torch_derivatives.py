@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import multibn_torch as ours
-from multibn_torch.forward.formulas import How, Moving
+from multibn_torch.forward.formulas import Moving, Settings
 from multibn_torch.forward.operators import by_operator
 
 pytestmark = [  # 2026-11-25: torch 2.13's forward mode uses what torch deprecates
@@ -234,7 +234,7 @@ def test_a_tangent_of_the_gradient_is_not_lost() -> None:
 @pytest.mark.parametrize("use_batch", [True, False])
 def test_the_operator_has_the_same_derivatives(use_batch: bool, masked: bool) -> None:
     moving = Moving(torch.zeros(2).double(), torch.ones(2).double(), torch.zeros((), dtype=torch.int64))
-    how = How(1e-5, 0.9, True, use_batch, False)
+    how = Settings(1e-5, 0.9, True, use_batch, False)
     mask = torch.tensor([[True, True, False], [True, False, False]]) if masked else None
     x, gamma, beta = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 2, 3), (2,), (2,)))
 

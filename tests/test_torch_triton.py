@@ -24,7 +24,7 @@ import multibn_torch as ours
 from multibn.kernel.plan import plan_of
 from multibn_torch import triton_kernel
 from multibn_torch.forward import eager, on_gpu
-from multibn_torch.forward.formulas import How, Moving
+from multibn_torch.forward.formulas import Moving, Settings
 from multibn_torch.triton_kernel import plan
 
 
@@ -116,7 +116,7 @@ def test_nothing_waits_and_all_memory_is_pytorchs(momentum: float | None, layout
         gamma, beta, mean, var = (torch.empty(3, device="cuda") for _ in range(4))
         batches = torch.empty((), dtype=torch.int64, device="cuda")
         ran.names.clear()
-        how = How(1e-5, momentum, True, True, True)
+        how = Settings(1e-5, momentum, True, True, True)
         y, statistics = on_gpu.kernel_forward(x, gamma, beta, Moving(mean, var, batches), how, rectify=True)
         dx, dgamma, dbeta = on_gpu.kernel_backward(torch.empty_like(x), x, gamma, statistics, True, beta, True)
         assert {y.device, dx.device, dgamma.device, dbeta.device} == {x.device}
@@ -138,7 +138,7 @@ def test_a_value_that_is_read_would_be_found(monkeypatch: Any) -> None:
         x: Any = torch.empty(8, 3, 5, device="cuda")
         mean = torch.empty(3, device="cuda")
     with x.fake_mode, recorded(), pytest.raises(DataDependentOutputException):
-        on_gpu.kernel_forward(x, None, None, Moving(mean, mean, None), How(1e-5, 0.9, True, True, True))
+        on_gpu.kernel_forward(x, None, None, Moving(mean, mean, None), Settings(1e-5, 0.9, True, True, True))
 
 
 @pytest.mark.parametrize("implementation", ["kernel", "framework", "auto"])
@@ -172,7 +172,7 @@ def test_several_devices_are_not_mixed(tensors: dict[str, str], message: str) ->
         gamma, mean, var = (torch.empty(3, device=tensors.get(name, "cuda:0")) for name in ("gamma", "mean", "var"))
         batches = torch.empty((), dtype=torch.int64, device=tensors.get("batches", "cuda:0"))
         with pytest.raises(RuntimeError) as caught:
-            on_gpu.kernel_forward(x, gamma, None, Moving(mean, var, batches), How(1e-5, 0.9, True, True, True))
+            on_gpu.kernel_forward(x, gamma, None, Moving(mean, var, batches), Settings(1e-5, 0.9, True, True, True))
     assert str(caught.value) == message
     assert not launches
 
@@ -191,7 +191,7 @@ def test_without_triton_the_error_says_what_to_do(monkeypatch: Any) -> None:
     with FakeTensorMode():
         x = torch.empty(4, 3, 5, device="cuda")
     with pytest.raises(RuntimeError) as caught:
-        eager.kernel_forward(x, None, None, Moving(None, None, None), How(1e-5, 0, True, True, False))
+        eager.kernel_forward(x, None, None, Moving(None, None, None), Settings(1e-5, 0, True, True, False))
     start = "implementation='kernel' computes on cuda by Triton, which cannot be imported: "
     end = "Install the Triton that belongs to this PyTorch, or use 'auto'."
     assert str(caught.value).startswith(start)

@@ -21,7 +21,7 @@ from gpu_route import ROUTED
 from triton_interpreted import bits
 
 import multibn_torch as ours
-from multibn_torch.forward.formulas import How, Moving
+from multibn_torch.forward.formulas import Moving, Settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # the interpreter computes with NumPy
@@ -175,7 +175,7 @@ def test_the_operators_are_what_they_say(weight_of_old: float | None, monkeypatc
         x.requires_grad_()
         gamma, beta = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
         moving = Moving(torch.zeros(3), torch.ones(3), torch.tensor(0))
-        how = How(1e-5, weight_of_old, True, True, True)
+        how = Settings(1e-5, weight_of_old, True, True, True)
         arguments = (x, None, gamma, beta, *moving, *how, False)
         torch.library.opcheck(torch.ops.multibn.forward.default, arguments)
         statistics = torch.ops.multibn.forward(*arguments)[1]

@@ -21,7 +21,7 @@ from . import refusals
 from .compat import BatchNormBase, tracing_state
 from .forward.dispatch import normalise, rectify
 from .forward.eager import PARAMETER
-from .forward.formulas import How, Moving
+from .forward.formulas import Moving, Settings
 from .forward.identity import begin
 from .switches import Switches
 
@@ -135,7 +135,7 @@ class Layer(Switches, BatchNormBase):
         if self.init == "identity" and training and use_batch:
             begin(self, input, mask)
         on_kernel = on_cpu if self.implementation == "auto" else self.implementation == "kernel"
-        how = How(self.eps, self._old() if update else 0.0, self.moving_variance == "unbiased", use_batch, update)
+        how = Settings(self.eps, self._old() if update else 0.0, self.moving_variance == "unbiased", use_batch, update)
         moving = Moving(mean, var, buffers["num_batches_tracked"])
         way = rectify if self.fuse_relu else normalise
         return way(input, weight, bias, moving, how, on_kernel, mask, self)

@@ -16,7 +16,7 @@ from multibn_torch.compat import dispatch_modes, tracing_state
 
 from . import formulas, masked, nonfinite
 from .eager import PARAMETER, by_kernel, recomputed, transformed
-from .formulas import How, Moving
+from .formulas import Moving, Settings
 from .framework import by_framework, by_operators
 from .gate import NotPlainError, check_can_be_updated, resolved
 from .operators import by_operator
@@ -25,7 +25,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def normalise(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings, on_kernel: bool,
     mask: Tensor | None = None, layer: nonfinite.Named | None = None,
 ) -> Tensor:  # fmt: skip
     """Return y; update the moving statistics in place, but not when activation checkpointing recomputes a forward (BN-05)."""
@@ -52,7 +52,7 @@ def normalise(
 
 
 def rectify(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool,
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings, on_kernel: bool,
     mask: Tensor | None = None, layer: nonfinite.Named | None = None,
 ) -> Tensor:  # fmt: skip
     """Return max(y, 0) with y as from ``normalise``; in eager mode the kernel computes both in one pass over the data.
@@ -75,7 +75,13 @@ def rectify(
 
 
 def _by_kernel_or_operators(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, layer: nonfinite.Named | None, rectify: bool
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    moving: Moving,
+    how: Settings,
+    layer: nonfinite.Named | None,
+    rectify: bool,
 ) -> Tensor:
     """Call ``by_kernel``; if the kernel cannot use one of the tensors, call PyTorch's own operators, which support the tensor or
     raise.
@@ -104,7 +110,7 @@ def _looked_at(x: Tensor) -> bool:
 
 
 def _masked(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, on_kernel: bool, mask: Tensor,
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings, on_kernel: bool, mask: Tensor,
     layer: nonfinite.Named | None,
 ) -> Tensor:  # fmt: skip
     masked.check_mask(mask, x)
@@ -126,7 +132,7 @@ def _exported() -> bool:
     return tracing_state() is not None or torch.compiler.is_exporting()
 
 
-def again(how: How) -> How:
+def again(how: Settings) -> Settings:
     """Return the settings for recomputing a forward under activation checkpointing: the same, but without updating the moving
     statistics.
 

@@ -18,7 +18,7 @@ from multibn_torch.compat import show_as as show_as
 from multibn_torch.compat import transformed as transformed
 
 from . import formulas, nonfinite, recompute
-from .formulas import How, Moving
+from .formulas import Moving, Settings
 from .gate import TYPES, NotPlainError, address, address_again, check_apart, check_can_be_saved, refusal
 
 _CPU = torch.device("cpu")  # explicit, since the default device may be another
@@ -34,7 +34,7 @@ tensor.
 
 
 def by_kernel(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, layer: nonfinite.Named | None = None,
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings, layer: nonfinite.Named | None = None,
     rectify: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return y for CPU or CUDA tensors, without copying them; update the moving statistics in place (BN-05).
@@ -74,7 +74,7 @@ def looked_through(dy: Tensor) -> bool:
 class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: tuple[Moving, How, list[Tensor], bool, Any]
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: tuple[Moving, Settings, list[Tensor], bool, Any]
     ) -> Tensor:
         _, how, _, rectify, _ = call
         y, statistics, seen = _forward(x, gamma, beta, *call)
@@ -120,7 +120,7 @@ run_as_written(_kernel.backward)
 
 
 def kernel_forward(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None = None,
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings, refused: list[Tensor] | None = None,
     rectify: bool = False, layer: nonfinite.Named | None = None,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
     """Return y and the statistics that normalised, (2, C), which ``kernel_backward`` needs.
@@ -138,8 +138,8 @@ def kernel_forward(
 
 
 def _forward(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None, rectify: bool,
-    layer: nonfinite.Named | None,
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings, refused: list[Tensor] | None,
+    rectify: bool, layer: nonfinite.Named | None,
 ) -> tuple[Tensor, Statistics, Seen]:  # fmt: skip
     if not x.is_cpu:
         y, statistics = _elsewhere(x).kernel_forward(x, gamma, beta, moving, how, refused, rectify)

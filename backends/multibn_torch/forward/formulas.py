@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class How(NamedTuple):
+class Settings(NamedTuple):
     """Settings of one forward: those of ``BatchNormSpec``, for the current mode. ``weight_of_old=None`` averages all batches with
     equal weights.
     """
@@ -33,7 +33,7 @@ class Moving(NamedTuple):
     batches: Tensor | None
 
 
-def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, work: torch.dtype) -> Tensor:
+def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings, work: torch.dtype) -> Tensor:
     """Return y, computed in the type ``work``; update the moving statistics in place, exactly once even under nested
     transforms.
     """

@@ -16,10 +16,10 @@ from multibn_torch.compat import impl_index, impl_index_backward
 
 from . import formulas
 from .eager import PARAMETER, looked_through
-from .formulas import How, Moving
+from .formulas import Moving, Settings
 
 
-def by_framework(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
+def by_framework(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings) -> Tensor:
     """Return y, differentiable to any order."""
     if not torch.is_grad_enabled() or not x.numel():
         return by_operators(x, gamma, beta, moving, how)
@@ -27,7 +27,7 @@ def by_framework(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: M
     return y
 
 
-def by_operators(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
+def by_operators(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings) -> Tensor:
     """Return y by ``torch.nn.functional.batch_norm``, which compilers and exporters support."""
     batch_norm = torch.nn.functional.batch_norm
     if not (how.use_batch or how.update):
@@ -47,7 +47,7 @@ class _Framework(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings) -> Tensor:
         batch, training, cudnn = _of_batch(x), how.use_batch, torch.backends.cudnn.enabled
         given = batch if training else _copied(moving)
         y: Tensor
@@ -88,7 +88,7 @@ def _copied(moving: Moving) -> tuple[Tensor, Tensor]:
     return mean.clone(), var.clone()
 
 
-def _update(x: Tensor, moving: Moving, batch: tuple[Tensor, Tensor], how: How) -> None:
+def _update(x: Tensor, moving: Moving, batch: tuple[Tensor, Tensor], how: Settings) -> None:
     if how.update:
         with torch.no_grad():
             if not how.use_batch:

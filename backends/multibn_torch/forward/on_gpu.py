@@ -11,11 +11,11 @@ from torch import Tensor
 from multibn_torch import triton_kernel
 
 from .eager import PARAMETER, Statistics, laid_out, whole
-from .formulas import How, Moving
+from .formulas import Moving, Settings
 
 
 def kernel_forward(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, refused: list[Tensor] | None = None,
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings, refused: list[Tensor] | None = None,
     rectify: bool = False,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
     """``eager.kernel_forward`` for CUDA tensors; ``refused`` stays empty."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import compat, formulas
 from .eager import PARAMETER, as_tensor, dense, kernel_backward, kernel_forward, looked_through, recomputed
-from .formulas import How, Moving
+from .formulas import Moving, Settings
 from .masked import check_count, pack, unpack
 
 # Without a layout tag, Inductor passes inputs in the layout that they have in eager mode. Inductor's convolutions are
@@ -21,7 +21,7 @@ _TAGS = (torch.Tag.flexible_layout,) if hasattr(torch.Tag, "flexible_layout") el
 
 
 def by_operator(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: How, mask: Tensor | None = None
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings, mask: Tensor | None = None
 ) -> Tensor:
     """Return the same bits as ``by_kernel``, through the custom operator; for the mask see ``masked``."""
     y, _, *news = torch.ops.multibn.forward(x, mask, gamma, beta, *moving, *how, False)
@@ -55,7 +55,7 @@ def _forward(
         check_count(values)
     news = _news(x, Moving(moving_mean, moving_var, batches), update, torch.clone)
     happens = update and values.numel() > 0 and not recomputed()
-    how = How(eps, weight_of_old, unbiased, use_batch, happens)
+    how = Settings(eps, weight_of_old, unbiased, use_batch, happens)
     current = news if update else Moving(moving_mean, moving_var, batches)
     y, statistics = kernel_forward(values, gamma, beta, current, how, None, rectify)
     return y if mask is None else unpack(y, mask, x), as_tensor(statistics), *news
