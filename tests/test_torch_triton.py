@@ -119,9 +119,10 @@ def test_nothing_waits_and_all_memory_is_pytorchs(momentum: float | None, layout
         how = How(1e-5, momentum, True, True, True)
         y, statistics = on_gpu.kernel_forward(x, gamma, beta, Moving(mean, var, batches), how, rectify=True)
         dx, dgamma, dbeta = on_gpu.kernel_backward(torch.empty_like(x), x, gamma, statistics, True, beta, True)
-        assert {y.device, dx.device, dgamma.device, dbeta.device} == {x.device}
-        assert y.stride() == dx.stride() == x.stride()
-    assert [launch.kernel.__name__ for launch in launches] == list(KERNELS)
+        again = on_gpu.kernel_again(x, gamma, beta, statistics=statistics, rectify=True)
+        assert {y.device, dx.device, dgamma.device, dbeta.device, again.device} == {x.device}
+        assert y.stride() == dx.stride() == again.stride() == x.stride()
+    assert [launch.kernel.__name__ for launch in launches] == [*KERNELS, "normalise"]
     for launch in launches:
         assert {t.device for t in launch.given if isinstance(t, torch.Tensor)} == {x.device}
         assert launch.options["enable_fp_fusion"] is False

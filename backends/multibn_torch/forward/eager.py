@@ -52,7 +52,7 @@ def by_kernel(
         if x.is_inference() or (gamma is not None and gamma.is_inference()):
             check_can_be_saved(x, gamma, beta)
         y = _apply(x, gamma, beta, (moving, how, refused, rectify, layer))
-        if recompute.active() and y.grad_fn is not None and x.is_cpu and not x.is_inference():
+        if recompute.active() and y.grad_fn is not None and not x.is_inference():
             again = partial(kernel_again, statistics=y.grad_fn.kept[0], rectify=rectify)  # type: ignore[attr-defined]
             recompute.remember(y, again, x, gamma, beta)
     else:
@@ -279,9 +279,12 @@ def _examine(
 
 
 def kernel_again(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, statistics: Array[c_double], rectify: bool
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, statistics: Statistics, rectify: bool
 ) -> Tensor:  # fmt: skip
-    """Recompute y of ``kernel_forward``, on CPU and bit for bit: its last pass alone, with the statistics that it returned."""
+    """Recompute y of ``kernel_forward``, bit for bit: its last pass alone, with the statistics that it returned."""
+    if not x.is_cpu:
+        return _elsewhere(x).kernel_again(x, gamma, beta, statistics=statistics, rectify=rectify)  # type: ignore[no-any-return]
+    assert not isinstance(statistics, Tensor)
     kind = _kind(x.dtype, x.shape[1])
     x, size, shape = laid_out(x)
     y = output_like(x)
