@@ -21,6 +21,16 @@ def test_every_clause_has_a_case() -> None:
     assert {case.clause for case in MADE.values()} == set(CLAUSES)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8])
+def test_every_rank_has_a_part_of_its_own(size: int) -> None:
+    for name, make in CASES.items():
+        case = make(size)
+        members = case.members if name != "some-of-the-ranks" else max(case.groups(size), key=len)
+        for step in case.steps:
+            places = sorted(place for part in step.split for place in part)
+            assert (name, len(step.split) >= len(members), places) == (name, True, list(range(len(step.x))))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_right_one_conforms(name: str) -> None:
     assert wrong(MADE[name], by_threads(Right, MADE[name], 3)) == ""
