@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
 from typer.testing import CliRunner
 
@@ -11,7 +15,7 @@ from multibn_conformance.runs.synchronised import caught
 from multibn_conformance.synchronised.case import CASES
 from multibn_conformance.synchronised.defects import DEFECTS
 from multibn_conformance.synchronised.judge import wrong
-from multibn_conformance.synchronised.ranks import by_threads
+from multibn_conformance.synchronised.ranks import Processes, Silent, by_threads
 from multibn_conformance.synchronised.right import Right
 
 MADE = {name: make(3) for name, make in CASES.items()}
@@ -53,6 +57,43 @@ def test_a_command_judges_over_processes() -> None:
     )
 
 
-def test_options_without_a_meaning_are_refused() -> None:
-    done = CliRunner().invoke(app, ["conform", "--ranks", "2", "--quick"])
+def test_errors_that_ranks_answered_are_not_printed_again(capsys: Any) -> None:
+    """Gluon's callbacks print what they raise, for MXNet raises it with other words."""
+    pytest.importorskip("mxnet")
+    with Processes(2) as processes:
+        answers = processes.run(("mxnet",), CASES["another-eps"](2))
+    assert all(answer.kind == "MXNetError" for its in answers for answer in its)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def _odd_ones(monkeypatch: Any) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.mark.usefixtures("_odd_ones")
+def test_all_else_that_ranks_print_is_passed_on(capsys: Any) -> None:
+    case = CASES["another-eps"](2)
+    with Processes(2) as processes:
+        assert wrong(case, processes.run(("odd_ranks:Talks",), case)) == ""
+    assert sorted(capsys.readouterr().err.splitlines()) == ["multibn: rank 0 talks", "multibn: rank 1 talks"]
+
+
+@pytest.mark.usefixtures("_odd_ones")
+def test_a_rank_that_ends_is_named_at_once(capsys: Any) -> None:
+    with Processes(2) as processes, pytest.raises(Silent) as raised:
+        processes.run(("odd_ranks:Ends",), CASES["another-eps"](2))
+    assert str(raised.value) == "the process of rank 1 ended, with exit code 7; on stderr it said: that is all"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quick"], "--ranks judges backends by the SY clauses, and has no use for --quick."),
+    ],
+)
+def test_options_without_a_meaning_are_refused(options: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["conform", "--ranks", "2", *options])
     assert done.exit_code != 0
+    assert message in " ".join(done.output.split())
