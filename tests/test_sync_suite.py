@@ -18,6 +18,7 @@ from multibn_conformance.synchronised.judge import wrong
 from multibn_conformance.synchronised.ranks import Processes, Silent, by_threads
 from multibn_conformance.synchronised.right import Right
 
+DOCS = " ".join((Path(__file__).parents[1] / "docs" / "synchronised.md").read_text().split())
 MADE = {name: make(3) for name, make in CASES.items()}
 
 
@@ -87,10 +88,37 @@ def test_a_rank_that_ends_is_named_at_once(capsys: Any) -> None:
     assert capsys.readouterr().err == ""
 
 
+OWN = ["conform", "--own", "--ranks", "3"]
+BROKEN = "SY-02, SY-04, SY-07, SY-08, SY-09, SY-11"
+
+
+def test_pytorchs_own_breaks_what_is_known() -> None:
+    pytest.importorskip("torch")
+    done = CliRunner().invoke(app, OWN)
+    assert done.exit_code == 0, done.output
+    assert done.output.strip().splitlines()[-1] == f"PyTorch's own over 3 ranks breaks {BROKEN}, as is known"
+    assert f"`multibn {' '.join(OWN)}`" in DOCS
+    assert BROKEN in DOCS
+
+
+def test_another_difference_of_pytorchs_own_fails(monkeypatch: Any) -> None:
+    own = pytest.importorskip("multibn_conformance.synchronised.pytorch_own", reason="PyTorch is not installed")
+    known = {"inference": ("exchange", "It exchanges."), "another-eps": ("no exchange", "It exchanges.")}
+    monkeypatch.setattr(own, "KNOWN", known)
+    done = CliRunner().invoke(app, [*OWN, "--case", "inference", "--case", "another-eps"])
+    assert done.exit_code == 1
+    assert "inference: conforms, but is known to differ: It exchanges." in done.output
+    assert "another-eps: step 1 of 2, rank 0 of 3: expected an error on every rank, got an output" in done.output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--quick"], "--ranks judges backends by the SY clauses, and has no use for --quick."),
+        (
+            ["--own", "--backend", "torch", "--self-test"],
+            "--ranks judges PyTorch's own SyncBatchNorm by the SY clauses, and has no use for --backend, --self-test.",
+        ),
     ],
 )
 def test_options_without_a_meaning_are_refused(options: list[str], message: str) -> None:
