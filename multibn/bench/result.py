@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from multibn import __version__
+from multibn.interpreters import BESIDE
 
 TIMES: Final = "\N{MULTIPLICATION SIGN}"
 
@@ -82,22 +83,32 @@ class Row:
 
 @dataclass
 class Result:
-    """A run: where and how it was made, and framework -> rows. ``absent``: framework -> why it has none."""
+    """A run: where and how it was made, and framework -> rows. ``absent``: framework -> why it has none.
+
+    ``elsewhere``: framework of another interpreter -> the versions there.
+    """
 
     command: str
     threads: int
     rounds: int
     rows: dict[str, list[Row]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
-    elsewhere: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, Mapping[str, str]] = field(default_factory=dict)
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     processor: str = field(default_factory=lambda: processor())
 
     @property
     def versions(self) -> dict[str, str]:
-        """What took part."""
-        libraries = {name: self.elsewhere.get(name) or version(name) for name in ("numpy", "numba", *self.rows)}
-        return {"multibn": __version__, "python": platform.python_version(), **libraries}
+        """What took part; ``numpy of jax`` where that of another interpreter is another version."""
+        here = {"python": platform.python_version(), **{name: version(name) for name in BESIDE}}
+        frameworks = {name: self.elsewhere[name][name] if name in self.elsewhere else version(name) for name in self.rows}
+        there = {
+            f"{name} of {framework}": number
+            for framework in self.rows
+            for name, number in self.elsewhere.get(framework, {}).items()
+            if here.get(name, number) != number
+        }
+        return {"multibn": __version__, **here, **frameworks, **there}
 
     @property
     def of_networks(self) -> bool:
