@@ -38,7 +38,10 @@ def conform(
     precision: Annotated[
         str | None, typer.Option(help="The arithmetic that the --subject promises: working (default) or exact.")
     ] = None,
-    own: Annotated[bool, typer.Option("--own", help="Judge the frameworks' own BatchNorms, also by their dialects.")] = False,
+    own: Annotated[
+        bool,
+        typer.Option("--own", help="Judge the frameworks' own BatchNorms, also by their dialects; with --ranks PyTorch's own."),
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page to this file.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the report as JUnit XML to this file.")] = None,
