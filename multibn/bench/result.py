@@ -146,7 +146,7 @@ class Result:
         own / ours, "to_copy": ours / copy, "limit": own / none, "samples_ms": {"ours": [...], "own": [...], "copy": [...]},
         "memory": ours / own, "peaks_mib": {"ours": [...], "own": [...]}}``. "memory" is null where it was not
         measured. "copy" is missing, and what is made of it null, where the input is too small for it to matter, and of networks;
-        "none", without BatchNorm, is of networks alone, and not of compiled ones.
+        "none", without BatchNorm, is of networks alone.
         """
         return {
             "format": "multibn bench 1",

@@ -142,7 +142,7 @@ def _forward(
     eps, old, unbiased, use_batch, update = how
     mean, var, batches = moving
     dtype = x.dtype
-    kind = _kind(dtype, x.shape[1])
+    kind = kernel_of(dtype, x.shape[1])
     if old is None:
         old = weight_of_old(batches)
     x, size, shape = laid_out(x)
@@ -193,7 +193,7 @@ def kernel_backward(
             dy, x, gamma, statistics, through, beta, rectify
         )
     dtype = x.dtype
-    kind = _kind(dtype, x.shape[1])
+    kind = kernel_of(dtype, x.shape[1])
     x, size, shape = laid_out(x)
     x_seen = gamma_seen = 0
     if seen is not None:
@@ -285,7 +285,7 @@ def kernel_again(
     if not x.is_cpu:
         return _elsewhere(x).kernel_again(x, gamma, beta, statistics=statistics, rectify=rectify)  # type: ignore[no-any-return]
     assert not isinstance(statistics, Tensor)
-    kind = _kind(x.dtype, x.shape[1])
+    kind = kernel_of(x.dtype, x.shape[1])
     x, size, shape = laid_out(x)
     y = output_like(x)
     if size:
@@ -321,7 +321,8 @@ class _Kind(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _kind(dtype: torch.dtype, channels: int) -> _Kind:
+def kernel_of(dtype: torch.dtype, channels: int) -> _Kind:
+    """Return the kernel for an input type and number of channels."""
     from multibn.kernel import entry as kernel  # import Numba only when needed
 
     bodies = kernel.prepare({torch.float16: "int16", torch.bfloat16: "uint16"}.get(dtype) or str(dtype).removeprefix("torch."))
