@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -12,14 +13,21 @@ from .usage import UsageError
 START = 300.0
 """Seconds that an interpreter may take to start and answer."""
 
-_VERSION = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
+BESIDE = ("numpy", "numba")
+"""Libraries whose versions count too."""
+
+_VERSIONS = (
+    "import json, platform, sys; from importlib.metadata import version; "
+    "print(json.dumps({name: version(name) for name in sys.argv[1:]} | {'python': platform.python_version()}))"
+)
 
 
 class Elsewhere(NamedTuple):
     """A framework of another interpreter."""
 
     python: str
-    version: str
+    versions: Mapping[str, str]
+    """Of the framework, of Python, and of the libraries ``BESIDE``."""
 
 
 def ask(python: str, code: str, *arguments: str) -> str:
@@ -48,7 +56,7 @@ def elsewhere(frameworks: Iterable[str], pythons: Sequence[str]) -> dict[str, El
     for name in frameworks:
         for python in () if installed(name) else pythons:
             try:
-                found[name] = Elsewhere(python, ask(python, _VERSION, name))
+                found[name] = Elsewhere(python, json.loads(ask(python, _VERSIONS, name, *BESIDE)))
                 break
             except subprocess.CalledProcessError:  # not installed there either
                 continue

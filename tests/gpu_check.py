@@ -36,7 +36,7 @@ import numpy as np
 import triton
 from golden_bits import FILE, SHAPES, golden
 from gpu_route import ROUTED
-from rounding import rounded
+from rounding import rounded, ties
 
 import multibn_torch as ours
 from multibn import BatchNormSpec, reference
@@ -46,6 +46,7 @@ from multibn_conformance.cases.fixed import CASES
 from multibn_conformance.cases.fixed.quick import QUICK
 from multibn_conformance.judging.judge import judge
 from multibn_conformance.subjects.backends import Candidate
+from multibn_torch import triton_kernel
 
 CUDA: Any = torch.cuda
 CUDNN: Any = torch.backends.cudnn
@@ -170,6 +171,18 @@ def check_bits(report: Report, device: str, shape: tuple[int, ...], dtype: str, 
     }
     entry = {"device": device, "shape": shape, "dtype": dtype, "layout": layout, "relu": rectify, "differ": differ}
     report.found(report.bits, entry, not differ, f"bits on {device}: {shape} {dtype} {layout}: {differ}")
+
+
+def check_rounding(report: Report, device: str, dtype: str) -> None:
+    """Results are rounded once: the last pass alone, of zeros and means that are ties, or next to ties."""
+    values = ties(dtype)
+    saved = torch.from_numpy(np.stack([-values, np.ones_like(values)])).to(device)
+    x = torch.zeros((1, len(values), 1), dtype=getattr(torch, dtype), device=device)
+    y = torch.empty_like(x)
+    triton_kernel.run_normalise(x, y, None, None, saved)
+    wrong = int((y.cpu().to(torch.float64).numpy().ravel() != rounded(values, dtype)).sum())
+    entry = {"device": device, "shape": f"{len(values)} ties", "dtype": dtype, "differ": {"y": wrong} if wrong else {}}
+    report.found(report.bits, entry, not wrong, f"rounding to {dtype} on {device}: {wrong} of {len(values)} values are wrong")
 
 
 def check_golden(report: Report, device: str, dtype: str) -> None:
@@ -301,8 +314,11 @@ def run(report: Report, write: Callable[[], None]) -> None:
         tasks.append((what, lambda: task(report, *arguments)))
 
     for device in devices:
-        for shape in small:
-            add(f"bits of {shape} on {device}", check_bits, device, shape, "float32", "NCHW")
+        for dtype in types[:3]:
+            add(f"rounding to {dtype} on {device}", check_rounding, device, dtype)
+        for shape in small:  # in float64, another order of summation shows most
+            for dtype in ("float64", "float32"):
+                add(f"bits of {shape}, {dtype}, on {device}", check_bits, device, shape, dtype, "NCHW")
         add(f"golden bits, float32, on {device}", check_golden, device, "float32")
         for dtype in types[1:]:
             for layout in LAYOUTS:

@@ -26,6 +26,7 @@ def _backward(
 
 ROUTED: list[tuple[Any, str, Any]] = [
     (eager, "_forward", _inner_forward),
+    (eager, "kernel_again", on_gpu.kernel_again),
     (eager, "kernel_backward", _backward),
     (operators, "kernel_forward", _forward),
     (operators, "kernel_backward", _backward),

@@ -15,6 +15,16 @@ FORMATS = {
 """Bits of the mantissa, least exponent of a normal number, largest number."""
 
 
+def ties(dtype: str) -> Array:
+    """Ties, and the float64 next to them: to round by way of another type would round some of them twice."""
+    mantissa, least, largest = FORMATS[dtype]
+    low = np.random.default_rng(0).integers(0, 2**mantissa, 300) / 2.0**mantissa + 1
+    tie = np.concatenate([low * 2.0**e + 2.0 ** (e - mantissa - 1) for e in (least, -3, 0, 5)])
+    tie = np.concatenate([tie, np.arange(40) * 2.0 ** (least - mantissa - 1), [largest, largest * (1 + 2.0 ** (-mantissa - 2))]])
+    values = np.concatenate([tie, np.nextafter(tie, 0), np.nextafter(tie, np.inf), tie * (1 + 2.0**-30)])
+    return np.concatenate([values, -values])
+
+
 def rounded(values: Array, dtype: str) -> Array:
     """Return the nearest values of a type, as float64."""
     if dtype == "float64":

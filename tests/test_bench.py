@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -290,6 +290,25 @@ def test_a_network_is_trained_in_its_own_process(
     assert list(found["samples_ms"]) == ["ours", "own", "none"]
     assert all(len(times) == 3 and min(times) > 0 for times in found["samples_ms"].values())
     assert f"{model} (2, 3, 32, 32)" in capfd.readouterr().out
+
+
+def test_a_framework_of_another_interpreter_is_measured_there_and_its_versions_are_told(tmp_path: Path) -> None:
+    given = asdict(Input("models", (2, 3, 8, 8), model="resnet18"))
+    line = {"input": given, "own": "resnet18", "samples": {"ours": [1.0], "own": [2.0], "none": [0.5]}}
+    versions = {"jax": "9.9", "numpy": "2.0", "numba": version("numba"), "python": "3.99"}
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n[ $1 = -c ] && echo '{json.dumps(versions)}' || echo '{json.dumps(line)}'\n")
+    python.chmod(0o755)
+    options = ["--framework", "jax", "--python", str(python), "--model", "resnet18", "--quick", "--json", str(tmp_path / "out")]
+    if importlib.util.find_spec("jax") is not None:
+        pytest.skip("jax is installed here, so it is not looked for elsewhere")
+    done = CliRunner().invoke(cli.app, ["bench", *options])
+    assert done.exit_code == 0, done.output
+    assert f"numpy {version('numpy')}, numba {version('numba')}, jax 9.9, numpy of jax 2.0, python of jax 3.99" in done.output
+    assert json.loads((tmp_path / "out").read_text())["versions"] == {
+        "multibn": version("multibn"), "python": platform.python_version(), "numpy": version("numpy"), "numba": version("numba"),
+        "jax": "9.9", "numpy of jax": "2.0", "python of jax": "3.99",
+    }  # fmt: skip
 
 
 def test_gluons_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 pytest.importorskip("mpmath", reason="the oracle needs mpmath: pip install 'multibn[conformance]'")
 
 from multibn.cli import app
+from multibn_conformance.cases.fixed import CASES
+from multibn_conformance.runs import self_test
 from multibn_conformance.subjects.backends import candidates
 
 TRAIN, MOVING, BACKWARD = "BN-01-rank-3-float32", "BN-06-biased-rank-2", "BN-08-training-rank-2-float32"
@@ -92,6 +95,19 @@ def test_a_failure_names_the_command_that_repeats_it(python: str) -> None:
     code, out, _ = called("--python", python, "--backend", "bad", "--random", "3")
     assert code == 1
     assert f"multibn conform --backend bad --device cpu --python {python} --random 1 --seed " in out
+
+
+def test_the_suite_judges_itself_by_right_ones_there_too(python: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(self_test, "CASES", {name: CASES[name] for name in (TRAIN, MOVING)})
+    monkeypatch.setattr(self_test, "DEFECTS", {})
+    options = "--self-test", "--random", "2", "--python", python
+    code, out, _ = called(*options, "--backend", "third")
+    assert code == 0, out
+    assert "third/right/cpu: 2 fixed cases and 2 random ones: not accused" in out
+    code, out, _ = called(*options, "--backend", "bad")
+    assert code == 1
+    assert f"bad/forgets/cpu: 2 fixed cases and 2 random ones: accused by {MOVING}" in out
+    assert f"multibn conform --backend bad --device cpu --python {python} --case {MOVING}" in out
 
 
 def test_whitening_there_is_judged_too(python: str) -> None:

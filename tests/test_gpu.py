@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -118,6 +119,33 @@ def test_checkpointing_updates_once(data: Any) -> None:
     checkpoint(norm, x, use_reentrant=False).backward(data[1])
     plain(data[0].detach().requires_grad_()).backward(data[1])
     same([*norm.buffers(), norm.weight.grad, norm.bias.grad], [*plain.buffers(), plain.weight.grad, plain.bias.grad])
+
+
+@pytest.mark.parametrize("rectify", [False, True])
+def test_recompute(data: Any, rectify: bool) -> None:
+    """The same bits, eager and captured, and y is not kept. The factor's gradient is y, as backward makes it again."""
+    x, dy = data
+
+    def run(norm: Any, again: bool) -> tuple[list[Any], int]:
+        given, factor = x.detach().requires_grad_(), torch.ones_like(x, requires_grad=True)
+        before = torch.cuda.memory_allocated()
+        with ours.recompute() if again else nullcontext():
+            product = norm(given) * factor
+        kept = torch.cuda.memory_allocated() - before
+        return [*torch.autograd.grad(product, [given, factor, *norm.parameters()], dy), *norm.buffers()], kept
+
+    norm = layer()
+    norm.fuse_relu = rectify
+    others = [copy.deepcopy(norm) for _ in range(2)]
+    wanted, kept = run(norm, False)
+    got, less = run(others[0], True)
+    same(got, wanted)
+    assert kept - less >= x.nbytes
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = run(others[1], True)
+    graph.replay()
+    same(captured, wanted)
 
 
 def test_by_pytorchs_operators_it_follows_its_input() -> None:

@@ -32,7 +32,18 @@ def test_processes_are_measured(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     (row,) = result["rows"]
     assert row["shape"] == [32, 2048, 7, 7]
-    assert {"gloo", "straightforward", "alone"} <= set(row["ms"])
+    assert {"gloo", "straightforward", "alone", "exact"} <= set(row["ms"])
     assert all(value > 0 for value in row["ms"].values())
     assert 2 * 8 * 2048 * 8 < row["bytes"] < 2 * 8 * 2048 * 20
+    assert [each["dtype"] for each in result["types"]] == ["float16", "bfloat16", "float32", "float64"]
+    for each in result["types"]:
+        for name in ("forward", "backward"):
+            times = each[name]
+            assert times["exact"] > 0.3 * times["alone"] > 0
+            assert 0.3 < times["ratio"] / (times["exact"] / times["alone"]) < 3
+    headings = [line.split() for line in done.output.splitlines() if "input of each" in line]
+    assert headings == [
+        ["input", "of", "each", *result["messages"], "by", "hand", "ratio", "exact", "alone", "bytes"],
+        ["input", "of", "each", "float16", "bfloat16", "float32", "float64"],
+    ]
     assert "on paper" in done.output

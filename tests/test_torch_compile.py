@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+import warnings
 from functools import partial
 from typing import Any
 
@@ -16,11 +18,14 @@ from torch._dynamo.compiled_autograd import _enable
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import multibn_torch as ours
+from multibn import BatchNormSpec
+from multibn.layer.nonfinite import PoisonedBatch
 from multibn_torch.forward.eager import kernel_forward
 from multibn_torch.forward.formulas import Moving, Settings
 
@@ -125,11 +130,11 @@ def bits(t: Any) -> Any:
 @pytest.fixture
 def fusions(monkeypatch: Any) -> Any:
     """Count how often each fusion happens, with Inductor's caches disabled."""
-    from multibn_torch.forward import fusion
+    from multibn_torch.forward import inductor as passes
 
-    monkeypatch.setattr(fusion, "counts", dict.fromkeys(fusion.counts, 0))
+    monkeypatch.setattr(passes, "counts", dict.fromkeys(passes.counts, 0))
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
-        yield fusion.counts
+        yield passes.counts
 
 
 def test_inductor_fuses_and_gives_the_bits_of_the_program_as_it_is_written(fusions: Any) -> None:
@@ -149,13 +154,67 @@ def test_inductor_fuses_and_gives_the_bits_of_the_program_as_it_is_written(fusio
             answers.append([*ys, *(x.grad for x in mine), *state(module)])
         for got, wanted in zip(*answers, strict=True):
             assert torch.equal(got, wanted)
-    assert (counter.frame_count, fusions) == (1, {"relu": 6, "inference": 0})
+    assert (counter.frame_count, fusions) == (1, {"relu": 2, "training": 8, "inference": 0})
     several.eval()
     plain.eval()
     with torch.no_grad():
         for got, wanted in zip(compiled(xs), plain(xs), strict=True):
             assert torch.equal(bits(got), bits(wanted))
-    assert (counter.frame_count, fusions) == (2, {"relu": 8, "inference": 8})
+    assert (counter.frame_count, fusions) == (2, {"relu": 4, "training": 8, "inference": 8})
+
+
+class Varied(nn.Module):
+    """Layers that differ in their settings, each with an input of its own; ReLU6 and a pooling follow the first two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        made: Any = ours.BatchNorm2d
+        self.norms = nn.ModuleList(
+            [
+                *(made(6, momentum=momentum) for momentum in (None, 0.0, 1.0)),
+                *(made(6, affine=False), made(6, track_running_stats=False), made(6, eps=0.5)),
+                *(ours.BatchNorm(6, 4, BatchNormSpec(moving_variance=estimate)) for estimate in ("biased", "unbiased")),
+                *(made(6) for _ in range(4)),
+            ]
+        )
+        last: list[Any] = list(self.norms)[-3:]
+        last[0].freeze_statistics()
+        last[1].use_moving_statistics()
+        last[2].use_moving_statistics()
+        last[2].freeze_statistics()
+        for norm in self.norms:
+            for parameter in norm.parameters():
+                nn.init.normal_(parameter)
+
+    def forward(self, xs: Any) -> Any:
+        ys = [norm(x) for norm, x in zip(self.norms, xs, strict=True)]
+        return [nn.functional.relu6(ys[0]), nn.functional.max_pool2d(ys[1], 2), *ys[2:]]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_inductor_gives_the_bits_of_every_setting(fusions: Any, layout: Any) -> None:
+    """Two ordinary batches and one with NaN, which leaves the moving statistics of its channel as they are (BN-11).
+
+    No NaN goes to ReLU6, for which Inductor's gradient is not that of eager mode.
+    """
+    settings = Varied()
+    plain, compiled = copy.deepcopy(settings), torch.compile(settings, fullgraph=True)
+    for poison in (0.0, torch.nan, 0.0):
+        xs = [(torch.randn(4, 6, 5, 5) * 2 + 1).contiguous(memory_format=layout) for _ in settings.norms]
+        for x in xs[1:]:
+            x[1, 2, 3, 4] += poison
+        answers = []
+        with warnings.catch_warnings(action="ignore", category=PoisonedBatch):
+            for module in (compiled, plain):
+                mine = [x.clone().requires_grad_() for x in xs]
+                module.zero_grad()
+                ys = module(mine)
+                torch.autograd.backward(ys, [torch.cos(y.detach().nan_to_num() * 3) for y in ys])
+                answers.append([*ys, *(x.grad for x in mine), *module.buffers(), *(p.grad for p in module.parameters())])
+        for got, wanted in zip(*answers, strict=True):
+            assert torch.equal(torch.isnan(got), torch.isnan(wanted))
+            assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+    assert fusions == {"relu": 0, "training": 9, "inference": 1}
 
 
 def test_other_batch_sizes_compile_nothing_again_and_the_users_own_pass_runs_too(fusions: Any) -> None:
@@ -171,11 +230,11 @@ def test_other_batch_sizes_compile_nothing_again_and_the_users_own_pass_runs_too
             compiled(torch.randn(batch, 3, 8, 8)).sum().backward()
     assert (counter.frame_count, len(seen), fusions) == counts
     assert seen
-    assert fusions["relu"] > 0
+    assert fusions["training"] > 0
 
 
-def test_a_layer_before_anything_but_its_own_relu_is_left_as_it_is(fusions: Any) -> None:
-    from multibn_torch.forward import fusion
+def test_a_layer_in_half_precision_before_anything_but_its_own_relu_is_left_as_it_is(fusions: Any) -> None:
+    from multibn_torch.forward import inductor as passes
 
     layer = ours.BatchNorm2d(4)
 
@@ -183,24 +242,42 @@ def test_a_layer_before_anything_but_its_own_relu_is_left_as_it_is(fusions: Any)
         y = layer(x)
         return torch.relu(y) + y
 
-    graph = make_fx(twice_used)(torch.randn(2, 4, 5, 5))
-    fusion.Fusion()(graph.graph)
-    assert fusions == {"relu": 0, "inference": 0}
+    graph = make_fx(twice_used)(torch.randn(2, 4, 5, 5, dtype=torch.bfloat16))
+    passes.Fusion()(graph.graph)
+    assert fusions == {"relu": 0, "training": 0, "inference": 0}
     assert "aten.relu" in graph.code
 
 
-def test_passes_are_installed_once_after_those_of_the_user() -> None:
-    from multibn_torch.forward import fusion
+def test_the_pass_is_installed_once_and_runs_after_the_users() -> None:
+    """Of which there may be none, one, or several."""
+    from multibn_torch.forward import inductor as passes
 
-    def mine(graph: Any) -> None: ...
+    class Known(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            seen.append("theirs")
 
-    for own in (mine, [mine], None):
-        with inductor.patch(joint_custom_post_pass=own):
-            fusion.install()
-            fusion.install()
-            found = inductor.joint_custom_post_pass
-            passes = found if isinstance(found, list) else [found]
-            assert [type(each).__name__ for each in passes] == [*(["function"] if own else []), "Fusion"]
+        def uuid(self) -> Any:
+            return "known"
+
+    def unknown(graph: Any) -> None:
+        seen.append("theirs")
+
+    for given, cached in ((None, True), (Known(), True), (unknown, False), ([unknown], True)):
+        seen: list[str] = []
+        with inductor.patch(joint_custom_post_pass=given):
+            passes.install()
+            once: Any = inductor.joint_custom_post_pass
+            passes.install()
+            assert inductor.joint_custom_post_pass is once
+            graph = make_fx(torch.sin)(torch.ones(2)).graph
+            each: Any
+            for each in once if isinstance(once, list) else [once]:
+                each(graph)
+            assert len(seen) == (given is not None)
+            mine = once[-1] if isinstance(once, list) else once
+            assert isinstance(mine, passes.Fusion)
+            assert (mine.uuid() is not None) == cached
+            assert pickle.dumps(mine.uuid())
 
 
 def test_a_mask_compiles_whole() -> None:
@@ -242,15 +319,16 @@ def test_a_compiled_backward_gives_the_same_gradients(fuse_relu: bool) -> None:
         assert torch.equal(got.grad, wanted.grad)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("inside", [True, False])
-def test_one_update_under_checkpointing_and_compilation(inside: bool) -> None:
+def test_one_update_under_checkpointing_and_compilation(inside: bool, backend: str) -> None:
     layer: Any = ours.BatchNorm1d(3)
     x = torch.randn(8, 3, requires_grad=True)
 
     def forward(x: Any) -> Any:
         return checkpoint(layer, x, use_reentrant=False)
 
-    compiled: Any = torch.compile(forward if inside else layer, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(forward if inside else layer, fullgraph=True, backend=backend)
     y = compiled(x) if inside else checkpoint(compiled, x, use_reentrant=False)
     y.square().sum().backward()
     assert layer.num_batches_tracked == 1

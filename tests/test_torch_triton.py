@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,56 @@ runpy.run_path({str(Path(__file__).with_name("gpu_check.py"))!r}, run_name="__ma
     assert f"bits of the CPU (BN-15): {count} of {count} checks equal" in done.stdout
 
 
+def gpu_check(root: Path, json_file: Path, seconds: int = 900) -> Any:
+    """`make gpu` in a copy of the project."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"MULTIBN_GPU_SECONDS": str(seconds)}
+    command = [sys.executable, str(root / "tests" / "gpu_check.py"), str(json_file)]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+
+
+WRONG = {
+    "another order of lanes": (
+        "return tl.where(lane < COUNT // 2, low, high)",
+        "return tl.where(lane < width, lane, -1)",
+        "(4, 3, 5, 6) float64 NCHW",
+    ),
+    "bfloat16 rounded twice": (
+        "code = tl.where(inexact & even,",
+        "code = tl.where(inexact & (code < code),",
+        "rounding to bfloat16",
+    ),
+    "an approximate root": (
+        "1.0 / tl.sqrt(var + _float64(eps))",
+        "(1.0 / tl.sqrt((var + _float64(eps)).to(tl.float32))).to(tl.float64)",
+        "(4, 3, 5, 6) float32 NCHW",
+    ),
+}
+"""What is wrong -> a line of ``passes.py``, the line in its place, and what `make gpu` says of it."""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_make_gpu_fails_for_a_wrong_kernel(name: str, tmp_path: Path) -> None:
+    right, wrong, said = WRONG[name]
+    root = Path(__file__).parents[1]
+    for folder in ("multibn", "backends", "conformance", "tests"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "backends" / "multibn_torch" / "triton_kernel" / "passes.py"
+    assert file.read_text().count(right) == 1
+    file.write_text(file.read_text().replace(right, wrong))
+    done = gpu_check(tmp_path, tmp_path / "gpu.json")
+    assert done.returncode == 1, done.stdout + done.stderr
+    came = json.loads((tmp_path / "gpu.json").read_text())["wrong"]
+    assert any(said in each for each in came)
+    assert f"WRONG: {came[0]}" in done.stdout
+
+
+def test_make_gpu_tells_what_it_had_no_time_for(tmp_path: Path) -> None:
+    done = gpu_check(Path(__file__).parents[1], tmp_path / "gpu.json", seconds=1)
+    came = json.loads((tmp_path / "gpu.json").read_text())
+    assert (done.returncode, came["wrong"], came["bits"]) == (2, [], [])
+    assert f"not done, for the time was up: {len(came['not_done'])}, rounding to float32 on " in done.stdout
+
+
 def test_the_cut_is_that_of_the_cpu_kernel() -> None:
     draw = random.Random(0)
     for _ in range(2000):
@@ -119,9 +170,10 @@ def test_nothing_waits_and_all_memory_is_pytorchs(momentum: float | None, layout
         how = Settings(1e-5, momentum, True, True, True)
         y, statistics = on_gpu.kernel_forward(x, gamma, beta, Moving(mean, var, batches), how, rectify=True)
         dx, dgamma, dbeta = on_gpu.kernel_backward(torch.empty_like(x), x, gamma, statistics, True, beta, True)
-        assert {y.device, dx.device, dgamma.device, dbeta.device} == {x.device}
-        assert y.stride() == dx.stride() == x.stride()
-    assert [launch.kernel.__name__ for launch in launches] == list(KERNELS)
+        again = on_gpu.kernel_again(x, gamma, beta, statistics=statistics, rectify=True)
+        assert {y.device, dx.device, dgamma.device, dbeta.device, again.device} == {x.device}
+        assert y.stride() == dx.stride() == again.stride() == x.stride()
+    assert [launch.kernel.__name__ for launch in launches] == [*KERNELS, "normalise"]
     for launch in launches:
         assert {t.device for t in launch.given if isinstance(t, torch.Tensor)} == {x.device}
         assert launch.options["enable_fp_fusion"] is False

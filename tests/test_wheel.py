@@ -94,12 +94,17 @@ def test_its_command_works_and_says_what_is_missing(python: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "framework", "extra"), [("multibn_torch", "PyTorch", "torch"), ("multibn_mxnet", "MXNet", "mxnet")]
+    ("package", "absent", "extra"),
+    [
+        ("multibn_torch", "PyTorch, which is", "torch"),
+        ("multibn_mxnet", "MXNet, which is", "mxnet"),
+        ("multibn_jax", "JAX and Flax, which are", "jax"),
+    ],
 )
-def test_a_layer_without_its_framework_says_what_to_install(python: Path, package: str, framework: str, extra: str) -> None:
+def test_a_layer_without_its_framework_says_what_to_install(python: Path, package: str, absent: str, extra: str) -> None:
     done = run(python, "-c", f"import {package}")
     assert done.stderr.splitlines()[-1] == (
-        f"ModuleNotFoundError: {package} needs {framework}, which is not installed: pip install 'multibn[{extra}]'"
+        f"ModuleNotFoundError: {package} needs {absent} not installed: pip install 'multibn[{extra}]'"
     )
 
 

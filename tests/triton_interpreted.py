@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 
-from rounding import FORMATS, rounded
+from rounding import rounded, ties
 
 from multibn import kernel
 from multibn.layer.types import PARAMETER_TYPE, Array
@@ -272,13 +272,7 @@ def test_random_cases(call: Call) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_results_are_rounded_once(dtype: str) -> None:
     """Ties, and the adjacent float64: conversion through another type would round some of them twice."""
-    mantissa, least, largest = FORMATS[dtype]
-    random = np.random.default_rng(0)
-    low = random.integers(0, 2**mantissa, 300) / 2.0**mantissa + 1
-    tie = np.concatenate([low * 2.0**e + 2.0 ** (e - mantissa - 1) for e in (least, -3, 0, 5)])
-    tie = np.concatenate([tie, np.arange(40) * 2.0 ** (least - mantissa - 1), [largest, largest * (1 + 2.0 ** (-mantissa - 2))]])
-    values = np.concatenate([tie, np.nextafter(tie, 0), np.nextafter(tie, np.inf), tie * (1 + 2.0**-30)])
-    values = np.concatenate([values, -values])
+    values = ties(dtype)
     saved = torch.stack([torch.from_numpy(-values), torch.ones(len(values), dtype=torch.float64)])
     x = torch.zeros((1, len(values), 1), dtype=getattr(torch, dtype))
     y = torch.empty_like(x)

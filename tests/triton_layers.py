@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from gpu_route import ROUTED
 from triton_interpreted import bits
 
 import multibn_torch as ours
+from multibn_torch import triton_kernel
+from multibn_torch.forward import eager, on_gpu
 from multibn_torch.forward.formulas import Moving, Settings
 
 pytestmark = [
@@ -73,12 +76,16 @@ def steps(shape: Any, dtype: Any = torch.float32, layout: Callable[[Any], Any] =
     return program
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "layout",
-    [lambda x: x, lambda x: x.to(memory_format=torch.channels_last), lambda x: x.transpose(2, 3)],
-    ids=["contiguous", "channels-last", "transposed"],
-)
+TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+LAYOUTS: dict[str, Callable[[Any], Any]] = {
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_types_and_layouts(dtype: Any, layout: Any) -> None:
     layer = ours.BatchNorm2d(3, dtype=torch.float64 if dtype == torch.float64 else None)
     both(steps((4, 3, 5, 5), dtype, layout), layer)
@@ -149,6 +156,34 @@ def test_checkpointing_updates_once() -> None:
         return [y.detach(), x.grad]
 
     both(program, ours.BatchNorm1d(3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "affine", "rectify"),
+    [(dtype, "contiguous", True, True) for dtype in TYPES]
+    + [(torch.bfloat16, "channels-last", True, False), (torch.float32, "transposed", False, True)],
+    ids=str,
+)
+def test_recompute(dtype: Any, layout: str, affine: bool, rectify: bool, monkeypatch: Any) -> None:
+    """The gradient of a factor after the layer is the y that backward makes again, here against the y that the CPU keeps."""
+    made: list[Any] = []
+    run: Any = triton_kernel.run_normalise
+    monkeypatch.setattr(triton_kernel, "run_normalise", lambda *given, **more: made.append(run(*given, **more)))
+    layer: Any = ours.BatchNorm2d(3, affine=affine, dtype=torch.float64 if dtype == torch.float64 else None)
+    layer.fuse_relu = rectify
+
+    def program(mine: Any) -> list[Any]:
+        x = LAYOUTS[layout]((torch.randn(4, 3, 5, 5) * 2 + 1).to(dtype)).detach().requires_grad_()
+        factor = torch.ones_like(x, requires_grad=True)
+        with ours.recompute() if eager.kernel_again is on_gpu.kernel_again else nullcontext():
+            total = (mine(x) * factor).sum()
+        total.backward(retain_graph=True)
+        mine.running_mean.fill_(7.0)  # the statistics that normalised are used, not those of the layer
+        total.backward()
+        return [x.grad, factor.grad]
+
+    both(program, layer)
+    assert len(made) == 2
 
 
 def test_transforms() -> None:

@@ -45,7 +45,10 @@ def conform(
     ] = None,
     own: Annotated[
         bool,
-        typer.Option("--own", help="Judge the frameworks' own BatchNorms instead, by the specification and by their dialects."),
+        typer.Option(
+            "--own",
+            help="Judge the frameworks' own BatchNorms instead, also by their dialects; with --ranks PyTorch's own.",
+        ),
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page to this file.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
@@ -80,15 +83,25 @@ def conform(
             from .runs import self_test as own_test
     files = {"--html": html, "--json": json, "--junit": junit}
     if ranks is not None:
-        no_use: list[tuple[str, object]] = [("--subject", subject), ("--spec", spec), ("--own", own), ("--quick", quick)]
-        no_use += [("--device", device), ("--random", random), *files.items()]
+        no_use: list[tuple[str, object]] = [("--subject", subject), ("--spec", spec), ("--quick", quick)]
+        no_use += [
+            ("--device", device),
+            ("--random", random),
+            ("--backend", own and backend),
+            ("--self-test", own and self_test),
+            *files.items(),
+        ]
         others = [name for name, given in no_use if given]
         if others:
-            raise UsageError(f"--ranks judges backends by the SY clauses and cannot be combined with {', '.join(others)}.")
+            what = "PyTorch's own SyncBatchNorm" if own else "backends"
+            raise UsageError(f"--ranks judges {what} by the SY clauses and cannot be combined with {', '.join(others)}.")
         console = Console()
         if self_test:
             raise typer.Exit(not synchronised.self_test(ranks, console))
-        judged_over_ranks = synchronised.run(backend or (), ranks, case or (), clause or (), console)
+        if own:
+            judged_over_ranks = synchronised.run_own(ranks, case or (), clause or (), console)
+        else:
+            judged_over_ranks = synchronised.run(backend or (), ranks, case or (), clause or (), console)
         raise typer.Exit(any(each.status == "fail" for each in judged_over_ranks))
     publish.check_writable(files)
     others = [name for name, given in (("--case", case), ("--clause", clause), ("--quick", quick)) if given]

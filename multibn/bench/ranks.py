@@ -54,12 +54,13 @@ def run(size: int, quick: bool, json_file: Path | None, command: str) -> bool:
     if result is None:
         return False
     console.print(_table(result, size))
+    console.print(_types(result))
     console.print(_messages(result))
     console.print(scaling.table(result["messages"]))
     console.print(
         f"{size} processes of 1 thread, forward + backward, medians. by hand: PyTorch's operators and all_reduce over gloo. "
         f"ratio: by hand/gloo, within a turn. exact: a group of one, without exchange. alone: BatchNorm2d. bytes: of both "
-        f"messages.\n{command}",
+        f"messages. Passes: at most 5 turns.\n{command}",
         soft_wrap=True,
     )
     if json_file is not None:
@@ -102,6 +103,21 @@ def _table(result: dict[str, Any], size: int) -> Table:
         table.add_row(
             str(tuple(row["shape"])), *times, f"{row['ratio']:.2f}", f"{ms['exact']:.2f}", f"{ms['alone']:.2f}", str(row["bytes"])
         )
+    return table
+
+
+def _types(result: dict[str, Any]) -> Table:
+    title = "passes with exact sums, without exchange: times as long as BatchNorm2d's, forward and backward"
+    table = Table(box=box.SIMPLE_HEAD, min_width=70, title=title, title_justify="left")
+    table.add_column("input of each", no_wrap=True)
+    found: dict[str, dict[str, str]] = {}
+    for row in result["types"]:
+        forward, backward = (f"{row[name]['ratio']:.2f}" for name in ("forward", "backward"))
+        found.setdefault(str(tuple(row["shape"])), {})[row["dtype"]] = f"{forward} {backward}"
+    for dtype in next(iter(found.values())):
+        table.add_column(dtype, justify="right", no_wrap=True)
+    for shape, cells in found.items():
+        table.add_row(shape, *cells.values())
     return table
 
 

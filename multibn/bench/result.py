@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from multibn import __version__
+from multibn.interpreters import BESIDE
 from multibn.machine import processor
 
 TIMES: Final = "\N{MULTIPLICATION SIGN}"
@@ -84,22 +85,32 @@ class Row:
 
 @dataclass
 class Result:
-    """A run: where and how it was made, and framework -> rows. ``absent``: framework -> why it was not measured."""
+    """A run: where and how it was made, and framework -> rows. ``absent``: framework -> why it was not measured.
+
+    ``elsewhere``: framework of another interpreter -> the versions there.
+    """
 
     command: str
     threads: int
     rounds: int
     rows: dict[str, list[Row]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
-    elsewhere: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, Mapping[str, str]] = field(default_factory=dict)
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     processor: str = field(default_factory=lambda: processor(count=True))
 
     @property
     def versions(self) -> dict[str, str]:
-        """Return the versions of multibn, Python and the libraries."""
-        libraries = {name: self.elsewhere.get(name) or version(name) for name in ("numpy", "numba", *self.rows)}
-        return {"multibn": __version__, "python": platform.python_version(), **libraries}
+        """What took part; ``numpy of jax`` where that of another interpreter is another version."""
+        here = {"python": platform.python_version(), **{name: version(name) for name in BESIDE}}
+        frameworks = {name: self.elsewhere[name][name] if name in self.elsewhere else version(name) for name in self.rows}
+        there = {
+            f"{name} of {framework}": number
+            for framework in self.rows
+            for name, number in self.elsewhere.get(framework, {}).items()
+            if here.get(name, number) != number
+        }
+        return {"multibn": __version__, **here, **frameworks, **there}
 
     @property
     def of_networks(self) -> bool:
@@ -137,7 +148,7 @@ class Result:
         own / ours, "to_copy": ours / copy, "limit": own / none, "samples_ms": {"ours": [...], "own": [...], "copy": [...]},
         "memory": ours / own, "peaks_mib": {"ours": [...], "own": [...]}}``. "memory" is null where it was not
         measured. "copy" is missing, and values derived from it are null, for small inputs and for networks; "none", without
-        BatchNorm, exists for networks only, and not for compiled ones.
+        BatchNorm, exists for networks only.
         """
         return {
             "format": "multibn bench 1",

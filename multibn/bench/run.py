@@ -120,7 +120,7 @@ def run(
     """
     rounds = QUICK_ROUNDS if quick else MODEL_ROUNDS if models or inputs else ROUNDS
     result = Result(command, threads, rounds, absent=dict(absent))
-    result.elsewhere = {name: its.version for name, its in others.items() if name in frameworks}
+    result.elsewhere = {name: its.versions for name, its in others.items() if name in frameworks}
     console = Console()
     for framework in frameworks:
         rows = []

@@ -15,6 +15,8 @@ from . import cache, threads
 from .compat import global_compiler_lock
 from .schedule import Bodies, Team, bodies
 from .schedule import backward_at as backward_at
+from .schedule import correlate_at as correlate_at
+from .schedule import describe_at as describe_at
 from .schedule import forward_at as forward_at
 from .schedule import normalise_at as normalise_at
 from .schedule import propagate_at as propagate_at

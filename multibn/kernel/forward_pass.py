@@ -156,7 +156,19 @@ def _normalise_blocks(
 
 
 @inner
-def _batch_statistics(plan: Plan, m: int, sums: Any, saved: Any, first: int, last: int) -> None:
+def inverse_deviation(var: float, eps: float) -> float:
+    """Return 1/sqrt(var+eps), NaN where var is not finite (BN-11)."""
+    return 1.0 / np.sqrt(var + eps) if np.isfinite(var) else np.nan
+
+
+@inner
+def estimated(var: float, m: int, unbiased: bool) -> float:
+    """Return the estimate of the variance that updates the moving one, for m values of biased variance ``var`` (BN-06)."""
+    return var * (m / (m - 1)) if unbiased else var
+
+
+@inner
+def batch_statistics(plan: Plan, m: int, sums: Any, saved: Any, first: int, last: int) -> None:
     """Compute mean and variance of channels first..last from the block sums into saved; same formula and order as
     ``reference.statistics``.
     """
@@ -195,12 +207,12 @@ def _statistics(
     """
     left = 0
     if use_batch or update:
-        _batch_statistics(plan, m, sums, saved, first, last)
+        batch_statistics(plan, m, sums, saved, first, last)
     for c in range(first, last):
         mean, var = np.float64(moving_mean[c]), np.float64(moving_var[c])
         if update:
             kept = (moving_mean[c], moving_var[c])
-            estimate = saved[1, c] * (m / (m - 1)) if unbiased else saved[1, c]
+            estimate = estimated(saved[1, c], m, unbiased)
             moving_mean[c] = saved[0, c] if old == 0 else old * mean + (1 - old) * saved[0, c]
             moving_var[c] = estimate if old == 0 else old * var + (1 - old) * estimate
             if not (np.isfinite(moving_mean[c]) and np.isfinite(moving_var[c])):
@@ -209,7 +221,7 @@ def _statistics(
         if use_batch:
             mean, var = saved[0, c], saved[1, c]
         saved[0, c] = mean
-        saved[1, c] = 1.0 / np.sqrt(var + eps) if np.isfinite(var) else np.nan
+        saved[1, c] = inverse_deviation(var, eps)
         sums[0, 0, c] = gamma[c] * saved[1, c]
     return left
 

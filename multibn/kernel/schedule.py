@@ -15,7 +15,7 @@ from numba import carray, types
 
 from .addresses import call, fetch_add, keep, pointer
 from .backward_pass import backward_stage
-from .forward_pass import forward_stage
+from .forward_pass import batch_statistics, estimated, forward_stage, inverse_deviation
 from .jit import SOURCES, c_function, compiled, inner
 from .lanes import ALL
 from .plan import Plan, plan_of
@@ -70,6 +70,15 @@ def claimed(address: int) -> tuple[int, int]:
 def lanes_of_a_thread(address: int) -> Any:
     """Claim this thread's scratch memory. It was allocated before the first pass, so that no pass can run out of memory."""
     return carray(pointer(described(address).lanes + 8 * ALL * fetch_add(address + _SEAT, 1)), ALL, np.float64)
+
+
+@inner
+def begun(memory: Any, lanes: Any, shape: tuple[int, int, int]) -> Any:
+    """A new description in zeroed memory: the shape, and where a pass finds its lanes and its threads."""
+    its = described(memory.ctypes.data)
+    its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _SIZE
+    its.n, its.channels, its.s = shape
+    return its
 
 
 class Bodies(NamedTuple):
@@ -196,9 +205,7 @@ def forward_at(
     plan = plan_of(shape)
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
     sums = np.empty((4, plan.blocks, plan.channels))
-    its = described(memory.ctypes.data)
-    its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _SIZE
-    its.n, its.channels, its.s = shape
+    its = begun(memory, lanes, shape)
     its.x, its.y, its.gamma, its.beta, its.moving_mean, its.moving_var = x, y, gamma, beta, moving_mean, moving_var
     its.saved, its.sums, its.blocks = saved, sums.ctypes.data, plan.blocks
     its.unbiased, its.use_batch, its.update, its.rectify, its.eps, its.old = unbiased, use_batch, update, rectify, eps, old
@@ -218,9 +225,7 @@ def backward_at(
     plan = plan_of(shape)
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
     sums, means = np.empty((2, plan.blocks, plan.channels)), np.empty((3, plan.channels))
-    its = described(memory.ctypes.data)
-    its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _SIZE
-    its.n, its.channels, its.s = shape
+    its = begun(memory, lanes, shape)
     its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, dx, gamma, beta, saved, dgamma, dbeta
     its.sums, its.means, its.blocks, its.through, its.rectify = sums.ctypes.data, means.ctypes.data, plan.blocks, through, rectify
     _stages(team, memory.ctypes.data, plan, True)
@@ -239,9 +244,7 @@ def normalise_at(
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
     sums = np.empty((4, plan.blocks, plan.channels))
     sums[0, 0] = scale
-    its = described(memory.ctypes.data)
-    its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _SIZE
-    its.n, its.channels, its.s = shape
+    its = begun(memory, lanes, shape)
     its.x, its.y, its.beta, its.saved, its.sums, its.blocks = x, y, beta, saved, sums.ctypes.data, plan.blocks
     its.gamma, its.moving_mean, its.moving_var = beta, beta, beta  # which this pass does not read
     its.rectify = rectify
@@ -261,11 +264,53 @@ def propagate_at(
     plan = plan_of(shape)
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
     sums = np.empty((2, plan.blocks, plan.channels))
-    its = described(memory.ctypes.data)
-    its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _SIZE
-    its.n, its.channels, its.s = shape
+    its = begun(memory, lanes, shape)
     its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, dx, beta, beta, saved, beta, beta
     its.sums, its.means, its.blocks, its.through, its.rectify = sums.ctypes.data, means.ctypes.data, plan.blocks, through, False
     _, _, threads, its.large = team
     run_stage(team, memory.ctypes.data, 3, plan.groups * plan.blocks, threads)
     keep((memory, sums, means, lanes))
+
+
+@compiled
+def describe_at(team: Team, shape: tuple[int, int, int], x: int, saved: int, batch: int, eps: float, unbiased: bool) -> None:
+    """The batch statistics alone.
+
+    Args:
+        saved: where (2, C) float64 stands, filled with the mean and 1/sqrt(var+eps).
+        batch: where (2, C) float64 stands, filled with the mean and the variance that moving statistics take (BN-06).
+    """
+    plan, m = plan_of(shape), shape[0] * shape[2]
+    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    sums = np.empty((4, plan.blocks, plan.channels))
+    its = begun(memory, lanes, shape)
+    its.x, its.y, its.gamma, its.beta, its.moving_mean, its.moving_var = x, x, saved, saved, saved, saved  # only x is read
+    its.saved, its.sums, its.blocks, its.use_batch = saved, sums.ctypes.data, plan.blocks, True
+    run_stage(team, memory.ctypes.data, 1, plan.groups * plan.blocks, team[2])
+    normalising = carray(pointer(saved), (2, plan.channels), np.float64)
+    updating = carray(pointer(batch), (2, plan.channels), np.float64)
+    batch_statistics(plan, m, sums, normalising, 0, plan.channels)
+    for c in range(plan.channels):
+        updating[0, c], updating[1, c] = normalising[0, c], estimated(normalising[1, c], m, unbiased)
+        normalising[1, c] = inverse_deviation(normalising[1, c], eps)
+    keep((memory, sums, lanes))
+
+
+@compiled
+def correlate_at(
+    team: Team, shape: tuple[int, int, int], x: int, dy: int, gamma: int, beta: int, saved: int, dgamma: int, dbeta: int,
+    means: int, rectify: bool,
+) -> None:  # fmt: skip
+    """The sums of a backward alone; the arguments of ``backward_at``.
+
+    means is where (3, C) float64 stands, filled with what ``propagate_at`` takes.
+    """
+    plan = plan_of(shape)
+    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    sums = np.empty((2, plan.blocks, plan.channels))
+    its = begun(memory, lanes, shape)
+    its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, x, gamma, beta, saved, dgamma, dbeta
+    its.sums, its.means, its.blocks, its.rectify = sums.ctypes.data, means, plan.blocks, rectify
+    run_stage(team, memory.ctypes.data, 1, plan.groups * plan.blocks, team[2])
+    run_stage(team, memory.ctypes.data, 2, plan.channels, 1)
+    keep((memory, sums, lanes))

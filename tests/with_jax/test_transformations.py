@@ -99,6 +99,8 @@ TRANSFORMATIONS: dict[str, Callable[[Given], Any]] = {
     "vmap of x": lambda t: jax.jit(jax.vmap(t.f, (0, None, None)))(t.xs, t.g, t.b),
     "vmap of x and gamma": lambda t: jax.vmap(t.f, (0, 0, None))(t.xs, t.gs, t.b),
     "vmap of gamma": lambda t: jax.vmap(t.f, (None, 0, None))(t.x, t.gs, t.b),
+    "vmap of gamma, inner axis": lambda t: jax.vmap(t.f, (None, 1, None))(t.x, t.gs.T, t.b),
+    "vmap of grad, inner axis": lambda t: jax.vmap(jax.grad(t.loss, EVERY), (None, 1, None))(t.x, t.gs.T, t.b),
     "vmap, inner axis": lambda t: jax.vmap(t.f, (2, None, None))(jnp.moveaxis(t.xs, 0, 2), t.g, t.b),
     "vmap of vmap": lambda t: jax.vmap(jax.vmap(t.f, (0, None, None)), (None, 0, None))(t.xs, t.gs, t.b),
     "vmap of grad": lambda t: jax.jit(jax.vmap(jax.grad(t.loss, EVERY), (0, 0, None)))(t.xs, t.gs, t.b),

@@ -54,7 +54,7 @@ def by_kernel(
         if x.is_inference() or (gamma is not None and gamma.is_inference()):
             check_can_be_saved(x, gamma, beta)
         y = _apply(x, gamma, beta, (moving, how, refused, rectify, layer))
-        if recompute.active() and y.grad_fn is not None and x.is_cpu and not x.is_inference():
+        if recompute.active() and y.grad_fn is not None and not x.is_inference():
             again = partial(kernel_again, statistics=y.grad_fn.kept[0], rectify=rectify)  # type: ignore[attr-defined]
             recompute.remember(y, again, x, gamma, beta)
     else:
@@ -147,7 +147,7 @@ def _forward(
     eps, old, unbiased, use_batch, update = how
     mean, var, batches = moving
     dtype = x.dtype
-    kind = _kind(dtype, x.shape[1])
+    kind = kernel_of(dtype, x.shape[1])
     if old is None:
         old = weight_of_old(batches)
     x, size, shape = laid_out(x)
@@ -198,7 +198,7 @@ def kernel_backward(
             dy, x, gamma, statistics, through, beta, rectify
         )
     dtype = x.dtype
-    kind = _kind(dtype, x.shape[1])
+    kind = kernel_of(dtype, x.shape[1])
     x, size, shape = laid_out(x)
     x_seen = gamma_seen = 0
     if seen is not None:
@@ -286,10 +286,13 @@ def _examine(
 
 
 def kernel_again(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, statistics: Array[c_double], rectify: bool
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, statistics: Statistics, rectify: bool
 ) -> Tensor:  # fmt: skip
-    """Recompute y of ``kernel_forward`` on CPU with the same bits: run only the last pass, with the saved statistics."""
-    kind = _kind(x.dtype, x.shape[1])
+    """Recompute y of ``kernel_forward`` with the same bits: run only the last pass, with the saved statistics."""
+    if not x.is_cpu:
+        return _elsewhere(x).kernel_again(x, gamma, beta, statistics=statistics, rectify=rectify)  # type: ignore[no-any-return]
+    assert not isinstance(statistics, Tensor)
+    kind = kernel_of(x.dtype, x.shape[1])
     x, size, shape = laid_out(x)
     y = output_like(x)
     if size:
@@ -325,7 +328,8 @@ class _Kind(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _kind(dtype: torch.dtype, channels: int) -> _Kind:
+def kernel_of(dtype: torch.dtype, channels: int) -> _Kind:
+    """Return the kernel for an input type and number of channels."""
     from multibn.kernel import entry as kernel  # import Numba only when needed
 
     bodies = kernel.prepare({torch.float16: "int16", torch.bfloat16: "uint16"}.get(dtype) or str(dtype).removeprefix("torch."))

@@ -1,4 +1,4 @@
-"""``kernel_forward`` and ``kernel_backward`` for CUDA tensors of any layout, computed by ``triton_kernel``.
+"""``kernel_forward``, ``kernel_again`` and ``kernel_backward`` for CUDA tensors of any layout, computed by ``triton_kernel``.
 
 No function here synchronises with the device, so channels with NaN or Inf (BN-11) are not counted, and there is no warning.
 """
@@ -33,6 +33,16 @@ def kernel_forward(
             if given is not its:
                 given.copy_(its)  # type: ignore[union-attr, arg-type]
     return y, statistics
+
+
+def kernel_again(x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, statistics: Statistics, rectify: bool) -> Tensor:
+    """``eager.kernel_again`` for CUDA tensors."""
+    assert isinstance(statistics, Tensor)
+    x, _, shape = laid_out(x)
+    y = torch.empty_like(x)
+    gamma, beta = whole(gamma, beta)
+    triton_kernel.run_normalise(_as(x, shape), _as(y, shape), gamma, beta, statistics, rectify=rectify)
+    return y
 
 
 def kernel_backward(

@@ -14,10 +14,7 @@ from . import compat, formulas
 from .eager import PARAMETER, as_tensor, dense, kernel_backward, kernel_forward, looked_through, recomputed
 from .formulas import Moving, Settings
 from .masked import check_count, pack, unpack
-
-# Without a layout tag, Inductor passes inputs in the layout that they have in eager mode. Inductor's convolutions are
-# channels-last, so every input and output would be copied.
-_TAGS = (torch.Tag.flexible_layout,) if hasattr(torch.Tag, "flexible_layout") else ()
+from .reductions import TAGS
 
 
 def by_operator(
@@ -38,7 +35,7 @@ def by_operator(
     schema="(Tensor x, Tensor? mask, Tensor? gamma, Tensor? beta, Tensor? moving_mean, Tensor? moving_var, Tensor? batches, "
     "float eps, float? weight_of_old, bool unbiased, bool use_batch, bool update, bool rectify) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 def _forward(
     x: Tensor, mask: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
@@ -47,7 +44,7 @@ def _forward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return y, the statistics that normalised, and the new moving statistics and counter, which are empty without an update.
 
-    If ``rectify``, y is max(y, 0); ``fusion`` sets this where a ReLU follows.
+    If ``rectify``, y is max(y, 0); ``inductor`` sets this where a ReLU follows.
     """
     values = x
     if mask is not None:
@@ -109,7 +106,7 @@ _forward.register_autograd(_differentiate, setup_context=_remember)
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor? mask, Tensor? gamma, Tensor? beta, Tensor statistics, bool through, bool rectify) -> "
     "(Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 def _backward(
     dy: Tensor, x: Tensor, mask: Tensor | None, gamma: Tensor | None, beta: Tensor | None, statistics: Tensor, through: bool,

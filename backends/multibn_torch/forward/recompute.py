@@ -16,8 +16,8 @@ class recompute(torch.autograd.graph.saved_tensors_hooks):
     stores its input x. Inside this context y is not stored: backward recomputes y, bit for bit, from x, gamma, beta and the saved
     statistics. In networks with ReLU, swap with ``fuse_relu=True``, since PyTorch's ReLU stores its own output.
 
-    The context affects forwards on the CPU kernel in the current thread; backward may run outside of the context. Inside
-    ``torch.utils.checkpoint`` and under ``torch.compile`` it has no effect.
+    The context affects forwards by the kernel, on CPU and on CUDA devices, in the current thread; backward may run outside of the
+    context. Inside ``torch.utils.checkpoint`` and under ``torch.compile`` it has no effect.
 
     Raises:
         RuntimeError: in backward, if x, gamma, beta or another tensor that the graph stores was changed in place since forward.

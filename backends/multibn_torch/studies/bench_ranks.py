@@ -24,6 +24,13 @@ MESSAGES = (64, 4096, 65536, 524288)
 """Sizes in bytes of the messages whose sum over all ranks is timed."""
 
 
+TYPES = ("float16", "bfloat16", "float32", "float64")
+"""Types of the input for which the passes of one rank are timed, without exchange."""
+
+TYPE_ROUNDS = 5
+"""At most so many turns for each type: exact sums of float64 are slow."""
+
+
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -93,7 +100,33 @@ def measure(shapes: list[list[int]], rounds: int, mpi: Any) -> dict[str, Any]:
     groups: dict[str, Group] = {"gloo": TorchGroup().channel("messages")}
     if mpi is not None:
         groups["mpi"] = mpi.channel("messages")
-    return {"rows": rows, "messages": {who: _messages(group, rounds) for who, group in groups.items()}}
+    messages = {who: _messages(group, rounds) for who, group in groups.items()}
+    types = [_passes(shape, dtype, min(rounds, TYPE_ROUNDS)) for shape in shapes for dtype in TYPES]
+    return {"rows": rows, "messages": messages, "types": types}
+
+
+def _passes(shape: list[int], dtype: str, rounds: int) -> dict[str, Any]:
+    """Time forward and backward with exact sums, of a group of one, and of ``BatchNorm2d``; medians in ms, and of the ratios."""
+    kind = getattr(torch, dtype)
+    options: dict[str, Any] = {"dtype": torch.float64} if kind is torch.float64 else {}
+    layers = {"exact": SyncBatchNorm(shape[1], process_group=Alone(), **options), "alone": BatchNorm2d(shape[1], **options)}
+    x, dy = torch.randn(shape).to(kind).requires_grad_(), torch.randn(shape).to(kind)
+    times: dict[str, list[tuple[float, float]]] = {who: [] for who in layers}
+    for _ in range(rounds + 1):
+        for who, layer in layers.items():
+            x.grad = None
+            dist.barrier()
+            start = time.perf_counter()
+            y = layer(x)
+            middle = time.perf_counter()
+            y.backward(dy)
+            times[who].append((middle - start, time.perf_counter() - middle))
+    found: dict[str, Any] = {"shape": shape, "dtype": dtype}
+    for i, name in enumerate(("forward", "backward")):
+        exact, alone = ([turn[i] for turn in its[1:]] for its in times.values())
+        ratio = median(a / b for a, b in zip(exact, alone, strict=True))
+        found[name] = {"exact": 1e3 * median(exact), "alone": 1e3 * median(alone), "ratio": ratio}
+    return found
 
 
 def _bytes(exchange: Exchange, layer: torch.nn.Module, x: Tensor, dy: Tensor) -> int:

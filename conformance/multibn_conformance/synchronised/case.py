@@ -126,7 +126,7 @@ def _unequal_ranks(size: int) -> tuple[BatchNormSpec, tuple[Step, ...]]:
 @_case("SY-01", "adds over all processes there are")
 def _some_of_the_ranks(size: int) -> tuple[BatchNormSpec, tuple[Step, ...]]:
     """A group of two ranks, while there are others."""
-    return _PLAIN, (_step(_random(2), 2),)
+    return _PLAIN, (_step(_random(2), max(2, size - 2)),)  # samples for the other ranks too
 
 
 def _splits(size: int, x: Array, dy: Array, seed: int, spec: BatchNormSpec) -> tuple[BatchNormSpec, tuple[Step, ...]]:
@@ -159,7 +159,7 @@ def _any_split_of_hostile_values(size: int) -> tuple[BatchNormSpec, tuple[Step, 
 @_case("SY-03", "leaves an exchange out where a rank has no samples")
 def _an_empty_rank(size: int) -> tuple[BatchNormSpec, tuple[Step, ...]]:
     """The first rank has no sample, then the last."""
-    random, n = _random(7), 7
+    random, n = _random(7), 2 * size + 1
     nothing: tuple[int, ...] = ()
     first = (nothing, *uneven(n, size - 1))
     return _PLAIN, (_step(random, size, (n, 3, 4), split=first), _step(random, size, (n, 3, 4), split=(*first[1:], nothing)))

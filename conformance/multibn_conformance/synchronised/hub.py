@@ -31,8 +31,10 @@ class HubGroup:
     """
 
     def __init__(self, hub: Any, key: str, rank: int, size: int, timeout: float) -> None:
-        self._hub, self._key, self.rank, self.size, self._timeout = hub, key, rank, size, timeout
+        self._hub, self._key, self.rank, self.size, self.timeout = hub, key, rank, size, timeout
         self._connection: Any = None
+        self.world: HubGroup | None = None
+        """All ranks there are, where the group is only some of them."""
         self.sums = 0
         self._channels: list[HubGroup] = []
 
@@ -47,16 +49,16 @@ class HubGroup:
             self._connection = self._hub.connect(self._key, self.rank, self.size)
         self.sums += 1
         self._connection.send(numbers)
-        if not self._connection.poll(self._timeout):
+        if not self._connection.poll(self.timeout):
             self._connection.send(None)
         came = self._connection.recv()
         if isinstance(came, list):
-            raise PeersMissing(came, f"did not come within {self._timeout:g} s")
+            raise PeersMissing(came, f"did not come within {self.timeout:g} s")
         numbers[:] = came
 
     def channel(self, key: str) -> HubGroup:
         """Another connection of the same ranks."""
-        self._channels.append(HubGroup(self._hub, f"{self._key}/{key}", self.rank, self.size, self._timeout))
+        self._channels.append(HubGroup(self._hub, f"{self._key}/{key}", self.rank, self.size, self.timeout))
         return self._channels[-1]
 
 

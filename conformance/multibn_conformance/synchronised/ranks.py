@@ -9,6 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
@@ -27,7 +31,7 @@ def by_threads(make: MakeSynchronised, case: SyncCase, size: int, timeout: float
 
     def rank_of(rank: int) -> None:
         members = next(group for group in case.groups(size) if rank in group)
-        group: Any = HubGroup(hub, f"{case.id} of {members}", members.index(rank), len(members), timeout)
+        group = HubGroup(hub, f"{case.id} of {members}", members.index(rank), len(members), timeout)
         group.world = HubGroup(hub, world, rank, size, timeout) if len(members) < size else None
         answers[rank] = perform(make, case, members.index(rank), group)
 
@@ -40,11 +44,14 @@ def by_threads(make: MakeSynchronised, case: SyncCase, size: int, timeout: float
 
 
 class Silent(Exception):
-    """The processes do not answer."""
+    """The processes do not answer, or ended."""
 
 
 class Processes:
     """So many processes, each of which can be a rank of any backend. Use as a context manager: they end with it.
+
+    What they write to stderr is passed on after each case, but for the errors that they answered: MXNet raises these with words
+    of its own, so Gluon's layers print them too.
 
     Raises:
         Silent: they do not start, or do not answer in time.
@@ -64,13 +71,9 @@ class Processes:
             "MULTIBN_HUB_SECRET": secret,
             "OMP_NUM_THREADS": "1",
         }
-        module = f"{__package__}.worker"
-        self._started = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, str(rank), str(self.size)], env=environment, stdout=subprocess.DEVNULL
-            )
-            for rank in range(self.size)
-        ]
+        self._folder = TemporaryDirectory(prefix="multibn-ranks-")
+        self._read = [0] * self.size
+        self._started = [self._start(rank, environment) for rank in range(self.size)]
         end = time.monotonic() + START
         while len(self._controls) < self.size:
             if time.monotonic() > end or any(process.poll() is not None for process in self._started):
@@ -90,19 +93,57 @@ class Processes:
                 process.kill()
                 process.wait()
         self._listener.close()
+        for rank in range(self.size):
+            sys.stderr.write(self._said(rank))
+        self._folder.cleanup()
+
+    def _start(self, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"{__package__}.worker", str(rank), str(self.size)]
+        with self._log(rank).open("ab") as log:
+            return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+
+    def _log(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"{rank}.log"
+
+    def _said(self, rank: int) -> str:
+        """What a process wrote to stderr since the last call."""
+        new = self._log(rank).read_bytes()[self._read[rank] :]
+        self._read[rank] += len(new)
+        return new.decode(errors="replace")
+
+    def _ended(self, rank: int) -> Silent:
+        with suppress(subprocess.TimeoutExpired):
+            self._started[rank].wait(5)
+        said = self._said(rank).strip() or "nothing"
+        return Silent(f"the process of rank {rank} ended, with exit code {self._started[rank].poll()}; on stderr it said: {said}")
 
     def run(self, backends: Sequence[str], case: SyncCase) -> list[list[Answer]]:
         """The answers of the group's ranks; rank r is of the backend r modulo their number."""
         self._runs += 1
         for rank in range(self.size):
             members = next(group for group in case.groups(self.size) if rank in group)
-            key = f"{self._runs} {case.id} of {members}"
-            self._controls[rank].send((backends[rank % len(backends)], case, key, members.index(rank), len(members)))
+            key, world = f"{self._runs} {case.id} of {members}", f"{self._runs} world"
+            try:
+                self._controls[rank].send((backends[rank % len(backends)], case, key, members.index(rank), len(members), world))
+            except OSError as error:
+                raise self._ended(rank) from error
         end = time.monotonic() + ANSWER
-        answers = []
+        answers: dict[int, list[Answer]] = {}
+        waiting = {control: rank for rank, control in self._controls.items()}
+        while waiting:
+            ready: list[Any] = wait(list(waiting), max(0.1, end - time.monotonic()))
+            if not ready:
+                raise Silent(f"rank {min(waiting.values())} did not answer {case.id} within {ANSWER:g} s.")
+            for control in ready:
+                rank = waiting.pop(control)
+                try:
+                    came = control.recv()
+                except (EOFError, OSError) as error:
+                    raise self._ended(rank) from error
+                answers[rank] = [Answer(error=came, kind="Error")] * len(case.steps) if isinstance(came, str) else came
         for rank in range(self.size):
-            if not self._controls[rank].poll(max(0.1, end - time.monotonic())):
-                raise Silent(f"rank {rank} did not answer {case.id} within {ANSWER:g} s.")
-            came = self._controls[rank].recv()
-            answers.append([Answer(error=came, kind="Error")] * len(case.steps) if isinstance(came, str) else came)
+            said = self._said(rank)
+            for answer in answers[rank]:
+                said = said.replace(f"multibn: {answer.error}\n", "", 1)
+            sys.stderr.write(said)
         return [answers[rank] for rank in case.members]

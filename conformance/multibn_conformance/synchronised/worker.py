@@ -7,12 +7,23 @@ import os
 import sys
 import traceback
 import warnings
+from importlib import import_module
 from multiprocessing.connection import Client
 
 from multibn_conformance.subjects.backends import backends
 
 from .hub import CONTROL, HubGroup, RemoteHub
-from .perform import perform
+from .perform import MakeSynchronised, perform
+
+
+def _maker(name: str) -> MakeSynchronised:
+    """Of a backend, or of a class ``module:class``."""
+    module, _, made = name.partition(":")
+    if made:
+        return getattr(import_module(module), made)
+    ((backend, _),), _ = backends([name])
+    assert backend.synchronised is not None
+    return backend.synchronised
 
 
 def main() -> None:
@@ -25,12 +36,11 @@ def main() -> None:
     warnings.simplefilter("ignore")  # some cases are poisoned on purpose
     with contextlib.suppress(EOFError, OSError):
         while True:
-            name, case, key, its_rank, its_size = control.recv()
+            name, case, key, its_rank, its_size, world = control.recv()
             try:
-                ((backend, _),), _ = backends([name])
-                assert backend.synchronised is not None
                 group = HubGroup(hub, key, its_rank, its_size, case.timeout)
-                control.send(perform(backend.synchronised, case, its_rank, group))
+                group.world = HubGroup(hub, world, rank, size, case.timeout) if its_size < size else None
+                control.send(perform(_maker(name), case, its_rank, group))
             except Exception:
                 control.send(traceback.format_exc())
 
