@@ -19,7 +19,17 @@ from multibn_torch.compat import transformed as transformed
 
 from . import formulas, nonfinite, recompute
 from .formulas import How, Moving
-from .gate import TYPES, NotPlainError, address, address_again, check_apart, check_can_be_saved, refusal
+from .gate import (
+    NotPlainError,
+    Places,
+    address,
+    backward_again,
+    check_apart,
+    check_can_be_saved,
+    forward_again,
+    known_address,
+    refusal,
+)
 
 _CPU = torch.device("cpu")  # explicit, since the default device may be another
 
@@ -148,14 +158,17 @@ def _forward(
     x, size, shape = laid_out(x)
     if not size:
         return output_like(x), kind.statistics(), (dtype, shape, 0, 0)
-    x_at = address(x, dtype, size * kind.itemsize, "the input")
-    gamma, beta, whole_mean, whole_var = whole(gamma, beta, mean, var)
-    places = _places(gamma, beta, whole_mean, whole_var, batches if update else None)
+    nbytes = size * kind.itemsize
+    x_at = known_address(x, nbytes) or address(x, dtype, nbytes, "the input")
+    places = None if layer is None else forward_again(gamma, beta, mean, var, batches, update)
+    whole_mean, whole_var = mean, var
     if places is None or layer is None or layer._examined != places:
-        places = _examine(kind, gamma, beta, whole_mean, whole_var, moving, update)
-        if layer is not None and mean is whole_mean and var is whole_var:
-            layer._examined = places
-    gamma_at, beta_at, mean_at, var_at, count_at = places
+        gamma, beta, whole_mean, whole_var = whole(gamma, beta, mean, var)
+        gamma_at, beta_at, mean_at, var_at, count_at = _examine(kind, gamma, beta, whole_mean, whole_var, moving, update)
+        if layer is not None and places is not None:
+            layer._examined = gamma_at, beta_at, mean_at, var_at, count_at
+    else:
+        gamma_at, beta_at, mean_at, var_at, count_at = places
     y, statistics = output_like(x), kind.statistics()  # creating a tensor takes many times as long
     if update and not count_at and batches is not None:
         batches.add_(1)
@@ -206,20 +219,23 @@ def kernel_backward(
     parameter = kind.parameter
     if size == 0:
         return dx, torch.zeros_like(parameter), torch.zeros_like(parameter)
-    gamma, beta = whole(gamma, beta)
-    nbytes = size * kind.itemsize
-    x_at = x.data_ptr() if type(x) in TYPES and not x.is_neg() and x_seen else 0
-    if x_at != x_seen or not x_at:
+    nbytes, x_at, gamma_at = size * kind.itemsize, x_seen, gamma_seen or kind.one
+    if not backward_again(x, x_seen, gamma, gamma_seen, parameter.dtype, kind.nbytes):
         x_at = address(x, dtype, nbytes, "the input")
-    if gamma is not None and gamma.dim() != 1:
-        raise refusal(gamma, parameter.dtype, "weight")
-    gamma_at = kind.one if gamma is None else address_again(gamma, parameter.dtype, kind.nbytes, "weight", gamma_seen)
+        if gamma is not None:
+            if gamma.dim() != 1:
+                raise refusal(gamma, parameter.dtype, "weight")
+            gamma = gamma.contiguous()
+            gamma_at = address(gamma, parameter.dtype, kind.nbytes, "weight")
+    beta = None if beta is None else beta.contiguous()
     beta_at = kind.zero if beta is None else address(beta, parameter.dtype, kind.nbytes, "bias")
-    try:
-        dy_at = address(dy, dtype, nbytes, "the gradient of the output")
-    except NotPlainError:
-        dy = torch.empty_like(x).copy_(dy)
-        dy_at = dy.data_ptr()
+    dy_at = known_address(dy, nbytes) if dy.dtype is dtype and dy.is_cpu and dy.nbytes == nbytes else 0
+    if not dy_at:
+        try:
+            dy_at = address(dy, dtype, nbytes, "the gradient of the output")
+        except NotPlainError:
+            dy = torch.empty_like(x).copy_(dy)
+            dy_at = dy.data_ptr()
     if isinstance(statistics, Tensor):
         statistics_at = address(statistics, torch.float64, 2 * parameter.numel() * 8, "the statistics")
     else:
@@ -230,31 +246,6 @@ def kernel_backward(
         statistics_at, dgamma.data_ptr(), dbeta.data_ptr(), through, rectify,
     )  # fmt: skip
     return dx, dgamma, dbeta
-
-
-Places = tuple[int, int, int, int, int]
-"""Addresses of gamma, beta, the moving mean and variance, and the counter of batches; 0 where the tensor is None."""
-
-
-def _places(
-    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None, batches: Tensor | None
-) -> Places | None:
-    """Return the addresses if each tensor has a plain type, else None; ``_examine`` has checked all else at these addresses."""
-    if (
-        (gamma is None or (type(gamma) in TYPES and not gamma.is_neg()))
-        and (beta is None or (type(beta) in TYPES and not beta.is_neg()))
-        and (mean is None or (type(mean) in TYPES and not mean.is_neg()))
-        and (var is None or (type(var) in TYPES and not var.is_neg()))
-    ):
-        try:
-            return (
-                0 if gamma is None else gamma.data_ptr(), 0 if beta is None else beta.data_ptr(),
-                0 if mean is None else mean.data_ptr(), 0 if var is None else var.data_ptr(),
-                0 if batches is None or batches.dtype is not torch.int64 else batches.data_ptr(),
-            )  # fmt: skip
-        except RuntimeError:  # a tensor without storage has no address
-            return None
-    return None
 
 
 def _examine(
