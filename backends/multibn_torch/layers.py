@@ -47,6 +47,7 @@ class Layer(Switches, BatchNormBase):
         name: the layer's name in the model, for messages; set by ``swap``.
         fuse_relu: return max(y, 0), at the cost of y alone; set by ``swap`` where a ReLU follows, which passes its input through.
         fused_in: keys of the modules in whose forward the layer does so; set by ``swap``.
+        before_function: whether a ReLU after the layer is a function, such as ``torch.nn.functional.relu``; set by ``swap``.
     """
 
     ranks: tuple[int, ...]
@@ -57,6 +58,7 @@ class Layer(Switches, BatchNormBase):
     name: str = ""
     fuse_relu = False
     fused_in: tuple[str, ...] = ()  # keys of the modules that call the layer and its ReLU
+    before_function = False  # whether one of these ReLUs is a function
     moving_variance: Literal["biased", "unbiased"] = "unbiased"
 
     @property
