@@ -347,6 +347,7 @@ FUNCTIONS: dict[str, Any] = {
     "F.relu, by name": lambda y: torch.nn.functional.relu(input=y),
     "F.relu_": torch.nn.functional.relu_,
     "torch.relu": torch.relu,
+    "torch.relu, by name": lambda y: torch.relu(input=y),
     "torch.relu_": torch.relu_,
     "Tensor.relu": lambda y: y.relu(),
     "Tensor.relu_": lambda y: y.relu_(),

@@ -103,11 +103,11 @@ class Rectified(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the output for a ReLU, if the output has not changed since; else call the function with the output."""
-        args, kwargs = tree_map_only(Rectified, lambda wrapped: wrapped.output, (args, kwargs or {}))
-        if func in _RELUS:
-            y = args[0] if args else kwargs["input"]
-            if take(y):
-                return y
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("input")
+        if func in _RELUS and type(first) is Rectified and take(first.output):
+            return first.output
+        args, kwargs = tree_map_only(Rectified, lambda wrapped: wrapped.output, (args, kwargs))
         return func(*args, **kwargs)
 
 
