@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from multibn.layer.types import PARAMETER_TYPE
 from multibn.memory import LENT, take
-from multibn_torch.compat import direct_apply, is_legacy_batched
+from multibn_torch.compat import direct_apply, is_legacy_batched, profiler_enabled
 from multibn_torch.compat import recomputed as recomputed
 from multibn_torch.compat import run_as_written as run_as_written
 from multibn_torch.compat import show_as as show_as
@@ -32,6 +33,9 @@ from .gate import (
 )
 
 _CPU = torch.device("cpu")  # explicit, since the default device may be another
+
+NAME = "multibn::batch_norm"
+"""What the profiler shows."""
 
 PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PARAMETER_TYPE.items()}
 """Type of the input -> type of gamma, beta and the moving statistics (BN-10)."""
@@ -65,6 +69,9 @@ def by_kernel(
         if recompute.active() and y.grad_fn is not None and not x.is_inference():
             again = partial(kernel_again, statistics=y.grad_fn.kept[0], rectify=rectify)  # type: ignore[attr-defined]
             recompute.remember(y, again, x, gamma, beta)
+    elif profiler_enabled():
+        with record_function(NAME):
+            y, _ = kernel_forward(x, gamma, beta, moving, how, refused, rectify, layer)
     else:
         y, _ = kernel_forward(x, gamma, beta, moving, how, refused, rectify, layer)
     if refused and layer is not None:
@@ -119,7 +126,7 @@ def _check_saved(x: Tensor, shape: tuple[int, int, int], seen: Seen) -> None:
 
 
 _kernel: Any = _Kernel
-show_as(_kernel, "multibn::batch_norm")
+show_as(_kernel, NAME)
 _apply: Any = direct_apply(_kernel)  # ``dispatch`` never calls it under a transform
 run_as_written(_kernel.backward)
 
