@@ -185,7 +185,7 @@ def test_tracers_and_exporters_work_alike(tool: str, plain: Any, swapped: Any) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype: Any, plain: Any, swapped: Any) -> None:
     """The swapped model is as near to the model in float32 as the unswapped one is (BN-10), in the same type."""
-    x = images()[:1]  # convolutions in float16 are slow
+    x = images()[:1, :, :16, :16]  # convolutions in float16 are slow
     wanted = logits(plain, x)
     one, other = logits(plain.to(dtype), x.to(dtype)), logits(swapped.to(dtype), x.to(dtype))
     assert one.dtype is other.dtype is dtype
