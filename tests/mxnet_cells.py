@@ -210,6 +210,15 @@ def overlap(run: Run) -> None:
     run.replace("running_var", larger[8:])
 
 
+def slices(a: str, b: str, run: Run) -> None:
+    """Two parameters that share no values, but an array, for which MXNet's engine has one lock."""
+    its = [getattr(run.layer, name).data() for name in (a, b)]
+    larger = mx.nd.concat(*(each.reshape((-1,)) for each in its), dim=0)
+    larger[:] = larger * 1  # still running when the layer is called
+    run.replace(a, larger[: its[0].size].reshape(its[0].shape))
+    run.replace(b, larger[its[0].size :].reshape(its[1].shape))
+
+
 def zero_x(run: Run) -> None:
     run.x[:] = 0
 
@@ -272,6 +281,8 @@ def changes() -> dict[str, Change]:
         found[f"{name} smaller in between"] = nothing, partial(set_parameter, name, ARRAYS["one value"])
     for a, b in (("running_mean", "running_var"), ("running_mean", "gamma"), ("running_var", "beta"), ("gamma", "beta")):
         found[f"{a} is {b}"] = partial(alias, a, b), nothing
+    for a, b in (("running_mean", "running_var"), ("running_var", "running_mean"), ("gamma", "running_mean"), ("gamma", "beta")):
+        found[f"{a} and {b} are slices"] = partial(slices, a, b), nothing
     found |= {
         "running_mean and running_var overlap": (overlap, nothing),
         "x zero in between": (nothing, zero_x),
@@ -298,6 +309,7 @@ def of_the_counter() -> dict[str, Change]:
 
 def of_whitening() -> dict[str, Change]:
     found = {name: change for name, change in changes().items() if name == "nothing" or name.startswith(("x ", "dy "))}
+    found["running_mean and running_covariance are slices"] = partial(slices, "running_mean", "running_covariance"), nothing
     for name in ("dy None", "dy is x", "x zero in between"):  # asks for other numbers, and there is no other whitening to compare
         del found[name]
     for what, make in ARRAYS.items():

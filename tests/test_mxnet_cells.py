@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("mxnet", reason="MXNet is not installed")
 
-from mxnet_cells import CELLS
+from mxnet_cells import CELLS, PARAMETERS
 
 _IN_A_GRAPH = "MXNet reads a head gradient of another shape in memory order before any operator of a graph gets it"
 DIFFERENCES = {
@@ -28,6 +28,15 @@ DIFFERENCES = {
 UNDEFINED = ("dy an axis more", "dy flat")
 """What MXNet's own layer answers with a crash, an error or, now and then, numbers: the same values in another shape. Ours is
 compared with itself, given the right shape."""
+
+
+PAST_THE_END = [
+    name for name in CELLS if name.partition(": ")[2] in [f"{p} {how}" for p in PARAMETERS for how in ("one value", "fewer")]
+]
+"""A layer that reads or writes past the end of these gives right numbers as long as nobody looks there, as MXNet's own does."""
+
+OF_MXNET = ["called: gradient of x float64", "in a graph: gradient of x float64"]
+"""MXNet raises here before it calls any layer's backward, so these cells say nothing about the gate."""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +79,18 @@ def test_right_or_an_error(name: str, outcomes: dict[str, Any]) -> None:
     problem = wrong(name, outcomes)
     assert (problem is None) == (name not in DIFFERENCES), problem
     assert "crash" not in outcomes[f"ours|{name}"]
+
+
+@pytest.mark.parametrize("name", PAST_THE_END)
+def test_what_is_too_small_raises(name: str, outcomes: dict[str, Any]) -> None:
+    assert "error" in outcomes[f"ours|{name}"]
+
+
+@pytest.mark.parametrize("name", OF_MXNET)
+def test_what_mxnet_itself_refuses(name: str, outcomes: dict[str, Any]) -> None:
+    own, ours = outcomes[f"own|{name}"], outcomes[f"ours|{name}"]
+    assert own["error"] == ours["error"] == "MXNetError"
+    assert all("Backward shape inconsistent with the forward shape" in each["message"] for each in (own, ours))
 
 
 def test_there_are_cells_of_every_kind(outcomes: dict[str, Any]) -> None:

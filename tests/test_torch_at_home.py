@@ -336,6 +336,14 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
     assert lines == [f"({rank}, True, True, 5, [1.0, 1.0, 1.0])" for rank in range(2)]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_profiler_shows_a_forward_without_gradients(mode: Any) -> None:
+    layer, x = ours.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    with mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x)
+    assert [event.count for event in profile.key_averages() if event.key == "multibn::batch_norm"] == [1]
+
+
 def test_the_profiler_and_the_graph_show_the_kernel() -> None:
     layer, x = ours.BatchNorm2d(3), torch.randn(4, 3, 2, 2, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

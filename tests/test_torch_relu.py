@@ -336,3 +336,143 @@ def test_a_layer_under_checkpointing_inside_its_block_is_not_fused() -> None:
     assert y.min() == 0
     y.square().sum().backward()
     assert x.grad.any()
+
+
+class Functional(nn.Module):  # type: ignore[misc,name-defined]
+    """A block of a residual network that calls ReLU as a function."""
+
+    def __init__(self, relu: Any = torch.nn.functional.relu, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.relu = relu
+
+    def forward(self, x: Any) -> Any:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + x)
+
+
+FUNCTIONS: dict[str, Any] = {
+    "F.relu": torch.nn.functional.relu,
+    "F.relu, inplace": lambda y: torch.nn.functional.relu(y, inplace=True),
+    "F.relu, by name": lambda y: torch.nn.functional.relu(input=y),
+    "F.relu_": torch.nn.functional.relu_,
+    "torch.relu": torch.relu,
+    "torch.relu, by name": lambda y: torch.relu(input=y),
+    "torch.relu_": torch.relu_,
+    "Tensor.relu": lambda y: y.relu(),
+    "Tensor.relu_": lambda y: y.relu_(),
+}
+
+
+def functional(relu: Any) -> tuple[Any, Any, Any]:
+    """An unfused model, the same one fused, and an input."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(Functional(relu), Functional(relu)), torch.randn(4, 3, 5, 5)
+    model = copy.deepcopy(plain)
+    swap(plain)
+    assert swap(model, fuse_relu=True).fused == ["0.bn1", "1.bn1"]
+    return plain, model, x
+
+
+@pytest.mark.parametrize("mode", ["training", "inference", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_that_follows_is_fused_with_the_same_bits(name: str, mode: str) -> None:
+    plain, model, x = functional(FUNCTIONS[name])
+    results = []
+    for each in (plain, model):
+        each.train(mode == "training")
+        given = x.clone().requires_grad_(mode in ("training", "inference"))
+        with torch.inference_mode(mode == "inference_mode"), torch.set_grad_enabled(given.requires_grad):
+            y = each(given)
+        assert type(y) is torch.Tensor
+        if given.requires_grad:
+            y.square().sum().backward()
+        results.append((y, given.grad, *(p.grad for p in each.parameters()), *each.buffers()))
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_the_function_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients, ReLU would leave a node in the graph."""
+    plain, model, x = functional(torch.relu)
+
+    def nodes(y: Any) -> list[str]:
+        found, waiting = [], [y.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is not None:
+                found.append(type(node).__name__)
+                waiting += [each for each, _ in node.next_functions]
+        return found
+
+    x.requires_grad_()
+    assert nodes(plain(x)).count("ReluBackward0") > nodes(model(x)).count("ReluBackward0")
+    assert "AliasBackward0" not in nodes(model(x))
+
+
+def test_a_forward_that_no_longer_calls_the_function_is_an_error() -> None:
+    _, model, x = functional(torch.relu)
+    model[0].relu = torch.nn.functional.leaky_relu
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError) as caught:
+        model(x)
+    assert str(caught.value) == (
+        "Functional no longer passes the output of each fused layer to its ReLU, as it did when swap(model, fuse_relu=True) "
+        "looked at it. Call unswap before the model is changed, then swap again."
+    )
+    assert before.keys() == model.state_dict().keys()
+    assert ours.unswap(model) == ["0.bn1", "0.bn2", "1.bn1", "1.bn2"]
+    assert "before_function" not in vars(model[0].bn1)
+    model(x)
+
+
+def test_a_hook_sees_the_rectified_output_and_what_it_changes_is_rectified_again() -> None:
+    _, model, x = functional(torch.relu)
+    seen = []
+    handle = model[0].bn1.register_forward_hook(lambda layer, given, y: seen.append(float(y.detach().min())))
+    model(x)
+    assert seen == [0]
+    handle.remove()
+    model[0].bn1.register_forward_hook(lambda layer, given, y: [y.sub_(0.5)].clear())
+    model[0].conv2.register_forward_pre_hook(lambda layer, given: seen.append(float(given[0].min())))
+    with torch.no_grad():
+        model(x)
+    assert seen == [0, 0]
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_other_ways_around_a_function_are_right(full: bool) -> None:
+    """Compiled, traced, checkpointed, copied and called past the block."""
+    plain, model, x = functional(torch.nn.functional.relu)
+    for each in (plain, model):
+        each.eval()
+    wanted = plain(x)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=full)(x), wanted)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(model.state_dict())))["0.bn1.weight"], model[0].bn1.weight)
+    assert torch.equal(copy.deepcopy(model)(x), wanted)
+    assert model[0].bn1(x).min() < 0
+    gradients = []
+    for each in (plain, model):
+        each.train()
+        given = x.clone().requires_grad_()
+        checkpoint(each, given, use_reentrant=False).square().sum().backward()
+        gradients.append(given.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_layer_before_a_function_and_a_module() -> None:
+    class Both(nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+        def forward(self, x: Any) -> Any:
+            return self.relu(self.bn(torch.nn.functional.relu(self.bn(x))))
+
+    model, x = Both(), torch.randn(4, 3, 5, 5)
+    plain = copy.deepcopy(model)
+    swap(plain)
+    assert swap(model, fuse_relu=True).fused == ["bn"]
+    assert torch.equal(model(x), plain(x))

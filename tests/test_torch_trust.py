@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import grid
@@ -128,6 +129,67 @@ def test_statistics_that_share_memory_are_refused() -> None:
         "running_mean and running_var must not share memory, since both are written to. Call .clone() on one."
     )
     assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("counter", [None, torch.zeros(()), torch.tensor(0)], ids=["none", "float", "int64"])
+def test_statistics_that_passed_in_inference_are_examined_in_training(counter: Any) -> None:
+    layer: Any = ours.BatchNorm2d(16).eval()
+    layer.running_mean, layer.num_batches_tracked = layer.running_var, counter
+    x = torch.randn(8, 16, 4, 4)
+    layer(x)
+    with pytest.raises(RuntimeError) as caught:
+        layer.train()(x)
+    assert str(caught.value) == (
+        "running_mean and running_var must not share memory, since both are written to. Call .clone() on one."
+    )
+    assert torch.equal(layer.running_var, torch.ones(16))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("what", ["negative bit", "steps", "type"])
+def test_a_change_at_the_same_address_is_seen(name: str, what: str) -> None:
+    """``.data`` is given another view of the same memory, between two forwards."""
+    layers: Any = [ours.BatchNorm2d(16) for _ in range(2)]
+    x = torch.randn(8, 16, 4, 4)
+    results: list[Any] = []
+    for layer, trick in zip(layers, (True, False), strict=True):
+        tensor = getattr(layer, name)
+        tensor.data = torch.linspace(1, 2, 32)[:16]
+        layer(x)
+        memory = tensor.data.as_strided((32,), (1,))
+        views: Any = {"negative bit": torch._neg_view(tensor.data), "steps": memory[::2]}
+        new = views.get(what, tensor.data.view(torch.bfloat16)[:16])
+        tensor.data = new if trick else new.clone().resolve_neg()
+        try:
+            results.append((layer(x), layer.running_mean.resolve_neg(), layer.running_var.resolve_neg()))
+        except Exception as error:
+            results.append(f"{type(error).__name__}: {error}")
+    if what == "type":
+        assert isinstance(results[0], str)
+        assert results[0] == results[1]
+    else:
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("which", ["x", "dy"])
+def test_views_with_an_offset_into_storage_that_shrank(which: str) -> None:
+    layer = ours.BatchNorm2d(16)
+    larger = torch.randn(12, 16, 4, 4)
+    view = larger[4:]
+    other = torch.randn(8, 16, 4, 4, requires_grad=True)
+    layer(other).backward(view)
+    assert other.grad is not None
+    larger.untyped_storage().resize_(view.nbytes)
+    call: Any = partial(layer, view) if which == "x" else partial(layer(other).backward, view)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    name = "the input" if which == "x" else "the gradient of the output"
+    assert str(caught.value) == (
+        f"{name} needs a storage of at least 12288 bytes, got one of 8192. Allocate the storage before the layer is called."
+    )
+    assert all(torch.equal(t, before[key]) for key, t in layer.state_dict().items())
 
 
 def test_a_forward_without_memory_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,7 @@ PARTS = {
         required=False,
     ),
     "eval_frame": Part("_C._dynamo.eval_frame", "suppressing warnings of compiled autograd in a backward", required=False),
+    "profiler_enabled": Part("autograd._profiler_enabled", "the profiler's name of a forward without gradients", required=False),
 }
 
 
@@ -87,6 +88,7 @@ impl_index = lookup("impl_index")
 impl_index_backward = lookup("impl_index_backward")
 is_zero = lookup("is_zero")
 fuser_methods = lookup("fuser_methods")
+profiler_enabled = lookup("profiler_enabled") or bool
 lookup("BatchNormBase")
 from torch.nn.modules import batchnorm  # noqa: E402
 

@@ -3,6 +3,9 @@
 ``arm`` hooks the module whose forward calls the layer and the ReLU. While it runs, the layer rectifies and the ReLU passes the
 result on. A layer that is called by anything else returns y. A rectified output that no ReLU took is an error, raised when the
 module returns.
+
+A ReLU module is told to pass the output on by its class. A function, such as ``torch.nn.functional.relu``, is told by the type of
+the output, ``Rectified``, which only this function sees.
 """
 
 from __future__ import annotations
@@ -16,6 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+FUNCTIONS = (torch.relu, torch.relu_, torch.nn.functional.relu, torch.nn.functional.relu_)
+"""The functions that compute ReLU; ``METHODS`` the methods of tensors that do, by name."""
+
+METHODS = ("relu", "relu_")
+_RELUS = frozenset((*FUNCTIONS, *(getattr(Tensor, name) for name in METHODS)))
 
 _FUSION = "_multibn_fusion"
 """Attribute of a hooked module: its key and the handles of its hooks."""
@@ -76,6 +86,29 @@ def mark(y: Tensor, run: Run) -> None:
     """Remember that y is rectified."""
     setattr(y, _RECTIFIED, None if y.is_inference() else y._version)
     run.waiting += 1
+
+
+class Rectified(Tensor):
+    """A rectified output on its way to a ReLU function, which returns the output itself; other functions get the output too."""
+
+    output: Tensor
+
+    @staticmethod
+    def wrap(y: Tensor) -> Rectified:
+        """Wrap an output that ``mark`` has seen."""
+        wrapped = y.as_subclass(Rectified)
+        wrapped.output = y
+        return wrapped
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the output for a ReLU, if the output has not changed since; else call the function with the output."""
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("input")
+        if func in _RELUS and type(first) is Rectified and take(first.output):
+            return first.output
+        args, kwargs = tree_map_only(Rectified, lambda wrapped: wrapped.output, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def take(y: Tensor) -> bool:

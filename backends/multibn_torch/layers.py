@@ -52,6 +52,7 @@ class Layer(Switches, BatchNormBase):
             input unchanged.
         fused_in: keys of the modules that call both the layer and its ReLU; the layer rectifies only inside their forward. Set by
             ``swap``.
+        before_function: whether the ReLU is a function, such as ``torch.nn.functional.relu``; set by ``swap``.
     """
 
     ranks: tuple[int, ...]
@@ -62,6 +63,7 @@ class Layer(Switches, BatchNormBase):
     name: str = ""
     fuse_relu = False
     fused_in: tuple[str, ...] = ()  # keys of the modules that call the layer and its ReLU
+    before_function = False  # whether one of these ReLUs is a function
     moving_variance: Literal["biased", "unbiased"] = "unbiased"
 
     @property

@@ -42,10 +42,11 @@ def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
     result lists them in ``skipped``, with the reason.
 
     Args:
-        fuse_relu: where a ``torch.nn.ReLU`` is the only consumer of a layer's output, the layer returns max(y, 0) and the ReLU
-            passes it through: the same numbers, faster. ``swap`` finds these pairs with ``torch.fx``, in the whole model or, if
-            ``torch.fx`` cannot trace the model, in each submodule that it can trace. A layer rectifies only while the module
-            that calls both runs; called from elsewhere, it returns y. A forward hook on a fused layer sees max(y, 0).
+        fuse_relu: where a ReLU (module, function or method) is the only consumer of a layer's output, the layer returns
+            max(y, 0) and the ReLU passes it through: the same numbers, faster. ``swap`` finds these pairs with ``torch.fx``, in
+            the whole model or, if ``torch.fx`` cannot trace the model, in each submodule that it can trace. A layer rectifies
+            only while the module that calls both runs; called from elsewhere, it returns y. A forward hook on a fused layer
+            sees max(y, 0).
 
     Raises:
         TypeError: model is not a module.
@@ -74,8 +75,10 @@ def swap(model: torch.nn.Module, fuse_relu: bool = False) -> Swapped:
     for module, pairs in followed.items():
         vars(module)["fuse_relu"] = True
         vars(module)["fused_in"] = tuple(dict.fromkeys(fusion.arm(caller) for caller, _ in pairs))
+        vars(module)["before_function"] = any(relu is None for _, relu in pairs)
         for _, relu in pairs:
-            relu.__class__ = ReLU
+            if relu is not None:
+                relu.__class__ = ReLU
     fused = [name for name, module in model.named_modules() if module in followed]
     return Swapped(list(found), fused, skipped)
 
@@ -103,7 +106,7 @@ def unswap(model: torch.nn.Module) -> list[str]:
             )
     for layer in found.values():
         layer.__class__ = theirs[type(layer)]
-        for key in ("name", "fuse_relu", "fused_in", "implementation", "_examined", "_began", *_BEYOND):
+        for key in ("name", "fuse_relu", "fused_in", "before_function", "implementation", "_examined", "_began", *_BEYOND):
             vars(layer).pop(key, None)
     for module in model.modules():
         fusion.disarm(module)
@@ -147,6 +150,8 @@ class ReLU(torch.nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return max(input, 0)."""
+        if type(input) is fusion.Rectified:
+            return torch.relu(input)
         if type(input) is Tensor and not torch.compiler.is_compiling() and fusion.take(input):
             return input
         return super().forward(input)
@@ -154,8 +159,8 @@ class ReLU(torch.nn.ReLU):
 
 refusals.register_fusers({**_OURS, torch.nn.ReLU: ReLU})
 
-Pair = tuple[torch.nn.Module, torch.nn.Module]
-"""A ReLU module that follows a layer, and before it the innermost module that calls both: (caller, relu)."""
+Pair = tuple[torch.nn.Module, torch.nn.Module | None]
+"""The innermost module that calls both a layer and the ReLU after it, and the ReLU; None if that is a function."""
 
 
 class _Tracer(fx.Tracer):
@@ -170,20 +175,23 @@ class _Tracer(fx.Tracer):
         """Whether ``torch.fx`` records a module as one node; multibn's layers are."""
         return isinstance(m, (Layer, ReLU)) or super().is_leaf_module(m, module_qualified_name)
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Create a node."""
+        node = super().create_node(*args, **kwargs)
+        self.callers[node] = tuple(self.running)
+        return node
+
     def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace a call of a module."""
         self.running.append(m)
         try:
-            y = super().call_module(m, forward, args, kwargs)
+            return super().call_module(m, forward, args, kwargs)
         finally:
             self.running.pop()
-        if isinstance(y, fx.Proxy):
-            self.callers.setdefault(y.node, tuple(self.running))
-        return y
 
 
 def _followed_by_relu(model: torch.nn.Module, skipped: dict[str, str]) -> dict[torch.nn.Module, list[Pair]]:
-    """Map each layer whose only consumer, in every call, is a ReLU module to these ReLU modules and the callers of both.
+    """Map each layer whose only consumer, in every call, is a ReLU to these ReLUs and the callers of both.
 
     If ``torch.fx`` cannot trace a submodule, its children are traced one by one; BatchNorm layers that are direct children of it
     are not fused, and ``skipped`` gets the reason.
@@ -214,20 +222,28 @@ def _look(
     graph: fx.Graph, part: torch.nn.Module, callers: dict[fx.Node, tuple[torch.nn.Module, ...]],
     relus: dict[torch.nn.Module, list[Pair]], alone: set[torch.nn.Module],
 ) -> None:  # fmt: skip
-    """Add each layer of a graph to ``relus`` if a ReLU module is the only consumer of its output, else to ``alone``."""
+    """Add each layer of a graph to ``relus`` if a ReLU is the only consumer of its output, else to ``alone``."""
     modules = dict(part.named_modules())
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
         if module is None or type(module) not in (*_OURS, *_OURS.values()):
             continue
         users = list(node.users)
-        after = modules.get(users[0].target) if len(users) == 1 and users[0].op == "call_module" else None
-        if type(after) in (torch.nn.ReLU, ReLU):
+        user = users[0] if len(users) == 1 else None
+        after = modules.get(str(user.target)) if user is not None and user.op == "call_module" else None
+        if user is not None and (type(after) in (torch.nn.ReLU, ReLU) or _is_function(user)):
             caller = part
-            for one, other in zip(callers.get(node, ()), callers.get(users[0], ()), strict=False):
+            for one, other in zip(callers.get(node, ()), callers.get(user, ()), strict=False):
                 if one is not other:
                     break
                 caller = one
-            relus.setdefault(module, []).append((caller, after))  # type: ignore[arg-type]
+            relus.setdefault(module, []).append((caller, after))
         else:
             alone.add(module)
+
+
+def _is_function(node: fx.Node) -> bool:
+    """Return whether a node calls a function or method that computes ReLU."""
+    return (node.op == "call_function" and node.target in fusion.FUNCTIONS) or (
+        node.op == "call_method" and node.target in fusion.METHODS
+    )

@@ -115,15 +115,12 @@ def _refuse(layer: Description, x: Any, arrays: list[Any], training: bool) -> No
 def _wait_to_write(context: Any, arrays: list[Any]) -> None:
     """Wait for all pending reads of the arrays; ``MXNDArrayWaitToWrite`` would switch threads for each array.
 
-    The arrays must not share memory: MXNet's engine would deadlock.
+    Each is pushed alone: MXNet's engine never starts a function that writes to two slices of one array.
     """
-    handles = (_pointer * len(arrays))(*(array.handle for array in arrays))
-    place = ctypes.c_uint64(context.device_id << 32 | context.device_typeid)
-    check_call(
-        LIB.MXEnginePushSyncND(
-            _NOTHING, None, None, ctypes.byref(place), None, 0, handles, len(arrays), ctypes.byref(_ASYNC), 0, None
-        )
-    )
+    place = ctypes.byref(ctypes.c_uint64(context.device_id << 32 | context.device_typeid))
+    for array in arrays:
+        handle = ctypes.byref(array.handle)
+        check_call(LIB.MXEnginePushSyncND(_NOTHING, None, None, place, None, 0, handle, 1, ctypes.byref(_ASYNC), 0, None))
     for array in arrays:
         check_call(LIB.MXNDArrayWaitToRead(array.handle))
 

@@ -71,6 +71,7 @@ def rectify(
     y = _by_kernel_or_operators(x, gamma, beta, moving, how, layer, True)
     if run is not None:
         fusion.mark(y, run)
+        return fusion.Rectified.wrap(y) if layer is not None and layer.before_function else y
     return y
 
 

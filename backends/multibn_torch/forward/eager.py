@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from multibn.layer.types import PARAMETER_TYPE
 from multibn.memory import LENT, take
-from multibn_torch.compat import direct_apply, is_legacy_batched
+from multibn_torch.compat import direct_apply, is_legacy_batched, profiler_enabled
 from multibn_torch.compat import recomputed as recomputed
 from multibn_torch.compat import run_as_written as run_as_written
 from multibn_torch.compat import show_as as show_as
@@ -19,9 +20,22 @@ from multibn_torch.compat import transformed as transformed
 
 from . import formulas, nonfinite, recompute
 from .formulas import Moving, Settings
-from .gate import TYPES, NotPlainError, address, address_again, check_apart, check_can_be_saved, refusal
+from .gate import (
+    NotPlainError,
+    Places,
+    address,
+    backward_again,
+    check_apart,
+    check_can_be_saved,
+    forward_again,
+    known_address,
+    refusal,
+)
 
 _CPU = torch.device("cpu")  # explicit, since the default device may be another
+
+NAME = "multibn::batch_norm"
+"""What the profiler shows."""
 
 PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PARAMETER_TYPE.items()}
 """Type of the input -> type of gamma, beta and the moving statistics (BN-10)."""
@@ -57,6 +71,9 @@ def by_kernel(
         if recompute.active() and y.grad_fn is not None and not x.is_inference():
             again = partial(kernel_again, statistics=y.grad_fn.kept[0], rectify=rectify)  # type: ignore[attr-defined]
             recompute.remember(y, again, x, gamma, beta)
+    elif profiler_enabled():
+        with record_function(NAME):
+            y, _ = kernel_forward(x, gamma, beta, moving, how, refused, rectify, layer)
     else:
         y, _ = kernel_forward(x, gamma, beta, moving, how, refused, rectify, layer)
     if refused and layer is not None:
@@ -114,7 +131,7 @@ def _check_saved(x: Tensor, shape: tuple[int, int, int], seen: Seen) -> None:
 
 
 _kernel: Any = _Kernel
-show_as(_kernel, "multibn::batch_norm")
+show_as(_kernel, NAME)
 _apply: Any = direct_apply(_kernel)  # ``dispatch`` never calls it under a transform
 run_as_written(_kernel.backward)
 
@@ -153,14 +170,17 @@ def _forward(
     x, size, shape = laid_out(x)
     if not size:
         return output_like(x), kind.statistics(), (dtype, shape, 0, 0)
-    x_at = address(x, dtype, size * kind.itemsize, "the input")
-    gamma, beta, whole_mean, whole_var = whole(gamma, beta, mean, var)
-    places = _places(gamma, beta, whole_mean, whole_var, batches if update else None)
+    nbytes = size * kind.itemsize
+    x_at = known_address(x, nbytes) or address(x, dtype, nbytes, "the input")
+    places = None if layer is None else forward_again(gamma, beta, mean, var, batches, update)
+    whole_mean, whole_var = mean, var
     if places is None or layer is None or layer._examined != places:
-        places = _examine(kind, gamma, beta, whole_mean, whole_var, moving, update)
-        if layer is not None and mean is whole_mean and var is whole_var:
-            layer._examined = places
-    gamma_at, beta_at, mean_at, var_at, count_at = places
+        gamma, beta, whole_mean, whole_var = whole(gamma, beta, mean, var)
+        gamma_at, beta_at, mean_at, var_at, count_at = _examine(kind, gamma, beta, whole_mean, whole_var, moving, update)
+        if layer is not None and places is not None:
+            layer._examined = gamma_at, beta_at, mean_at, var_at, count_at
+    else:
+        gamma_at, beta_at, mean_at, var_at, count_at = places
     y, statistics = output_like(x), kind.statistics()  # a ctypes array: a tensor takes many times as long to create
     if update and not count_at and batches is not None:
         batches.add_(1)
@@ -211,20 +231,23 @@ def kernel_backward(
     parameter = kind.parameter
     if size == 0:
         return dx, torch.zeros_like(parameter), torch.zeros_like(parameter)
-    gamma, beta = whole(gamma, beta)
-    nbytes = size * kind.itemsize
-    x_at = x.data_ptr() if type(x) in TYPES and not x.is_neg() and x_seen else 0
-    if x_at != x_seen or not x_at:
+    nbytes, x_at, gamma_at = size * kind.itemsize, x_seen, gamma_seen or kind.one
+    if not backward_again(x, x_seen, gamma, gamma_seen, parameter.dtype, kind.nbytes):
         x_at = address(x, dtype, nbytes, "the input")
-    if gamma is not None and gamma.dim() != 1:
-        raise refusal(gamma, parameter.dtype, "weight")
-    gamma_at = kind.one if gamma is None else address_again(gamma, parameter.dtype, kind.nbytes, "weight", gamma_seen)
+        if gamma is not None:
+            if gamma.dim() != 1:
+                raise refusal(gamma, parameter.dtype, "weight")
+            gamma = gamma.contiguous()
+            gamma_at = address(gamma, parameter.dtype, kind.nbytes, "weight")
+    beta = None if beta is None else beta.contiguous()
     beta_at = kind.zero if beta is None else address(beta, parameter.dtype, kind.nbytes, "bias")
-    try:
-        dy_at = address(dy, dtype, nbytes, "the gradient of the output")
-    except NotPlainError:
-        dy = torch.empty_like(x).copy_(dy)
-        dy_at = dy.data_ptr()
+    dy_at = known_address(dy, nbytes) if dy.dtype is dtype and dy.is_cpu and dy.nbytes == nbytes else 0
+    if not dy_at:
+        try:
+            dy_at = address(dy, dtype, nbytes, "the gradient of the output")
+        except NotPlainError:
+            dy = torch.empty_like(x).copy_(dy)
+            dy_at = dy.data_ptr()
     if isinstance(statistics, Tensor):
         statistics_at = address(statistics, torch.float64, 2 * parameter.numel() * 8, "the statistics")
     else:
@@ -235,33 +258,6 @@ def kernel_backward(
         statistics_at, dgamma.data_ptr(), dbeta.data_ptr(), through, rectify,
     )  # fmt: skip
     return dx, dgamma, dbeta
-
-
-Places = tuple[int, int, int, int, int]
-"""Addresses of gamma, beta, moving mean, moving variance and num_batches_tracked; 0 for None."""
-
-
-def _places(
-    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None, batches: Tensor | None
-) -> Places | None:
-    """Return the addresses without full checks, or None if a tensor is of a subclass. If they equal the addresses that
-    ``_examine`` checked last, the tensors need no new check.
-    """
-    if (
-        (gamma is None or (type(gamma) in TYPES and not gamma.is_neg()))
-        and (beta is None or (type(beta) in TYPES and not beta.is_neg()))
-        and (mean is None or (type(mean) in TYPES and not mean.is_neg()))
-        and (var is None or (type(var) in TYPES and not var.is_neg()))
-    ):
-        try:
-            return (
-                0 if gamma is None else gamma.data_ptr(), 0 if beta is None else beta.data_ptr(),
-                0 if mean is None else mean.data_ptr(), 0 if var is None else var.data_ptr(),
-                0 if batches is None or batches.dtype is not torch.int64 else batches.data_ptr(),
-            )  # fmt: skip
-        except RuntimeError:  # a tensor without storage has no address
-            return None
-    return None
 
 
 def _examine(

@@ -29,7 +29,7 @@ class NotPlainError(RuntimeError):
 
 def is_plain(t: Tensor) -> bool:
     """Return whether a tensor is plain."""
-    return dispatch_keys(t).raw_repr() in PLAIN
+    return (t.is_cpu and known_address(t, 0) != 0) or dispatch_keys(t).raw_repr() in PLAIN
 
 
 def address(t: Tensor, dtype: torch.dtype, nbytes: int, name: str) -> int:
@@ -44,24 +44,71 @@ def address(t: Tensor, dtype: torch.dtype, nbytes: int, name: str) -> int:
         NotPlainError: the tensor is not plain, or has another type or size.
         RuntimeError: the tensor's storage is not allocated.
     """
-    if t.dtype is dtype and ((type(t) in TYPES and not t.is_neg()) or is_plain(t)):
-        try:
-            storage, at = t.untyped_storage(), t.data_ptr()
-            start = storage.data_ptr()
-        except RuntimeError:  # sparse, zero and functional tensors and torch.func wrappers have no storage
-            raise refusal(t, dtype, name) from None
-        if start and t.nbytes == nbytes and at + nbytes <= start + storage.nbytes() and t.is_cpu:
+    if t.dtype is dtype and t.is_cpu:
+        at = known_address(t, nbytes) or known_address(t, nbytes, is_plain(t))
+        if at and t.nbytes == nbytes:
             return at
     raise refusal(t, dtype, name)
 
 
-def address_again(t: Tensor, dtype: torch.dtype, nbytes: int, name: str, seen: int) -> int:
-    """Like ``address``, but faster if the tensor is still at ``seen``, an address that was checked before. The caller must have
-    kept the tensor alive since then.
+def known_address(t: Tensor, nbytes: int, plain: bool = False) -> int:
+    """Return the address of a CPU tensor of ``nbytes`` bytes if it is plain and its storage is allocated up to the last, else 0.
+
+    In a small batch, a method that nothing else calls takes several times as long as in a loop, so this calls few.
+
+    Args:
+        plain: the tensor is known to be plain; False if not.
     """
-    if t.dtype is dtype and t.nbytes == nbytes and type(t) in TYPES and not t.is_neg() and t.data_ptr() == seen:
-        return seen
-    return address(t, dtype, nbytes, name)
+    if plain or (type(t) in TYPES and not t.is_neg()):
+        try:
+            offset, storage = t.storage_offset(), t.untyped_storage()
+            if offset:
+                offset = offset * t.itemsize if storage.data_ptr() else len(storage)
+            return t.data_ptr() if offset + nbytes <= len(storage) else 0
+        except RuntimeError:  # sparse, zero and functional tensors and torch.func wrappers have no storage
+            return 0
+    return 0
+
+
+Places = tuple[int, int, int, int, int]
+"""Addresses of gamma, beta, the moving mean and variance, and the counter of batches; 0 for a missing one. The last
+is 0 in a forward without an update, too."""
+
+
+def forward_again(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None, batches: Tensor | None, update: bool
+) -> Places | None:
+    """Return where the state is if nothing but a comparison with the addresses that passed before is left to check, else None.
+
+    The layer has checked type and size, and a storage that was freed or resized has another address.
+    """
+    if (
+        (gamma is None or (type(gamma) in TYPES and not gamma.is_neg() and gamma.is_contiguous()))
+        and (beta is None or (type(beta) in TYPES and not beta.is_neg() and beta.is_contiguous()))
+        and (mean is None or (type(mean) in TYPES and not mean.is_neg() and mean.is_contiguous()))
+        and (var is None or (type(var) in TYPES and not var.is_neg() and var.is_contiguous()))
+        and (not update or (batches is not None and batches.dtype is torch.int64))
+    ):
+        try:
+            return (
+                0 if gamma is None else gamma.data_ptr(), 0 if beta is None else beta.data_ptr(),
+                0 if mean is None else mean.data_ptr(), 0 if var is None else var.data_ptr(),
+                batches.data_ptr() if update and batches is not None else 0,
+            )  # fmt: skip
+        except RuntimeError:  # a tensor without storage has no address
+            return None
+    return None
+
+
+def backward_again(x: Tensor, x_at: int, gamma: Tensor | None, gamma_at: int, dtype: torch.dtype, nbytes: int) -> bool:
+    """Return whether x and gamma are still plain where forward saw them."""
+    return (
+        type(x) in TYPES and not x.is_neg() and x_at != 0 and x.data_ptr() == x_at
+        and (gamma is None or (
+            gamma.dtype is dtype and gamma.nbytes == nbytes and gamma.dim() == 1 and type(gamma) in TYPES and not gamma.is_neg()
+            and gamma.is_contiguous() and gamma.data_ptr() == gamma_at
+        ))
+    )  # fmt: skip
 
 
 def refusal(t: Tensor, dtype: torch.dtype, name: str) -> RuntimeError:
@@ -96,6 +143,8 @@ def check_memory(t: Tensor, dtype: torch.dtype, shape: torch.Size, name: str, or
             f"{name} must have the shape {tuple(shape)} and type {dtype} that {origin}, got shape {tuple(t.shape)} of type "
             f"{t.dtype}. Give one of the right type and shape."
         )
+    if t.is_contiguous() and known_address(t, t.nbytes):
+        return
     needed = (t.storage_offset() + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) + 1) * t.itemsize
     if t.numel() and t.untyped_storage().nbytes() < needed:
         raise RuntimeError(

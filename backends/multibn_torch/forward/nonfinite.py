@@ -26,6 +26,7 @@ class Named(Protocol):
     name: str
     num_features: int
     fused_in: tuple[str, ...]
+    before_function: bool
     _examined: Any
 
     def __hash__(self) -> int: ...

@@ -84,7 +84,8 @@ class Whitening(torch.nn.Module):
             NotImplementedError: the input's type is not floating point.
         """
         training = self.training
-        state = {"weight": self.weight, "bias": self.bias, "running_mean": self.running_mean}
+        gamma, beta, mean, covariance = self.weight, self.bias, self.running_mean, self.running_covariance
+        state = {"weight": gamma, "bias": beta, "running_mean": mean}
         its = {name: (tuple(t.shape), type_name(t)) for name, t in state.items() if t is not None}
         wrong = problem(tuple(input.shape), type_name(input), self.num_features, self.num_dims, training, its)
         if wrong is not None:
@@ -92,15 +93,14 @@ class Whitening(torch.nn.Module):
         batches = int(self.num_batches_tracked) if self.spec.momentum is None else 0
         on_kernel = input.is_cpu if self.implementation == "auto" else self.implementation == "kernel"
         if not torch.compiler.is_compiling():
-            on_kernel = self._check(input) and on_kernel
+            on_kernel = self._check(input, gamma, beta, mean, covariance) and on_kernel
         by = Whiten.apply if on_kernel else by_framework
-        moving = self.running_mean, self.running_covariance
-        y: Tensor = by(input, self.weight, self.bias, moving, self.spec, training, batches)
+        y: Tensor = by(input, gamma, beta, (mean, covariance), self.spec, training, batches)
         if training and input.numel():
             self.num_batches_tracked.add_(1)
         return y
 
-    def _check(self, x: Tensor) -> bool:
+    def _check(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, covariance: Tensor) -> bool:
         """Whether all tensors are plain CPU memory, so that the kernel may have their addresses.
 
         Raises:
@@ -108,21 +108,26 @@ class Whitening(torch.nn.Module):
         """
         groups, d, kind = self.spec.groups, self.spec.group_size(self.num_features), PARAMETER[x.dtype]
         channels = torch.Size((self.num_features,))
-        named = {"weight": (self.weight, channels), "bias": (self.bias, channels), "running_mean": (self.running_mean, channels)}
-        named["running_covariance"] = self.running_covariance, torch.Size((groups, d, d))
+        named = {"weight": (gamma, channels), "bias": (beta, channels), "running_mean": (mean, channels)}
+        named["running_covariance"] = covariance, torch.Size((groups, d, d))
+        device, all_plain, origin = x.device, True, f"input of type {x.dtype} needs"
         for name, (t, shape) in named.items():
-            if t is not None and t.device != x.device:
+            if t is None:
+                continue
+            if t.device != device:
                 raise RuntimeError(
-                    f"expected {name} on {x.device}, where the input is, got it on {t.device}. Move the layer or the input."
+                    f"expected {name} on {device}, where the input is, got it on {t.device}. Move the layer or the input."
                 )
-            if t is not None and is_plain(t):
-                check_memory(t, kind, shape, name, f"input of type {x.dtype} needs")
+            if is_plain(t):
+                check_memory(t, kind, shape, name, origin)
+            else:
+                all_plain = False
         if not is_plain(x):
             return False
         check_memory(x, x.dtype, x.shape, "the input")
-        if torch.is_grad_enabled() and (x.is_inference() or (self.weight is not None and self.weight.is_inference())):
-            check_can_be_saved(x, self.weight, self.bias)
-        return all(t is None or is_plain(t) for t, _ in named.values())
+        if torch.is_grad_enabled() and (x.is_inference() or (gamma is not None and gamma.is_inference())):
+            check_can_be_saved(x, gamma, beta)
+        return all_plain
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

@@ -1,5 +1,7 @@
 """End the processes of subjects, and all that these started: after use, when the program exits, and when a signal ends it.
 
+SIGKILL leaves the program no chance to do so. Then a keeper does it, a small process that runs this file (Linux only).
+
 A subject's process carries a mark in its environment, which its descendants inherit. ``/proc`` shows it, so they are found even
 if they left the process group, began a session of their own or lost their parent. Without ``/proc``, only the group is ended.
 """
@@ -7,6 +9,7 @@ if they left the process group, began a session of their own or lost their paren
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -26,18 +29,26 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PROCESSES = Path("/proc")
 _ROUNDS = 200
 _live: set[str] = set()
+_keeper: tuple[int, int] | None = None
+"""The process that started the keeper, and the pipe to it."""
 
 
 def new_mark() -> str:
     """A mark for a process that is about to start; its processes end with the program from now on."""
     mark = f"{os.getpid()}-{uuid4().hex}"
     _live.add(mark)
+    _tell_keeper(f"+{mark}\n")
     return mark
 
 
 def end_marked(mark: str) -> None:
     """Kill every process with the mark, and what they start meanwhile."""
     _live.discard(mark)
+    _end(mark)
+    _tell_keeper(f"-{mark}\n")
+
+
+def _end(mark: str) -> None:
     for _ in range(_ROUNDS):
         found = set(marked(mark))
         found |= _descendants(found)
@@ -76,6 +87,53 @@ def _descendants(of: set[int]) -> set[int]:
     return found
 
 
+def _tell_keeper(line: str) -> None:
+    """Tell the keeper of this process that a mark begins (+) or ends (-); start it if there is none."""
+    global _keeper
+    if not (_PROCESSES / "self" / "environ").exists():
+        return
+    with suppress(OSError):  # the keeper was killed
+        if _keeper is None or _keeper[0] != os.getpid():
+            _keeper = os.getpid(), _start_keeper()
+        os.write(_keeper[1], line.encode())
+
+
+def _start_keeper() -> int:
+    """Start the keeper; return the pipe to it."""
+    there, here = os.pipe()
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    try:
+        os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", __file__, str(os.getpid())],
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((there, nowhere, nowhere))],
+        )
+    finally:
+        os.close(there)
+        os.close(nowhere)
+    return here
+
+
+def _keep(program: int) -> None:
+    """Wait until the program ends; then end the processes with the marks that it left."""
+    os.setsid()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    marks: set[str] = set()
+    rest = b""
+    while os.getppid() == program:
+        if select.select([0], [], [], 0.5)[0]:
+            portion = os.read(0, 1 << 16)
+            if not portion:
+                break
+            *lines, rest = (rest + portion).split(b"\n")
+            for line in lines:
+                (marks.add if line.startswith(b"+") else marks.discard)(line[1:].decode())
+    for mark in marks:
+        _end(mark)
+
+
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
     """Within, a signal that ends the program ends the processes of subjects first. One that is ignored stays ignored."""
@@ -100,3 +158,7 @@ def _end_all(number: int, _: FrameType | None) -> None:
         sys.stdout.flush()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+if __name__ == "__main__":
+    _keep(int(sys.argv[1]))

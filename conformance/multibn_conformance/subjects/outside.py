@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -132,8 +131,7 @@ class Outside:
     def _start(self) -> dict[str, str]:
         (there, requests), (answers, here) = os.pipe(), os.pipe()
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
-        command = [self.python, str(Path(worker.__file__)), self.name, self.device, str(there), str(here), str(parent)]
+        command = [self.python, str(Path(worker.__file__)), self.name, self.device, str(there), str(here)]
         mark = new_mark()
         try:
             self._process = subprocess.Popen(

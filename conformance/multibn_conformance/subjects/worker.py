@@ -7,12 +7,12 @@ What the subject prints goes elsewhere. A message is a length, JSON of that leng
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import importlib
 import json
 import os
 import platform
-import signal
 import struct
 import sys
 from typing import Any, BinaryIO
@@ -246,20 +246,15 @@ def _told(error: BaseException) -> list[Any]:
         return [type(error).__name__, "(its message cannot be read)", True]
 
 
-def _die_with(parent: int) -> None:
-    """End this process when the suite's ends, however that ends (Linux only)."""
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError, TypeError):
-        return
-    if os.getppid() != parent:
-        os._exit(1)
+def _adopt() -> None:
+    """Let descendants that lose their parent become children of this process, so that they are found (Linux only)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 if __name__ == "__main__":
     sys.path[0] = os.getcwd()  # instead of this file's folder, whose modules are none of the subject's
-    if int(sys.argv[5]):
-        _die_with(int(sys.argv[5]))
+    _adopt()
     fds = [int(each) for each in sys.argv[3:5]]
     for fd in fds:
         os.set_inheritable(fd, False)
