@@ -175,6 +175,7 @@ def test_all_of_the_third_party() -> None:
             "no subjects found: right/right/chip:0: exact implementations run on cpu.",
         ),
         (("--case", "BN-99-*"), f"unknown case 'BN-99-*'; choose from {', '.join([*CASES, *WHITENING_CASES])}."),
+        (("--clause", "SY-01", "--clause", "BN-05"), "SY-01 cannot be judged in one process. Add --ranks 3."),
         (("--clause", "BN-99"), f"unknown clause 'BN-99'; choose from {', '.join([*CLAUSES, *WHITENING])}."),
         (
             ("--case", "BN-05-*", "--clause", "BN-06"),

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 import multibn_torch as ours
 from multibn_torch.forward.formulas import Moving, Settings
-from multibn_torch.forward.operators import by_operator
+from multibn_torch.forward.operators import by_custom_operator
 
 pytestmark = [  # 2026-11-25: torch 2.13's forward mode uses what torch deprecates
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -239,7 +239,7 @@ def test_the_operator_has_the_same_derivatives(use_batch: bool, masked: bool) ->
     x, gamma, beta = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 2, 3), (2,), (2,)))
 
     def function(x: Any, gamma: Any, beta: Any) -> Any:
-        return by_operator(x, gamma, beta, moving, how, mask)
+        return by_custom_operator(x, gamma, beta, moving, how, mask)
 
     assert torch.autograd.gradcheck(function, (x, gamma, beta))
     assert torch.autograd.gradgradcheck(function, (x, gamma, beta))

@@ -17,9 +17,9 @@ from multibn_torch.compat import dispatch_modes, tracing_state
 from . import formulas, masked, nonfinite
 from .eager import PARAMETER, by_kernel, recomputed, transformed
 from .formulas import Moving, Settings
-from .framework import by_framework, by_operators
+from .framework import by_framework, by_torch_operators
 from .gate import NotPlainError, check_can_be_updated, resolved
-from .operators import by_operator
+from .operators import by_custom_operator
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -32,7 +32,7 @@ def normalise(
     if mask is not None:
         return _masked(x, gamma, beta, moving, how, on_kernel, mask, layer)
     if torch.compiler.is_compiling() or tracing_state() is not None:
-        return (by_operator if on_kernel and not _exported() else by_operators)(x, gamma, beta, moving, how)
+        return (by_custom_operator if on_kernel and not _exported() else by_torch_operators)(x, gamma, beta, moving, how)
     if how.update and recomputed():
         how = again(how)
     if transformed():
@@ -41,10 +41,10 @@ def normalise(
     looked_at = _looked_at(x)
     if on_kernel:
         if looked_at:
-            return by_operator(x, gamma, beta, moving, how)
+            return by_custom_operator(x, gamma, beta, moving, how)
         return _by_kernel_or_operators(x, gamma, beta, moving, how, layer, False)
     if looked_at:
-        return by_operators(x, gamma, beta, moving, how)
+        return by_torch_operators(x, gamma, beta, moving, how)
     y = by_framework(x, gamma, beta, moving, how)
     if how.update and layer is not None:
         nonfinite.watch(layer, x, y if how.use_batch else None)
@@ -102,7 +102,7 @@ def _by_kernel_or_operators(
             )
     if how.update:
         check_can_be_updated(*moving)
-    y = by_operators(x, gamma, beta, moving, how)
+    y = by_torch_operators(x, gamma, beta, moving, how)
     return torch.relu(y) if rectify else y
 
 
@@ -119,7 +119,7 @@ def _masked(
     if not (how.use_batch or how.update):
         return masked.each_alone(x, mask, partial(function, how=how))
     if torch.compiler.is_compiling() and on_kernel and not _exported():  # packing would make a shape depend on the mask's values
-        return by_operator(x, gamma, beta, moving, how, mask)
+        return by_custom_operator(x, gamma, beta, moving, how, mask)
     masked.check_one_for_all(mask)
     values = masked.pack(x, mask)
     masked.check_count(values)

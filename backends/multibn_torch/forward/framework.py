@@ -22,12 +22,12 @@ from .formulas import Moving, Settings
 def by_framework(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings) -> Tensor:
     """Return y, differentiable to any order."""
     if not torch.is_grad_enabled() or not x.numel():
-        return by_operators(x, gamma, beta, moving, how)
+        return by_torch_operators(x, gamma, beta, moving, how)
     y: Tensor = _Framework.apply(x, gamma, beta, moving, how)  # type: ignore[no-untyped-call]
     return y
 
 
-def by_operators(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings) -> Tensor:
+def by_torch_operators(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings) -> Tensor:
     """Return y by ``torch.nn.functional.batch_norm``, which compilers and exporters support."""
     batch_norm = torch.nn.functional.batch_norm
     if not (how.use_batch or how.update):

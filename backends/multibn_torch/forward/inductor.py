@@ -1,4 +1,4 @@
-"""An Inductor pass over the joint graph of forward and backward, before Inductor partitions it.
+"""An Inductor pass on the joint graph of forward and backward, run before Inductor partitions the graph.
 
 In float32 and float64 it writes multibn's operators as sums over the batch, which the kernel computes, and elementary operators
 with the same bits, which Inductor fuses with their neighbours: a ReLU or another activation, a residual, pooling. In half types,

@@ -1,6 +1,6 @@
 """The kernel as PyTorch custom operators, for ``torch.compile`` and other tools that record operators instead of running Python.
 
-The operators are functional: they return the new moving statistics, and ``by_operator`` copies these into the layer's.
+The operators do not modify their inputs: they return the new moving statistics, which ``by_custom_operator`` copies to the layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .masked import check_count, pack, unpack
 from .reductions import TAGS
 
 
-def by_operator(
+def by_custom_operator(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings, mask: Tensor | None = None
 ) -> Tensor:
     """Return the same bits as ``by_kernel``, through the custom operator; for the mask see ``masked``."""

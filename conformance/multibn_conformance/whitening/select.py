@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from multibn.spec.clauses import CLAUSES as BATCHNORMS
+from multibn.sync.clauses import CLAUSES as SYNCHRONISED
+from multibn.usage import UsageError
 from multibn.whitening.spec import CLAUSES
 from multibn_conformance.cases.fixed import CASES as BATCHNORMS_CASES
 from multibn_conformance.usage import chosen
@@ -22,8 +24,11 @@ def split(
         other_tier: whether the quick or the random tier runs, in which whitening has no cases of its own.
 
     Raises:
-        UsageError: an unknown case or clause, of either.
+        UsageError: an unknown case or clause, of either; a clause of synchronised statistics.
     """
+    over_ranks = [name for name in clauses if name in SYNCHRONISED]
+    if over_ranks:
+        raise UsageError(f"{', '.join(over_ranks)} cannot be judged in one process. Add --ranks 3.")
     chosen("clause", clauses, [*BATCHNORMS, *CLAUSES])
     chosen("case", ids, [*BATCHNORMS_CASES, *CASES])
     its_ids, its_clauses = ([name for name in names if name.startswith("WH")] for names in (ids, clauses))
