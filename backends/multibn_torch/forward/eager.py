@@ -382,12 +382,17 @@ def dense(x: Tensor) -> Tensor:
     return laid_out(x)[0]
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Rank -> channels-last layout, where PyTorch has a name for it, by which it is recognised faster."""
+
+
 def laid_out(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
     """Return ``dense(x)``, its number of values, and (N, C, S) for the kernel; S is 1 for channels-last memory."""
     shape, size = x.shape, x.numel()
     n, channels = shape[0], shape[1]
     if not x.is_contiguous():
-        if x.movedim(1, -1).is_contiguous():
+        last = _CHANNELS_LAST.get(x.dim())
+        if x.movedim(1, -1).is_contiguous() if last is None else x.is_contiguous(memory_format=last):
             return x, size, (size // channels, channels, 1)
         x = x.contiguous()
     return x, size, (n, channels, size and size // (n * channels))

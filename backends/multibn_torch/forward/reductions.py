@@ -34,8 +34,8 @@ def statistics(x: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:
     """
     x, size, shape = laid_out(x)
     kind = kernel_of(x.dtype, shape[1])
-    saved, batch = (torch.empty((rows, shape[1]), dtype=torch.float64, device=x.device) for rows in (2, 3))
-    batch[2] = not recomputed()
+    saved = torch.empty((2, shape[1]), dtype=torch.float64, device=x.device)
+    batch = (torch.zeros if recomputed() else torch.ones)((3, shape[1]), dtype=torch.float64, device=x.device)
     x_at, team = address(x, x.dtype, size * kind.itemsize, "the input"), kind.kernel.team
     kind.kernel.describe_at(
         team(kind.forward, size, torch.get_num_threads()), shape, x_at, saved.data_ptr(), batch.data_ptr(), eps, unbiased
