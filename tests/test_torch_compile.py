@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import warnings
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -215,6 +217,39 @@ def test_inductor_gives_the_bits_of_every_setting(fusions: Any, layout: Any) -> 
             assert torch.equal(torch.isnan(got), torch.isnan(wanted))
             assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
     assert fusions == {"relu": 0, "training": 9, "inference": 1}
+
+
+def test_inductor_gives_the_bits_of_moving_statistics_that_are_not_finite(fusions: Any) -> None:
+    layer: Any = ours.BatchNorm2d(5).eval()
+    nn.init.normal_(layer.weight)
+    layer.running_var.copy_(torch.tensor([torch.inf, torch.nan, 0.0, -1.0, 2.0]))
+    layer.running_mean[4] = torch.inf
+    x = torch.randn(2, 5, 3, 3)
+    with torch.no_grad():
+        y, wanted = torch.compile(copy.deepcopy(layer), fullgraph=True)(x), layer(x)
+    assert torch.equal(torch.isnan(y), torch.isnan(wanted))
+    assert torch.equal(bits(y.nan_to_num()), bits(wanted.nan_to_num()))
+    assert fusions["inference"] == 1
+
+
+def test_a_frozen_graph_folds_a_layer_into_the_convolution_before_it(fusions: Any) -> None:
+    """As it folds PyTorch's own layer: the same kernels are generated."""
+    torch.manual_seed(0)
+    own: Any = nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8)
+    )
+    own[1].running_mean.normal_()
+    own[4].running_var.uniform_(0.5, 2)
+    mine = copy.deepcopy(own.eval())
+    ours.swap(mine)
+    x, kernels = torch.randn(2, 3, 12, 12), []
+    with torch.no_grad(), inductor.patch(freezing=True):
+        for model in (own, mine):
+            y, code = run_and_get_code(torch.compile(model, fullgraph=True), x)
+            torch.testing.assert_close(y, own(x))
+            kernels.append([re.findall(r"cpp_pybinding\((\[.*?\])", text) for text in code])
+    assert kernels[0] == kernels[1]
+    assert fusions["inference"] == 2
 
 
 def test_other_batch_sizes_compile_nothing_again_and_the_users_own_pass_runs_too(fusions: Any) -> None:

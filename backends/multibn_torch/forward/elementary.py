@@ -79,7 +79,8 @@ class Writer:
         """The mean and 1/sqrt(var+eps) of moving statistics, to broadcast with x; NaN where var is not finite."""
         var = self._double(var)
         invstd = self._call(aten.reciprocal.default, self._call(aten.sqrt.default, self._call(aten.add.Tensor, var, eps)))
-        invstd = self._call(aten.where.self, self._finite(var), invstd, self._number(math.nan))
+        # NaN where var is not finite; without "where", which freezing does not fold
+        invstd = self._call(aten.add.Tensor, invstd, self._call(aten.sub.Tensor, var, var))
         return self._along(self._double(mean)), self._along(invstd)
 
     def stacked(self, mean: Any, invstd: Any) -> fx.Node:
