@@ -22,7 +22,7 @@ _HEADINGS: Final = {
     "small": "small",
     "models": "training steps",
     "compiled": "compiled training steps",
-    "memory": "training steps, and growth of the resident memory in forward",
+    "memory": "steps, and memory",
 }
 """Group -> its heading, in the table's order."""
 

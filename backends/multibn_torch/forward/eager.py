@@ -405,6 +405,6 @@ def whole(*ts: Tensor | None) -> list[Tensor | None]:
 
 def output_like(x: Tensor) -> Tensor:
     """Allocate an output of x's shape, type and layout; reuse memory for large ones."""
-    if x.nbytes < LENT:
+    if x.nbytes < LENT or recompute.active():  # what is not to be stored is not kept for later either
         return torch.empty_like(x)
     return torch.frombuffer(take(x.nbytes), dtype=x.dtype).as_strided_(x.shape, x.stride())

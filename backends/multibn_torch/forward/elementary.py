@@ -10,9 +10,22 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 aten, prims = torch.ops.aten, torch.ops.prims
+
+torch.library.define("multibn::stored", "(Tensor x) -> Tensor")
+
+
+@torch.library.impl("multibn::stored", "CompositeExplicitAutograd")
+def stored(x: Tensor) -> Tensor:
+    """Return a copy of x. Inductor stores x here instead, so that it is not computed again for each of its readers."""
+    return x.clone()
+
+
+@torch.library.register_fake("multibn::stored")  # type: ignore[untyped-decorator]
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def can_be_elementary(x: fx.Node, beta: fx.Node | None) -> bool:
@@ -76,12 +89,15 @@ class Writer:
         return mean, var, self._call(aten.add.Tensor, batches, self._convert(happens, batches.meta["val"].dtype))
 
     def constants(self, mean: Any, var: Any, eps: float) -> tuple[fx.Node, fx.Node]:
-        """The mean and 1/sqrt(var+eps) of moving statistics, to broadcast with x; NaN where var is not finite."""
+        """The mean and 1/sqrt(var+eps) of moving statistics, to broadcast with x; NaN where var is not finite.
+
+        They are stored, since Inductor would else take a root and divide for each value of x.
+        """
         var = self._double(var)
         invstd = self._call(aten.reciprocal.default, self._call(aten.sqrt.default, self._call(aten.add.Tensor, var, eps)))
         # NaN where var is not finite; without "where", which freezing does not fold
         invstd = self._call(aten.add.Tensor, invstd, self._call(aten.sub.Tensor, var, var))
-        return self._along(self._double(mean)), self._along(invstd)
+        return self._along(self._double(mean)), self._along(self._call(torch.ops.multibn.stored.default, invstd))
 
     def stacked(self, mean: Any, invstd: Any) -> fx.Node:
         """The statistics as (2, C)."""
