@@ -104,9 +104,12 @@ def release() -> None:
         _most_lent = _most_lent_before = _lent_bytes
 
 
-def advise(address: int, nbytes: int) -> None:
-    """Ask for huge pages for a large fresh output before it is first written; faults then cost a fifth. On Linux only."""
-    if nbytes >= HUGE:
+def advise(address: int, nbytes: int, least: int = HUGE) -> None:
+    """Ask for huge pages for a fresh output of ``least`` bytes or more before it is first written; faults then cost a fifth.
+
+    On Linux only.
+    """
+    if nbytes >= least:
         _madvise(address, nbytes, "MADV_HUGEPAGE")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from multibn.layer.types import PARAMETER_TYPE
-from multibn.memory import LENT, take
+from multibn.memory import LENT, advise, take
 from multibn_torch.compat import direct_apply, is_legacy_batched, profiler_enabled
 from multibn_torch.compat import recomputed as recomputed
 from multibn_torch.compat import run_as_written as run_as_written
@@ -405,6 +405,10 @@ def whole(*ts: Tensor | None) -> list[Tensor | None]:
 
 def output_like(x: Tensor) -> Tensor:
     """Allocate an output of x's shape, type and layout; reuse memory for large ones."""
-    if x.nbytes < LENT or recompute.active():  # what is not to be stored is not kept for later either
+    if x.nbytes < LENT:
         return torch.empty_like(x)
+    if recompute.active():  # what is not to be stored is not kept for later either
+        y = torch.empty_like(x)
+        advise(y.data_ptr(), y.nbytes, 4 * LENT)
+        return y
     return torch.frombuffer(take(x.nbytes), dtype=x.dtype).as_strided_(x.shape, x.stride())
