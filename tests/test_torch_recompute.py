@@ -142,8 +142,10 @@ def test_what_a_convolution_keeps_is_stored_only_without(again: bool) -> None:
 def test_several_threads_each_have_their_own_switch() -> None:
     model, other = network(), network()
     inside, done, found = threading.Event(), threading.Event(), []
+    count = torch.get_num_threads()  # a new thread may have another, with which convolutions round differently
 
     def elsewhere() -> None:
+        torch.set_num_threads(count)
         inside.wait(60)
         step(other, False)
         from multibn_torch.forward import recompute
