@@ -479,3 +479,14 @@ def test_a_layer_elsewhere_is_refused() -> None:
     assert (
         str(caught.value) == "implementation='kernel' computes on cpu and cuda, got input on meta. Move the input, or use 'auto'."
     )
+
+
+def test_the_operators_take_statistics_in_any_memory_layout() -> None:
+    x, dy, gamma = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5), torch.randn(3)
+    saved, _ = torch.ops.multibn.statistics(x, 1e-5, True)
+    strided = torch.stack([saved, saved], -1)[..., 0]
+    assert not strided.is_contiguous()
+    for operator, last in ((torch.ops.multibn.sums, (False,)), (torch.ops.multibn.backward, (True, False))):
+        between = (gamma, None) if operator is torch.ops.multibn.sums else (None, gamma, None)
+        for got, wanted in zip(operator(dy, x, *between, strided, *last), operator(dy, x, *between, saved, *last), strict=True):
+            assert torch.equal(got, wanted)

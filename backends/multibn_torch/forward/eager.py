@@ -249,6 +249,7 @@ def kernel_backward(
             dy = torch.empty_like(x).copy_(dy)
             dy_at = dy.data_ptr()
     if isinstance(statistics, Tensor):
+        statistics = statistics.contiguous()
         statistics_at = address(statistics, torch.float64, 2 * parameter.numel() * 8, "the statistics")
     else:
         statistics_at = addressof(statistics)

@@ -69,6 +69,7 @@ def sums(
     dgamma, dbeta = torch.empty_like(kind.parameter), torch.empty_like(kind.parameter)
     parameter, nbytes = kind.parameter.dtype, size * kind.itemsize
     gamma, beta = whole(gamma, beta)
+    statistics = statistics.contiguous()
     gamma_at = kind.one if gamma is None else address(gamma, parameter, kind.nbytes, "weight")
     beta_at = kind.zero if beta is None else address(beta, parameter, kind.nbytes, "bias")
     kind.kernel.correlate_at(
