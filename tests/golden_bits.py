@@ -79,9 +79,17 @@ def golden(make: Callable[[int, BatchNormSpec], Any], dtypes: list[str], shapes:
 
 
 def main(*dtypes: str) -> None:
-    """Compute with the kernel, and write or print."""
+    """Compute with the kernel, and write or print.
+
+    Args:
+        dtypes: the types, or "write"; behind them "alone": compile in this process only, whose code can be inspected.
+    """
+    from multibn.kernel import beside
     from multibn.kernel import entry as kernel
     from multibn.numpy_backend import KernelSubject
+
+    if dtypes[-1] == "alone":
+        beside.can_start, dtypes = lambda: False, dtypes[:-1]
 
     if dtypes == ("write",):
         FILE.write_text(json.dumps(golden(KernelSubject, ["float16", "float32", "float64"], SHAPES), indent=1) + "\n")
@@ -94,7 +102,7 @@ def main(*dtypes: str) -> None:
     past = golden(KernelSubject, list(dtypes), SHAPES)
     bodies, stats = kernel.prepare(dtypes[0]), kernel.forward_at.stats
     loaded = sum(body.cache_hits for body in bodies)
-    code = "" if loaded else "".join(body._library.get_asm_str() for body in bodies)
+    code = "".join(body._library.get_asm_str() for body in bodies if not body.cache_hits)
     facts = {
         "registers": sorted(set(re.findall(r"\b([xyz]mm)\d", code))),
         "contracted": sorted(set(re.findall(r"\bv?fn?m(?:add|sub)\w*", code))),

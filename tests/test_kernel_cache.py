@@ -202,8 +202,9 @@ def test_flushed_denormals_change_no_bit() -> None:
     """The same where PyTorch makes the thread flush denormals to zero."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from multibn import BatchNormSpec
-    from multibn.kernel import arrays
+    from multibn.kernel import arrays, entry
 
+    entry.prepare("float32")  # NumPy warns if it is imported into a thread that flushes denormals
     x = np.array([1, 3, 5, 7], np.float32).reshape(4, 1) * np.float32(2.0**-147)
     one, zero, mean = np.ones(1, np.float32), np.zeros(1, np.float32), np.full(1, 4 * 2.0**-147, np.float32)
     var, spec = np.full(1, 1 - 2.0**-24, np.float32), BatchNormSpec(normalize_with="moving", eps=2.0**-60)

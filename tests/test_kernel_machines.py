@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import multibn
+from multibn.kernel import threads
 
 TESTS = Path(__file__).parent
 GOLDEN = json.loads((TESTS / "golden_bits.json").read_text())
@@ -37,9 +38,9 @@ class Runs:
         self._pool = ThreadPoolExecutor(2)
         self._futures: dict[str, Future[Run]] = {}
         cached: dict[str, Any] = {"package_is_writable": True}
-        self._start("generic", "float32", NUMBA_CPU_NAME="generic")
-        self._start("nehalem", "float64", home_is_writable=False, NUMBA_CPU_NAME="nehalem", NUMBA_CPU_FEATURES="")
-        self._start("haswell", "float32", **cached, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="")
+        self._start("generic", "float32 alone", NUMBA_CPU_NAME="generic")
+        self._start("nehalem", "float64 alone", home_is_writable=False, NUMBA_CPU_NAME="nehalem", NUMBA_CPU_FEATURES="")
+        self._start("haswell", "float32 alone", **cached, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="")
         self._start("host", "float32", **cached)
 
     def __getitem__(self, name: str) -> Run:
@@ -51,7 +52,7 @@ class Runs:
         return self._run(dtype, home, {"PYTHONPATH": str(home / "site")})
 
     def _start(
-        self, name: str, dtype: str, package_is_writable: bool = False, home_is_writable: bool = True, **settings: str
+        self, name: str, arguments: str, package_is_writable: bool = False, home_is_writable: bool = True, **settings: str
     ) -> None:
         folder = self._folder / name
         ignored = shutil.ignore_patterns("__pycache__")
@@ -61,13 +62,13 @@ class Runs:
                 package / "kernel" / "__pycache__"
             ).touch()  # a file where the folder would be: no user, not even root, can write there
         home = folder if home_is_writable else package / "kernel" / "__pycache__" / "home"
-        self._futures[name] = self._pool.submit(self._run, dtype, home, {"PYTHONPATH": str(folder / "site"), **settings})
+        self._futures[name] = self._pool.submit(self._run, arguments, home, {"PYTHONPATH": str(folder / "site"), **settings})
 
-    def _run(self, dtype: str, home: Path, settings: dict[str, str]) -> Run:
+    def _run(self, arguments: str, home: Path, settings: dict[str, str]) -> Run:
         # Not coverage's either: it would measure the copies.
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "XDG_", "OMP_", "COV_", "COVERAGE_"))}
         done = subprocess.run(
-            [sys.executable, TESTS / "golden_bits.py", dtype],
+            [sys.executable, TESTS / "golden_bits.py", *arguments.split()],
             env={**kept, "HOME": str(home), **settings},
             capture_output=True,
             text=True,
@@ -114,7 +115,8 @@ def test_golden_bits_on_other_processors(runs: Runs, processor: str, dtype: str,
 def test_first_use_of_a_fresh_install_compiles_once_and_says_so(runs: Runs) -> None:
     first = runs["host"]
     assert first.stderr == NOTICE.format("float32")
-    assert (first.facts["compiled"], first.facts["loaded"]) == (2, 0)
+    expected = (1, 1) if threads.limit() > 1 else (2, 0)  # the other half by another process, on another processor
+    assert (first.facts["compiled"], first.facts["loaded"]) == expected
     assert first.facts["contracted"] == []
     assert first.facts["bits"] == first.facts["past"] == {"float32": GOLDEN["float32"]}
     print(f"compiling for a fresh install took {first.facts['seconds']:.1f} s")
@@ -146,7 +148,7 @@ def test_read_only_install_is_cached_in_the_home_folder(runs: Runs) -> None:
     run = runs["generic"]
     assert run.stderr == NOTICE.format("float32")
     assert Path(run.facts["cache"]).is_relative_to(run.home)
-    assert list(Path(run.facts["cache"]).glob("schedule._forward_body.*.nbc"))
+    assert list(Path(run.facts["cache"]).glob("schedule.forward_body.*.nbc"))
 
 
 def test_nothing_writable_at_all_still_works(runs: Runs) -> None:

@@ -11,6 +11,10 @@ from numba import njit
 
 from . import cache
 from .compat import CFunc, normalize_signature
+from .fragment import Fragment
+
+_OPTIONS: Any = {"nogil": True, "error_model": "numpy"}
+_FRAGMENT: Any = {"pipeline_class": Fragment, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def compiled(function: Any) -> Any:
@@ -19,10 +23,8 @@ def compiled(function: Any) -> Any:
 
 
 def inner(function: Any) -> Any:
-    """Compile a function that only compiled code calls: without wrappers for Python and C, which would double the compile
-    time.
-    """
-    return _compile(function, {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
+    """Compile a function that only compiled code calls, as a part of its callers (see ``fragment``)."""
+    return njit(**_OPTIONS, **_FRAGMENT)(function)
 
 
 def inlined(function: Any) -> Any:
@@ -32,9 +34,9 @@ def inlined(function: Any) -> Any:
 
 def _compile(function: Any, options: dict[str, Any]) -> Any:
     try:
-        dispatcher = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+        dispatcher = njit(cache=True, **_OPTIONS, **options)(function)
     except RuntimeError:  # no folder for Numba to write to
-        return njit(nogil=True, error_model="numpy", **options)(function)
+        return njit(**_OPTIONS, **options)(function)
     return cache.keep(dispatcher, SOURCES)
 
 

@@ -15,6 +15,7 @@ from numba import carray, types
 
 from .addresses import call, fetch_add, keep, pointer
 from .backward_pass import backward_stage
+from .beside import beside
 from .forward_pass import batch_statistics, estimated, forward_stage, inverse_deviation
 from .jit import SOURCES, c_function, compiled, inner
 from .lanes import ALL
@@ -96,12 +97,15 @@ def bodies(kind: str) -> Bodies:
     Args:
         kind: NumPy's name of the type: int16 for float16, uint16 for bfloat16.
     """
-    values = np.dtype(kind).type
-    parameters = np.float64 if values is np.float64 else np.float32
-    return Bodies(_forward_body(values, parameters), _backward_body(values, parameters))
+    with beside(backward_body.__name__, kind):
+        forward = forward_body(kind)
+    return Bodies(forward, backward_body(kind))
 
 
-def _forward_body(values: Any, parameters: Any) -> Any:
+def forward_body(kind: str) -> Any:
+    """The forward of ``bodies``."""
+    values, parameters = _types(kind)
+
     def forward(address: int) -> int:
         its = described(address)
         shape, size, channels = (its.n, its.channels, its.s), its.n * its.channels * its.s, its.channels
@@ -126,7 +130,10 @@ def _forward_body(values: Any, parameters: Any) -> Any:
     return c_function(types.int64(types.int64), forward, SOURCES)
 
 
-def _backward_body(values: Any, parameters: Any) -> Any:
+def backward_body(kind: str) -> Any:
+    """The backward of ``bodies``."""
+    values, parameters = _types(kind)
+
     def backward(address: int) -> int:
         its = described(address)
         shape, size, channels = (its.n, its.channels, its.s), its.n * its.channels * its.s, its.channels
@@ -149,6 +156,11 @@ def _backward_body(values: Any, parameters: Any) -> Any:
         return 0
 
     return c_function(types.int64(types.int64), backward, SOURCES)
+
+
+def _types(kind: str) -> tuple[Any, Any]:
+    values = np.dtype(kind).type
+    return values, np.float64 if values is np.float64 else np.float32
 
 
 Team = tuple[int, int, int, int]

@@ -1,10 +1,9 @@
 """Threads for the kernel's compiled code: how many a call may use, and the C functions that start them.
 
 Where a framework has loaded GNU OpenMP, the kernel uses its threads: OpenMP's idle threads spin for a while, so additional
-    threads
-would compete with them for processors. Otherwise, and in a forked child, where OpenMP hangs, the kernel creates system threads
-for each call. Numba's threading layers are not usable: they load a second OpenMP runtime, crash in a forked child, or do not
-allow concurrent callers. Python's threads would wait for the GIL before they begin.
+threads would compete with them for processors. Otherwise, and in a forked child, where OpenMP hangs, the kernel creates system
+threads for each call. Numba's threading layers are not usable: they load a second OpenMP runtime, crash in a forked child, or do
+not allow concurrent callers. Python's threads would wait for the GIL before they begin.
 """
 
 from __future__ import annotations
