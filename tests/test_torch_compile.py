@@ -490,3 +490,31 @@ def test_the_operators_take_statistics_in_any_memory_layout() -> None:
         between = (gamma, None) if operator is torch.ops.multibn.sums else (None, gamma, None)
         for got, wanted in zip(operator(dy, x, *between, strided, *last), operator(dy, x, *between, saved, *last), strict=True):
             assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("x", [torch.ones(4, 3, dtype=torch.int32), torch.ones(4)])
+def test_the_operators_refuse_what_the_kernel_cannot_take(x: Any) -> None:
+    message = (
+        "multibn::statistics and multibn::sums take an input (N, C, ...) of torch.float16, torch.bfloat16, torch.float32, "
+        f"torch.float64, got shape {tuple(x.shape)} of {x.dtype}. Call a layer instead, which examines its input."
+    )
+    for call in (
+        lambda: torch.ops.multibn.statistics(x, 1e-5, True),
+        lambda: torch.ops.multibn.sums(x, x, None, None, torch.ones(2, 3, dtype=torch.float64), False),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        assert str(caught.value) == message
+
+
+def test_the_operators_refuse_a_gradient_of_another_shape() -> None:
+    """It would be broadcast."""
+    x = torch.randn(4, 3, 2, 2)
+    saved, _ = torch.ops.multibn.statistics(x, 1e-5, True)
+    for operator, arguments in (
+        (torch.ops.multibn.sums, (None, None, saved, False)),
+        (torch.ops.multibn.backward, (None, None, None, saved, True, False)),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            operator(torch.ones(1), x, *arguments)
+        assert str(caught.value) == "backward needs a gradient of the output's shape (4, 3, 2, 2), got (1,)."

@@ -227,7 +227,7 @@ def kernel_backward(
             _check_saved(x, shape, seen)
     dx = output_like(x)
     if dy.stride() != x.stride():
-        dy = torch.empty_like(x).copy_(dy)
+        dy = laid_out_as(x, dy)
     parameter = kind.parameter
     if size == 0:
         return dx, torch.zeros_like(parameter), torch.zeros_like(parameter)
@@ -246,7 +246,7 @@ def kernel_backward(
         try:
             dy_at = address(dy, dtype, nbytes, "the gradient of the output")
         except NotPlainError:
-            dy = torch.empty_like(x).copy_(dy)
+            dy = laid_out_as(x, dy)
             dy_at = dy.data_ptr()
     if isinstance(statistics, Tensor):
         statistics = statistics.contiguous()
@@ -397,6 +397,17 @@ def laid_out(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
             return x, size, (size // channels, channels, 1)
         x = x.contiguous()
     return x, size, (n, channels, size and size // (n * channels))
+
+
+def laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
+    """Copy a gradient to the type and memory layout of x.
+
+    Raises:
+        RuntimeError: dy has another shape, which only a call of an operator by hand can bring about.
+    """
+    if dy.shape != x.shape:
+        raise RuntimeError(f"backward needs a gradient of the output's shape {tuple(x.shape)}, got {tuple(dy.shape)}.")
+    return torch.empty_like(x).copy_(dy)
 
 
 def whole(*ts: Tensor | None) -> list[Tensor | None]:

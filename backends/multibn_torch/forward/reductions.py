@@ -6,10 +6,12 @@ runs between two convolutions, which leave nothing of it in the processor's cach
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .eager import PARAMETER, kernel_of, laid_out, recomputed, whole
+from .eager import PARAMETER, kernel_of, laid_out, laid_out_as, recomputed, whole
 from .gate import address
 
 TAGS = (torch.Tag.flexible_layout,) if hasattr(torch.Tag, "flexible_layout") else ()
@@ -32,8 +34,7 @@ def statistics(x: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:
         The mean and 1/sqrt(var+eps), (2, C); and what the moving statistics take, (3, C): the mean, the variance, and a row of
         ones, or of zeros if they take nothing because activation checkpointing runs this forward again (BN-05).
     """
-    x, size, shape = laid_out(x)
-    kind = kernel_of(x.dtype, shape[1])
+    x, size, shape, kind = _examined(x)
     saved = torch.empty((2, shape[1]), dtype=torch.float64, device=x.device)
     batch = (torch.zeros if recomputed() else torch.ones)((3, shape[1]), dtype=torch.float64, device=x.device)
     x_at, team = address(x, x.dtype, size * kind.itemsize, "the input"), kind.kernel.team
@@ -61,10 +62,9 @@ def sums(
     Returns:
         (3, C) float64, the mean of dy, the factor of x-mean in dx, and gamma/sqrt(var+eps); dgamma; dbeta.
     """
-    x, size, shape = laid_out(x)
-    kind = kernel_of(x.dtype, shape[1])
+    x, size, shape, kind = _examined(x)
     if dy.stride() != x.stride():
-        dy = torch.empty_like(x).copy_(dy)
+        dy = laid_out_as(x, dy)
     means = torch.empty((3, shape[1]), dtype=torch.float64, device=x.device)
     dgamma, dbeta = torch.empty_like(kind.parameter), torch.empty_like(kind.parameter)
     parameter, nbytes = kind.parameter.dtype, size * kind.itemsize
@@ -87,3 +87,19 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dgamma = x.new_empty(x.shape[1], dtype=PARAMETER[x.dtype])
     return x.new_empty((3, x.shape[1]), dtype=torch.float64), dgamma, torch.empty_like(dgamma)
+
+
+def _examined(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int], Any]:
+    """Return what ``laid_out`` does, and the kernel.
+
+    Raises:
+        RuntimeError: x has another rank or type than the kernel can take.
+    """
+    if x.dtype not in PARAMETER or x.dim() < 2:
+        types = ", ".join(str(each) for each in PARAMETER)
+        raise RuntimeError(
+            f"multibn::statistics and multibn::sums take an input (N, C, ...) of {types}, got shape {tuple(x.shape)} of "
+            f"{x.dtype}. Call a layer instead, which examines its input."
+        )
+    x, size, shape = laid_out(x)
+    return x, size, shape, kernel_of(x.dtype, shape[1])
