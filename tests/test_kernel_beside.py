@@ -109,6 +109,7 @@ def test_the_other_process_finds_what_this_one_can_import(tmp_path: Path) -> Non
     code = (
         "import sys; sys.path.remove('') if '' in sys.path else None; "
         f"sys.path[:0] = {[path for path in sys.path if path]!r}; "
+        "import pathlib; sys.path.append(pathlib.Path('/nowhere'))\n"
         "from multibn.kernel import beside, cache, threads; threads.limit = lambda: 2\n"
         "import subprocess; popen = subprocess.Popen\n"
         "def start(command, **settings):\n"

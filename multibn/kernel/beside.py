@@ -33,7 +33,7 @@ def beside(function: str, *arguments: str) -> Iterator[None]:
     def start() -> None:
         if not started and can_start():
             # isolated: without the current folder, and where this process found its modules
-            command = [sys.executable, "-I", "-c", _CODE.format(function), json.dumps(sys.path), *arguments]
+            command = [sys.executable, "-I", "-c", _CODE.format(function), json.dumps([*map(str, sys.path)]), *arguments]
             nowhere = subprocess.DEVNULL
             try:
                 started.append(subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere))
