@@ -498,12 +498,13 @@ def test_the_operators_refuse_what_the_kernel_cannot_take(x: Any) -> None:
         "multibn::statistics and multibn::sums take an input (N, C, ...) of torch.float16, torch.bfloat16, torch.float32, "
         f"torch.float64, got shape {tuple(x.shape)} of {x.dtype}. Call a layer instead, which examines its input."
     )
-    for call in (
-        lambda: torch.ops.multibn.statistics(x, 1e-5, True),
-        lambda: torch.ops.multibn.sums(x, x, None, None, torch.ones(2, 3, dtype=torch.float64), False),
+    operators = torch.ops.multibn
+    for operator, arguments in (
+        (operators.statistics, (x, 1e-5, True)),
+        (operators.sums, (x, x, None, None, torch.ones(2, 3, dtype=torch.float64), False)),
     ):
         with pytest.raises(RuntimeError) as caught:
-            call()
+            operator(*arguments)
         assert str(caught.value) == message
 
 
