@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,14 +32,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
-def miss() -> None:
+def miss(cached: bool = True) -> None:
     """What happens when a function is not in the cache."""
     for call in cache.when_compiling:
-        call()
+        call(cached)
 
 
 def test_one_process_starts_when_something_is_compiled(started: list[list[str]]) -> None:
-    with beside.beside("backward_body", "float32"):
+    with beside.compile_backward("float32"):
         assert started == []
         miss()
         miss()
@@ -47,8 +48,14 @@ def test_one_process_starts_when_something_is_compiled(started: list[list[str]])
     assert (program, isolated, kind) == (sys.executable, "-I", "float32")
 
 
+def test_none_starts_where_its_result_could_not_be_cached(started: list[list[str]]) -> None:
+    with beside.compile_backward("float32"):
+        miss(cached=False)
+    assert started == []
+
+
 def test_none_starts_where_all_is_cached(started: list[list[str]]) -> None:
-    with beside.beside("backward_body", "float32"):
+    with beside.compile_backward("float32"):
         pass
     assert started == []
 
@@ -64,7 +71,7 @@ def test_none_starts_where_it_could_not_be_python(
     monkeypatch.setattr(sys, "executable", executable)
     monkeypatch.setattr(sys, "frozen", frozen, raising=False)
     monkeypatch.setattr(threads, "limit", lambda: processors)
-    with beside.beside("backward_body", "float32"):
+    with beside.compile_backward("float32"):
         miss()
     assert started == []
 
@@ -75,7 +82,7 @@ def test_a_process_that_cannot_be_started_is_not_missed(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     monkeypatch.setattr(threads, "limit", lambda: 2)
-    with beside.beside("backward_body", "float32"):
+    with beside.compile_backward("float32"):
         miss()
 
 
@@ -92,13 +99,13 @@ def test_a_process_is_ended_if_it_hangs_or_compiling_fails(raises: bool, monkeyp
     monkeypatch.setattr(beside, "SECONDS", 0.1)
     before = time.monotonic()
     try:
-        with beside.beside("backward_body", "float32"):
+        with beside.compile_backward("float32"):
             miss()
             if raises:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         assert raises
-    assert processes[0].returncode != 0
+    assert processes[0].returncode == -signal.SIGKILL
     assert time.monotonic() - before < 100
     assert cache.when_compiling == []
 
@@ -113,11 +120,11 @@ def test_the_other_process_finds_what_this_one_can_import(tmp_path: Path) -> Non
         "from multibn.kernel import beside, cache, threads; threads.limit = lambda: 2\n"
         "import subprocess; popen = subprocess.Popen\n"
         "def start(command, **settings):\n"
-        "    command[3] = command[3].replace('schedule.compiled_elsewhere', 'print(schedule.__file__)  #')\n"
+        "    command[3] = command[3].replace('schedule.backward_body', 'print(schedule.__file__)  #')\n"
         "    return popen(command)\n"
         "subprocess.Popen = start\n"
-        "with beside.beside('compiled_elsewhere', 'float32'):\n"
-        "    for call in cache.when_compiling: call()\n"
+        "with beside.compile_backward('float32'):\n"
+        "    for call in cache.when_compiling: call(True)\n"
     )
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "COV_"))}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=kept, capture_output=True, text=True)

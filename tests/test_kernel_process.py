@@ -183,7 +183,7 @@ def test_one_line_when_compiling_takes_over_a_second(
 ) -> None:
     def compile_slowly(kind: str) -> None:
         for call in cache.when_compiling:
-            call()
+            call(True)
         time.sleep(1.2)
 
     monkeypatch.setattr(kernel, "bodies", compile_slowly)

@@ -1,7 +1,7 @@
-"""Compile the kernel's backward in another process while this one compiles its forward.
+"""Compile the kernel's backward in a second process while this one compiles its forward.
 
-Threads cannot share the work, because Numba compiles in Python and holds one lock. The other process writes to the cache on disk,
-and this one loads the result from there. If that process cannot be started, fails or hangs, this one compiles everything.
+Threads cannot share the work, because Numba compiles in Python and holds a lock. The second process writes to the cache on disk,
+where this one finds the result. If the second process cannot be started, fails or hangs, this one compiles everything.
 """
 
 from __future__ import annotations
@@ -10,41 +10,44 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import cache, threads
 
 SECONDS = 120.0
-"""How long to wait for the other process at most; it needs a tenth of that on a slow machine."""
+"""How long to wait for the second process after this one is ready. Both take about the same time, 5 to 15 seconds."""
 
-_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from multibn.kernel import schedule; schedule.{}(*sys.argv[2:])"
+_CODE = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from multibn.kernel import schedule
+schedule.backward_body(sys.argv[2])
+"""
 
 
 @contextmanager
-def beside(function: str, *arguments: str) -> Iterator[None]:
-    """Call a function of ``schedule`` in another process as soon as something is compiled within; wait for it at the end.
+def compile_backward(kind: str) -> Iterator[None]:
+    """A context that compiles ``schedule.backward_body(kind)`` in a second process.
 
-    Args:
-        arguments: strings.
+    It starts the process when something in the context has to be compiled and can be cached, and waits for it at the end.
     """
     started: list[subprocess.Popen[bytes]] = []
 
-    def start() -> None:
-        if not started and can_start():
-            # isolated: without the current folder, and where this process found its modules
-            command = [sys.executable, "-I", "-c", _CODE.format(function), json.dumps([*map(str, sys.path)]), *arguments]
+    def start(cached: bool) -> None:
+        if cached and not started and can_start():
+            # -I: modules come from this process's sys.path alone, and not from the current folder
+            command = [sys.executable, "-I", "-c", _CODE, json.dumps([*map(str, sys.path)]), kind]
             nowhere = subprocess.DEVNULL
-            try:
+            with suppress(OSError):  # no memory, or processes are not allowed
                 started.append(subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere))
-            except OSError:  # no memory, or processes are not allowed
-                return
 
     cache.when_compiling.append(start)
     try:
         yield
         for process in started:
-            _wait(process)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS)
     finally:
         cache.when_compiling.remove(start)
         for process in started:
@@ -53,13 +56,6 @@ def beside(function: str, *arguments: str) -> Iterator[None]:
 
 
 def can_start() -> bool:
-    """Whether a second processor may be used, and this program is a Python that can be started again."""
+    """Whether this process may use a second processor, and its program is a Python interpreter, not one that embeds Python."""
     program = Path(sys.executable or "").name.lower()
     return threads.limit() > 1 and program.startswith("python") and not getattr(sys, "frozen", False)
-
-
-def _wait(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(SECONDS)
-    except subprocess.TimeoutExpired:
-        return

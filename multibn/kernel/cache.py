@@ -24,8 +24,8 @@ from .compat import IndexDataCacheFile
 
 _DIGEST = hashlib.sha256().digest_size
 
-when_compiling: list[Callable[[], None]] = []
-"""Callbacks, called when a function is not in the cache and will be compiled."""
+when_compiling: list[Callable[[bool], None]] = []
+"""Callbacks, called when a function is not in the cache and has to be compiled. Argument: whether the result can be cached."""
 
 
 class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
@@ -44,10 +44,11 @@ class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
 
     def load(self, key: Any) -> Any:
         """Return the data saved for a key; None if there is none or it is damaged, and then Numba compiles."""
-        found = self._load(self._path(key)) if _is_trusted(self._folder) else None
+        trusted = _is_trusted(self._folder)
+        found = self._load(self._path(key)) if trusted else None
         if found is None:
             for call in when_compiling:
-                call()
+                call(trusted)
         return found
 
     def _load(self, path: Path) -> Any:

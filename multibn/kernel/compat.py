@@ -13,9 +13,6 @@ PARTS: Final = {
     "numba.core.codegen:JITCodeLibrary": "compile functions that only it calls",
     "numba.core.compiler:CompilerBase": "compile functions that only it calls",
     "numba.core.compiler:DefaultPassBuilder": "compile functions that only it calls",
-    "numba.core.compiler_machinery:LoweringPass": "compile functions that only it calls",
-    "numba.core.compiler_machinery:register_pass": "compile functions that only it calls",
-    "numba.core.typed_passes:NativeLowering": "compile functions that only it calls",
     "numba.core.cgutils:get_or_insert_function": "set the processor's mode",
     "numba.core.cgutils:unpack_tuple": "generate code for addresses and vectors",
     "numba.core.compiler_lock:global_compiler_lock": "fork while a thread compiles",
@@ -52,12 +49,9 @@ IndexDataCacheFile = part("numba.core.caching:IndexDataCacheFile")
 CompilerBase = part("numba.core.compiler:CompilerBase")
 DefaultPassBuilder = part("numba.core.compiler:DefaultPassBuilder")
 JITCodeLibrary = part("numba.core.codegen:JITCodeLibrary")
-LoweringPass = part("numba.core.compiler_machinery:LoweringPass")
-NativeLowering = part("numba.core.typed_passes:NativeLowering")
 get_or_insert_function = part("numba.core.cgutils:get_or_insert_function")
 global_compiler_lock = part("numba.core.compiler_lock:global_compiler_lock")
 make_array = part("numba.np.arrayobj:make_array")
 normalize_signature = part("numba.core.sigutils:normalize_signature")
 populate_array = part("numba.np.arrayobj:populate_array")
-register_pass = part("numba.core.compiler_machinery:register_pass")
 unpack_tuple = part("numba.core.cgutils:unpack_tuple")

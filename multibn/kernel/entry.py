@@ -118,7 +118,7 @@ def prepare(kind: Any) -> Bodies:
             try:
                 stats = getattr(forward_at, "stats", None)  # absent where NUMBA_DISABLE_JIT is set
                 if stats is not None and not stats.cache_path:  # no cache on disk, so everything will be compiled
-                    notice.start()
+                    notice.start(False)
                 _ready[kind] = bodies(kind.name)
             finally:
                 cache.when_compiling.remove(notice.start)
@@ -130,20 +130,20 @@ class _Notice:
     """Timer that reports on stderr when compiling takes longer than a second."""
 
     def __init__(self, kind: str) -> None:
-        self._timer, self._started = threading.Timer(1.0, _say_compiling, [kind]), False
+        self._kind, self._timer = kind, threading.Timer(1.0, self._say)
+        self._started = self._cached = False
 
-    def start(self) -> None:
-        """Start the timer; called for each function that was not found on disk."""
+    def start(self, cached: bool) -> None:
+        """Start the timer; called for each function that was not found on disk. ``cached``: the result will be."""
         if not self._started:
-            self._started = True
+            self._started, self._cached = True, cached
             self._timer.start()
 
     def cancel(self) -> None:
         """Stop the timer; called when the kernel is ready."""
         self._timer.cancel()
 
-
-def _say_compiling(kind: str) -> None:
-    kind = {"int16": "float16", "uint16": "bfloat16"}.get(kind, kind)
-    kept = "; the result is cached for later runs" if forward_at.stats.cache_path else ""
-    print(f"multibn: compiling the CPU kernel for {kind}{kept}", file=sys.stderr)
+    def _say(self) -> None:
+        kind = {"int16": "float16", "uint16": "bfloat16"}.get(self._kind, self._kind)
+        cached = "; the result is cached for later runs" if self._cached else ""
+        print(f"multibn: compiling the CPU kernel for {kind}{cached}", file=sys.stderr)

@@ -15,7 +15,7 @@ from numba import carray, types
 
 from .addresses import call, fetch_add, keep, pointer
 from .backward_pass import backward_stage
-from .beside import beside
+from .beside import compile_backward
 from .forward_pass import batch_statistics, estimated, forward_stage, inverse_deviation
 from .jit import SOURCES, c_function, compiled, inner
 from .lanes import ALL
@@ -97,7 +97,7 @@ def bodies(kind: str) -> Bodies:
     Args:
         kind: NumPy's name of the type: int16 for float16, uint16 for bfloat16.
     """
-    with beside(backward_body.__name__, kind):
+    with compile_backward(kind):
         forward = forward_body(kind)
     return Bodies(forward, backward_body(kind))
 
