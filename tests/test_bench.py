@@ -445,3 +445,28 @@ def test_the_command_passes_on_what_was_asked(
     arguments = ["bench", "--quick", "--framework", "mxnet", "--threads", "1", "--json", "a b.json", "--picture", "c.svg"]
     assert CliRunner().invoke(cli.app, arguments).exit_code == code
     assert asked == [(["mxnet"], {}, 1, True, Path("a b.json"), Path("c.svg"), "multibn bench --json 'a b.json'", ())]
+
+
+def test_a_networks_profile_has_every_contestant_and_its_operators(monkeypatch: Any, capsys: Any) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    from multibn_torch.studies import network_profile
+
+    monkeypatch.setattr(network_profile, "STEPS", 1)
+    spent = network_profile.measure("convnet", False)
+    assert list(spent) == ["ours", "own", "none"]
+    batch_norms = {who: {each for each in one if "batch_norm" in each} for who, one in spent.items()}
+    assert batch_norms["ours"] >= {"multibn::batch_norm", "multibn::batch_norm_backward"}
+    assert batch_norms["own"] >= {"aten::native_batch_norm", "aten::native_batch_norm_backward"}
+    assert batch_norms["none"] == set()
+    assert all(one["aten::convolution_backward"] > 0 for one in spent.values())
+    monkeypatch.setattr(network_profile, "measure", lambda *_: spent)
+    network_profile.main("convnet")
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0].split(), len(lines)) == (["ours", "own", "none", "ms", "in", "convnet"], network_profile.ROWS + 2)
+    assert "aten::convolution_backward" in lines[1]
+    with pytest.raises(SystemExit) as caught:
+        network_profile.main("alexnet")
+    assert str(caught.value) == (
+        "expected convnet or resnet18 or densenet121 or transformers-resnet or transformers-mobilenetv2, and perhaps --compiled, "
+        "got alexnet."
+    )
