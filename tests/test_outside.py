@@ -589,7 +589,10 @@ def test_what_left_its_session_ends_too() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda each: each.name)
 def test_a_signal_ends_the_subject_too(number: signal.Signals) -> None:
     arguments = ("conform", "--subject", "zoo:make_LeavesSomethingBehind", "--case", TRAIN, "--timeout", "300")
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from multibn.cli import main; main()"
+    code = (  # pytest may run in the background or under nohup, with signals ignored, which the suite would leave as they are
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+        "from multibn.cli import main; main()"
+    )
     suite = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=TESTS, stdout=subprocess.DEVNULL)
     started: set[int] = set()
     try:
