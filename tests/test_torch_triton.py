@@ -23,10 +23,11 @@ from triton_launches import KERNELS, recorded
 
 import multibn_torch as ours
 from multibn.kernel.plan import plan_of
+from multibn.spec.clauses import LANES
 from multibn_torch import triton_kernel
 from multibn_torch.forward import eager, on_gpu
 from multibn_torch.forward.formulas import Moving, Settings
-from multibn_torch.triton_kernel import plan
+from multibn_torch.triton_kernel import launching, plan
 
 
 @pytest.mark.parametrize("name", ["triton_interpreted", "triton_layers"])
@@ -141,7 +142,7 @@ def test_tiles_fit() -> None:
         assert fold.q * fold.programs >= channels
         assert fold.many == (cut.blocks > fold.blocks)
         assert rows.rows * rows.columns == n * channels * s
-        assert lanes.p * lanes.joined * lanes.width * lanes.q <= 4 * plan.TILE
+        assert lanes.p * lanes.joined * lanes.width * lanes.q <= 4 * LANES
         assert fold.blocks * fold.q <= 2048
         assert rows.r * rows.k <= plan.ELEMENTS
 
@@ -256,3 +257,51 @@ def test_tensors_on_a_cpu_are_refused_where_kernels_are_compiled() -> None:
     with pytest.raises(RuntimeError) as caught:
         triton_kernel.run_normalise(x, x, None, None, saved)
     assert str(caught.value) == "the Triton kernel takes tensors on a CUDA device, got x on cpu. Move the tensors."
+
+
+class Kernel:
+    """Stands for a compiled kernel: records Triton's own launches, and the direct ones that follow."""
+
+    arg_names = ("x", "y", "n", "WIDE", "KIND")
+
+    def __init__(self) -> None:
+        self.by_triton: list[Any] = []
+        self.direct: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        if len(grid) == 3:  # of what Triton compiled
+            return lambda *arguments: self.direct.append((grid[0], *arguments))
+
+        def first(*arguments: Any, **options: Any) -> Kernel:
+            self.by_triton.append((grid[0], len(arguments), options))
+            return self
+
+        return first
+
+
+def test_a_launch_is_triton_s_own_only_once(monkeypatch: Any) -> None:
+    monkeypatch.setattr(launching, "DIRECT", True)
+    kernel, x, y = Kernel(), torch.zeros(40), torch.zeros(40)
+
+    def launch(x: Any, n: int = 7, wide: bool = True) -> None:
+        launching.launch(kernel, 3, (x, y), (n,), {"KIND": "float32", "WIDE": wide}, warps=2)
+
+    launch(x)
+    launch(x)
+    options = {"KIND": "float32", "WIDE": True, "num_warps": 2, "enable_fp_fusion": False}
+    assert kernel.by_triton == [(3, 3, options)]
+    assert kernel.direct == [(3, x.data_ptr(), y.data_ptr(), 7, True, "float32")]
+    launch(x[1:])  # less aligned
+    launch(x.double())
+    launch(x, n=8)
+    launch(x, wide=False)
+    assert len(kernel.by_triton) == 5
+    assert len(kernel.direct) == 1
+
+
+def test_with_another_release_every_launch_is_triton_s_own(monkeypatch: Any) -> None:
+    monkeypatch.setattr(launching, "DIRECT", False)
+    kernel, x = Kernel(), torch.zeros(40)
+    for _ in range(2):
+        launching.launch(kernel, 3, (x, x), (7,), {"KIND": "float32", "WIDE": True}, warps=2)
+    assert len(kernel.by_triton) == 2

@@ -17,15 +17,12 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import MockTensor, create_function_from_signature
 from triton_launches import KERNELS, Launch, recorded
 
 from multibn.layer.types import PARAMETER_TYPE
 from multibn_torch import triton_kernel
-
-TYPES = {
-    torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int16: "*i16", torch.int64: "*i64",
-}  # fmt: skip
 
 SHAPES = {"NCHW": (32, 64, 3136), "channels-last": (100352, 64, 1)}
 
@@ -62,23 +59,14 @@ def launches(shape: tuple[int, int, int], dtype: str, affine: bool = True, recti
 
 
 def compiled(launch: Launch, capability: int, **options: Any) -> Any:
-    """Compile a launch as Triton would."""
-    names, constants = launch.kernel.arg_names, {k: v for k, v in launch.options.items() if k in launch.kernel.arg_names}
-    signature, attributes = {}, {}
-    for i, name in enumerate(names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        value = launch.given[i]
-        if isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
-    given = {k: v for k, v in launch.options.items() if k not in constants}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=given | options)
+    """Compile a launch as Triton does, which makes constants of some sizes."""
+    kernel, target = launch.kernel, GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    given = [MockTensor(value.dtype) if isinstance(value, torch.Tensor) else value for value in launch.given]
+    keywords = {**launch.options, **options, "debug": False, "instrumentation_mode": ""}
+    chosen, signature, constants, attributes = kernel._pack_args(backend, keywords, *bind(*given, **keywords))
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=chosen.__dict__)
 
 
 @cache
@@ -176,3 +164,12 @@ def test_a_kernel_serves_many_shapes() -> None:
     """No size is a compile-time constant, so a new batch size does not recompile the kernel."""
     keys = [[launch.options for launch in launches((n, 64, s), "float32")] for n, s in ((33, 3136), (48, 3136), (63, 2200))]
     assert keys == [keys[0]] * 3
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 1, 1), (1, 5, 1), (8, 16, 196), (256, 3, 2), (600, 5, 1), (2, 3, 4900), (1, 1, 140_000)]
+)
+def test_sizes_of_one_compile(shape: tuple[int, int, int]) -> None:
+    """Triton makes a constant of a size that is 1, which broke the compilation of most small shapes."""
+    for launch in launches(shape, "float32"):
+        assert compiled(launch, 90).asm["cubin"]

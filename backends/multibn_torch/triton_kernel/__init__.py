@@ -19,16 +19,11 @@ from triton.runtime import JITFunction
 from multibn.layer.types import PARAMETER_TYPE
 
 from . import passes
+from .launching import launch
 from .plan import Plan, plan_of
 
 COMPILED = isinstance(passes.describe, JITFunction)
 """Whether kernels are compiled for a GPU; else Triton's interpreter runs them on CPU tensors."""
-
-UNROLL = 4
-"""Chunks whose loads are issued together."""
-
-EXACT: dict[str, Any] = {"enable_fp_fusion": False}
-"""What every launch is given: no contraction (BN-15)."""
 
 _PARAMETER = {getattr(torch, x): getattr(torch, parameter) for x, parameter in PARAMETER_TYPE.items()}
 
@@ -77,14 +72,14 @@ def run_forward(
     with _on(x):
         if use_batch or update:
             sums = torch.empty((4, cut.blocks, channels), dtype=torch.float64, device=x.device)
-            _sum(passes.describe, plan, (_bits(x), sums), KIND=_name(x))
-        counter = saved if batches is None else batches
-        passes.statistics[(fold.programs,)](
-            sums, saved if moving_mean is None else moving_mean, saved if moving_var is None else moving_var, counter, saved,
-            _float64_bits(eps), _float64_bits(0.0 if old is None else old), *cut,
-            B=fold.blocks, Q=fold.q, MANY=fold.many, UNBIASED=unbiased, USE_BATCH=use_batch, UPDATE=update, AVERAGE=old is None,
-            num_warps=4, **EXACT,
-        )  # fmt: skip
+            _sum(passes.describe, plan, (_bits(x), sums), {"KIND": _name(x)})
+        moving = (saved if t is None else t for t in (moving_mean, moving_var, batches))
+        constants = {
+            "B": fold.blocks, "Q": fold.q, "MANY": fold.many, "UNBIASED": unbiased, "USE_BATCH": use_batch, "UPDATE": update,
+            "AVERAGE": old is None,
+        }  # fmt: skip
+        numbers = _float64_bits(eps), _float64_bits(0.0 if old is None else old)
+        launch(passes.statistics, fold.programs, (sums, *moving, saved), (*numbers, *cut), constants, warps=4)
         _normalise(plan, x, y, gamma, beta, saved, rectify, batches if update else None)
 
 
@@ -124,40 +119,41 @@ def run_backward(
         dbeta.zero_()
         return
     plan = _plan(*x.shape)
-    cut, fold, rows = plan.cut, plan.fold, plan.rows
+    cut, fold = plan.cut, plan.fold
     xs, dys, affine = _bits(x), _bits(dy), _affine(gamma, beta, saved)
-    flags = {"GAMMA": gamma is not None, "BETA": beta is not None, "RELU": rectify, "KIND": _name(x)}
+    flags = _flags(x, gamma, beta, rectify)
     with _on(x):
         sums = torch.empty((2, cut.blocks, channels), dtype=torch.float64, device=x.device)
         means = torch.empty((2, channels), dtype=torch.float64, device=x.device)
-        _sum(passes.correlate, plan, (xs, dys, *affine, sums), **flags)
-        passes.gradients[(fold.programs,)](
-            sums, saved, means, dgamma, dbeta, cut.n, channels, cut.s, cut.blocks, B=fold.blocks, Q=fold.q, num_warps=4, **EXACT
-        )
-        passes.propagate[(rows.programs,)](
-            xs, dys, _bits(dx), *affine, means, *rows[:3], channels, R=rows.r, K=rows.k, COLUMN_IS_CHANNEL=cut.s == 1,
-            THROUGH=through, **flags, num_warps=4, **EXACT,
-        )  # fmt: skip
+        _sum(passes.correlate, plan, (xs, dys, *affine, sums), flags)
+        folded = sums, saved, means, dgamma, dbeta
+        sizes = cut.n, channels, cut.s, cut.blocks
+        launch(passes.gradients, fold.programs, folded, sizes, {"B": fold.blocks, "Q": fold.q}, warps=4)
+        _by_rows(passes.propagate, plan, (xs, dys, _bits(dx), *affine, means), flags | {"THROUGH": through})
 
 
-def _sum(kernel: Any, plan: Plan, tensors: tuple[Tensor, ...], **flags: Any) -> None:
-    lanes = plan.lanes
-    kernel[(lanes.groups * plan.cut.blocks,)](
-        *tensors, *plan.cut, lanes.groups, P=lanes.p, AJ=lanes.joined, AW=lanes.width, Q=lanes.q, UNROLL=UNROLL, **flags,
-        num_warps=lanes.warps, **EXACT,
-    )  # fmt: skip
+def _sum(kernel: Any, plan: Plan, tensors: tuple[Tensor, ...], flags: dict[str, Any]) -> None:
+    cut, lanes = plan.cut, plan.lanes
+    tile = {"P": lanes.p, "AJ": lanes.joined, "AW": lanes.width, "Q": lanes.q, "UNROLL": lanes.unroll}
+    launch(kernel, lanes.groups * cut.blocks, tensors, (*cut, lanes.groups), flags | tile, lanes.warps)
+
+
+def _by_rows(kernel: Any, plan: Plan, tensors: tuple[Tensor, ...], flags: dict[str, Any]) -> None:
+    cut, rows = plan.cut, plan.rows
+    tile = {"R": rows.r, "K": rows.k, "COLUMN_IS_CHANNEL": cut.s == 1}
+    launch(kernel, rows.programs, tensors, (*rows[:3], cut.channels), flags | tile, warps=2)
 
 
 def _normalise(
     plan: Plan, x: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor | None, saved: Tensor, rectify: bool,
     batches: Tensor | None,
 ) -> None:  # fmt: skip
-    rows = plan.rows
-    passes.normalise[(rows.programs,)](
-        _bits(x), _bits(y), *_affine(gamma, beta, saved), saved if batches is None else batches, *rows[:3], plan.cut.channels,
-        R=rows.r, K=rows.k, COLUMN_IS_CHANNEL=plan.cut.s == 1, GAMMA=gamma is not None, BETA=beta is not None, RELU=rectify,
-        COUNT=batches is not None, KIND=_name(x), num_warps=4, **EXACT,
-    )  # fmt: skip
+    tensors = _bits(x), _bits(y), *_affine(gamma, beta, saved), saved if batches is None else batches
+    _by_rows(passes.normalise, plan, tensors, _flags(x, gamma, beta, rectify) | {"COUNT": batches is not None})
+
+
+def _flags(x: Tensor, gamma: Tensor | None, beta: Tensor | None, rectify: bool) -> dict[str, Any]:
+    return {"GAMMA": gamma is not None, "BETA": beta is not None, "RELU": rectify, "KIND": _name(x)}
 
 
 def _affine(gamma: Tensor | None, beta: Tensor | None, saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,7 +56,7 @@ def _store(place, value, mask, KIND: tl.constexpr):
 @triton.jit
 def _float64(code):
     """The float64 whose bits an integer holds."""
-    return code.to(tl.int64).to(tl.float64, bitcast=True)
+    return tl.cast(code, tl.int64).to(tl.float64, bitcast=True)
 
 
 # Lanes.
@@ -119,7 +119,7 @@ def _chunk(
 # Passes over the data that sum.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def describe(
     x, sums, n, channels, s, joined, pieces, width, chunks, blocks, groups,
     P: tl.constexpr, AJ: tl.constexpr, AW: tl.constexpr, Q: tl.constexpr, KIND: tl.constexpr, UNROLL: tl.constexpr,
@@ -151,7 +151,7 @@ def describe(
     tl.store(out + 3 * row, pivot * _count(begin, end, n, s, joined, pieces, width) + sum1, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def correlate(
     x, dy, gamma, beta, saved, sums, n, channels, s, joined, pieces,
     width, chunks, blocks, groups,
@@ -222,7 +222,7 @@ def _batch_statistics(
     B: tl.constexpr, Q: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of the batch, as in ``multibn.reference.statistics``. MANY: there are more than B blocks."""
-    m, row = (n.to(tl.int64) * s).to(tl.float64), blocks.to(tl.int64) * channels
+    m, row = (tl.cast(n, tl.int64) * s).to(tl.float64), blocks.to(tl.int64) * channels
     mean = _fold_blocks(sums + 3 * row, c, here, channels, blocks, B, Q) / m
     if MANY:
         for begin in range(0, blocks, B):
@@ -242,7 +242,7 @@ def _batch_statistics(
     return mean + missed, tl.where(var < 0.0, 0.0, var)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def statistics(
     sums, moving_mean, moving_var, batches, saved, eps, old,
     n, channels, s, joined, pieces, width, chunks, blocks,
@@ -269,7 +269,7 @@ def statistics(
                 weight = count / (count + 1.0)
             estimate = batch_var
             if UNBIASED:
-                m = (n.to(tl.int64) * s).to(tl.float64)
+                m = (tl.cast(n, tl.int64) * s).to(tl.float64)
                 estimate = batch_var * (m / (m - 1.0))
             kind = moving_mean.dtype.element_ty
             new_mean = tl.where(weight == 0.0, batch_mean, weight * mean + (1.0 - weight) * batch_mean).to(kind)
@@ -284,7 +284,7 @@ def statistics(
     tl.store(saved + channels + c, invstd, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def gradients(
     sums, saved, means, dgamma, dbeta, n, channels, s, blocks,
     B: tl.constexpr, Q: tl.constexpr,
@@ -292,7 +292,7 @@ def gradients(
     """dgamma and dbeta; means[0..1, c]: what is taken from dy, and what goes with x-mean (BN-08)."""
     c = tl.program_id(0) * Q + tl.arange(0, Q)[None, None, :]
     here = c < channels
-    m = (n.to(tl.int64) * s).to(tl.float64)
+    m = (tl.cast(n, tl.int64) * s).to(tl.float64)
     invstd = tl.load(saved + channels + c, mask=here)
     sum_dy = _fold_blocks(sums, c, here, channels, blocks, B, Q)
     sum_dy_xhat = _fold_blocks(sums + blocks.to(tl.int64) * channels, c, here, channels, blocks, B, Q) * invstd

@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 from multibn.spec.clauses import BLOCK, JOINED, LANES
 
-TILE = 2048
-"""Lanes of a program that sums: at most LANES of one channel."""
+FEWEST = 64
+"""Lanes of a warp; a program that sums has at least so many, and LANES at most."""
 
-BUSY = 400
-"""Programs that keep a large GPU busy: a program takes more channels only where so many are left. An estimate, not measured."""
+ACROSS = 32
+"""Channels of a program that sums channels-last memory."""
 
 FOLDED = 1024
 """Blocks that are folded in registers."""
 
-ELEMENTS = 1024
-"""Values of a program that sums nothing."""
+ELEMENTS = 512
+"""Values of a program that sums nothing, of two warps."""
 
 
 class Cut(NamedTuple):
@@ -46,6 +46,8 @@ class Lanes(NamedTuple):
     groups: int
     """Such tiles for all channels."""
     warps: int
+    unroll: int
+    """Chunks whose loads are issued together."""
 
 
 class Fold(NamedTuple):
@@ -90,13 +92,10 @@ def plan_of(n: int, channels: int, s: int) -> Plan:
     """The cut, and tiles for it."""
     cut = cut_of(n, channels, s)
     joined, width = power_of_two(cut.joined), power_of_two(cut.width)
-    each, together = joined * width, 1
-    while together < power_of_two(channels) and 2 * together * each <= TILE:
-        if 2 * together * each > 128 and math.ceil(channels / (2 * together)) * cut.blocks < BUSY:
-            break
-        together *= 2
-    p, q = (1, together) if s == 1 else (together, 1)  # neighbours in memory are the last axis of a tile
-    lanes = Lanes(p, joined, width, q, math.ceil(channels / together), max(1, min(8, together * each // 128)))
+    each, many = joined * width, power_of_two(channels)  # neighbours in memory are the last axis of a tile
+    p, q = (1, min(ACROSS, many)) if s == 1 else (min(max(1, FEWEST // each), many), 1)
+    size = p * q * each
+    lanes = Lanes(p, joined, width, q, math.ceil(channels / (p * q)), max(1, min(16, size // FEWEST)), 2 if size == LANES else 1)
 
     blocks = min(power_of_two(cut.blocks), FOLDED)
     few = max(1, min(32, 2048 // blocks))
