@@ -69,3 +69,11 @@ def test_a_release_that_lacks_a_part_says_what_stops_working(monkeypatch: pytest
         "everything. Install a release of PyTorch that has it (2.4 to 2.13 do), or a newer multibn."
     )
     assert compat.lookup("spared") is None
+
+
+def test_a_compiled_program_is_not_taken_for_an_exported_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In PyTorch 2.11, this function is True in every program that torch.compile compiles."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert not compat.exporting()
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
+    assert compat.exporting()

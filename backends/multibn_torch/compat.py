@@ -28,6 +28,7 @@ class Part(NamedTuple):
 PARTS = {
     "dispatch_keys": Part("_C._dispatch_keys", "telling plain CPU tensors from those without memory of their own"),
     "graph_task": Part("_C._current_graph_task_id", "updating the moving statistics once under activation checkpointing"),
+    "exporting": Part("compiler._is_exporting_flag", "exported programs that run without multibn", required=False),
     "tracing_state": Part("_C._get_tracing_state", "torch.jit.trace and the TorchScript ONNX exporter"),
     "transforms_active": Part("_C._are_functorch_transforms_active", "the transforms of torch.func"),
     "dispatch_modes": Part("_C._len_torch_dispatch_stack", "programs that run under a TorchDispatchMode"),
@@ -93,6 +94,14 @@ lookup("BatchNormBase")
 from torch.nn.modules import batchnorm  # noqa: E402
 
 BatchNormBase = batchnorm._BatchNorm
+
+
+def exporting() -> bool:
+    """Return whether ``torch.export`` records the program.
+
+    ``torch.compiler.is_exporting()`` is not called: in PyTorch 2.11, it is True in every program that ``torch.compile`` compiles.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def transformed() -> bool:

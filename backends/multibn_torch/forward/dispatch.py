@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from multibn_torch import fusion
-from multibn_torch.compat import dispatch_modes, tracing_state
+from multibn_torch.compat import dispatch_modes, exporting, tracing_state
 
 from . import formulas, masked, nonfinite
 from .eager import PARAMETER, by_kernel, recomputed, transformed
@@ -130,7 +130,7 @@ def _exported() -> bool:
     """Return whether the program is being traced or exported to run in another process, where multibn's custom operators may not
     be registered.
     """
-    return tracing_state() is not None or torch.compiler.is_exporting()
+    return tracing_state() is not None or exporting()
 
 
 def again(how: Settings) -> Settings:
