@@ -383,7 +383,7 @@ def dense(x: Tensor) -> Tensor:
     return laid_out(x)[0]
 
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """Rank -> channels-last layout, where PyTorch has a name for it, by which it is recognised faster."""
 
 
@@ -392,7 +392,7 @@ def laid_out(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
     shape, size = x.shape, x.numel()
     n, channels = shape[0], shape[1]
     if not x.is_contiguous():
-        last = _CHANNELS_LAST.get(x.dim())
+        last = CHANNELS_LAST.get(x.dim())
         if x.movedim(1, -1).is_contiguous() if last is None else x.is_contiguous(memory_format=last):
             return x, size, (size // channels, channels, 1)
         x = x.contiguous()

@@ -108,15 +108,15 @@ def move(moving: Moving, mean: Tensor, var: Tensor, weight_of_old: float | None)
         assert batches is not None
         count = batches.to(mean.dtype).unsqueeze(-1)
         old = count / (count + 1)
-    news = []
-    for kept, batch in ((moving_mean, mean), (moving_var, var)):
-        moved = kept.to(batch.dtype) * old + batch * (1 - old)
-        if weight_of_old is None:
-            moved = torch.where(old == 0, batch, moved)  # a state of weight 0 is ignored, even NaN
-        news.append((batch if weight_of_old == 0 else moved).to(kept.dtype))
-    finite = news[0].isfinite() & news[1].isfinite()
-    for kept, new in zip((moving_mean, moving_var), news, strict=True):
-        kept.copy_(torch.where(finite, new, kept))
+    batch = torch.stack((mean, var))  # both at once: on a GPU, each operator on a small tensor costs as much as a large one
+    kept = torch.stack((moving_mean, moving_var))
+    moved = batch if weight_of_old == 0 else kept.to(batch.dtype) * old + batch * (1 - old)
+    if weight_of_old is None:
+        moved = torch.where(old == 0, batch, moved)  # a state of weight 0 is ignored, even NaN
+    moved = moved.to(kept.dtype)
+    new_mean, new_var = torch.where((moved * 0 == 0).all(0), moved, kept)  # BN-11
+    moving_mean.copy_(new_mean)
+    moving_var.copy_(new_var)
     if batches is not None:
         batches.add_(1)
 

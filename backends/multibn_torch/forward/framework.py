@@ -15,12 +15,14 @@ from torch import Tensor
 from multibn_torch.compat import impl_index, impl_index_backward
 
 from . import formulas
-from .eager import PARAMETER, looked_through
+from .eager import CHANNELS_LAST, PARAMETER, looked_through
 from .formulas import Moving, Settings
 
 
 def by_framework(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings) -> Tensor:
     """Return y, differentiable to any order."""
+    if x.is_cuda and x.dtype is torch.float64:  # PyTorch's operators there lose digits that float64 has
+        return formulas.forward(x, gamma, beta, moving, how, x.dtype)
     if not torch.is_grad_enabled() or not x.numel():
         return by_torch_operators(x, gamma, beta, moving, how)
     y: Tensor = _Framework.apply(x, gamma, beta, moving, how)  # type: ignore[no-untyped-call]
@@ -50,12 +52,14 @@ class _Framework(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving, how: Settings) -> Tensor:
         batch, training, cudnn = _of_batch(x), how.use_batch, torch.backends.cudnn.enabled
         given = batch if training else _copied(moving)
+        ctx.how, ctx.has = how, (gamma is not None, beta is not None)
+        if gamma is None and beta is not None:  # on CUDA, backward fails without gamma
+            gamma = torch.ones_like(beta)
         y: Tensor
         y, mean, invstd, reserved, ctx.index = impl_index(
             x, gamma, beta, *given, training, 1.0 if training else 0.0, how.eps, cudnn
         )
         ctx.save_for_backward(x, gamma, *given, mean, invstd, reserved)
-        ctx.how, ctx.has_beta = how, beta is not None
         _update(x, moving, batch, how)
         return y
 
@@ -66,18 +70,24 @@ class _Framework(torch.autograd.Function):
         if looked_through(dy):
             gradients = formulas.gradients(dy, x, gamma, (moving_mean, (moving_var + eps).rsqrt()), eps, training)
         else:
-            wanted = [True, gamma is not None, ctx.has_beta]
+            wanted = [True, *ctx.has]
             gradients = impl_index_backward(
-                ctx.index, x, dy, gamma, moving_mean, moving_var, mean, invstd, training, eps, wanted, reserved
+                ctx.index, _in_order(x), dy, gamma, moving_mean, moving_var, mean, invstd, training, eps, wanted, reserved
             )
         dx, dgamma, dbeta = gradients
-        return dx, None if gamma is None else dgamma, dbeta if ctx.has_beta else None, None, None
+        return dx, *(d if has else None for d, has in zip((dgamma, dbeta), ctx.has, strict=True)), None, None
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """Return x, copied if its memory layout is none that cuDNN takes."""
+    last = CHANNELS_LAST.get(x.dim())
+    return x if last is not None and x.is_contiguous(memory_format=last) else x.contiguous()
 
 
 def _of_batch(x: Tensor) -> tuple[Tensor, Tensor]:
     """Allocate mean and variance, (C,), to which PyTorch's operators write the batch statistics."""
-    mean = torch.zeros(x.shape[1], dtype=PARAMETER[x.dtype], device=x.device)
-    return mean, torch.zeros_like(mean)
+    mean, var = torch.zeros((2, x.shape[1]), dtype=PARAMETER[x.dtype], device=x.device)
+    return mean, var
 
 
 def _copied(moving: Moving) -> tuple[Tensor, Tensor]:
