@@ -73,7 +73,8 @@ def caption(result: Result) -> str:
     elif result.of_compiled:
         what = (
             "a training step under torch.compile(fullgraph=True): forward, loss, backward, SGD.\n"
-            "own: the network as it is; ours: after swap; limit: how many times faster it is without any BatchNorm."
+            "own: the network as it is; ours: after swap; limit: how many times faster it is without any BatchNorm,\n"
+            "for which Inductor may generate slower code."
         )
     elif result.of_networks:
         what = (
