@@ -292,6 +292,38 @@ def test_a_network_is_trained_in_its_own_process(
     assert f"{model} (2, 3, 32, 32)" in capfd.readouterr().out
 
 
+def test_compiled_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Dynamo's backend that generates no code, which would take minutes."""
+    torch = pytest.importorskip("torch")
+    from multibn_torch.layers import Layer
+    from multibn_torch.studies import bench as its
+
+    compiled: list[Any] = []
+
+    def compile_(model: Any, **options: Any) -> Any:
+        compiled.append((model, options))
+        return of_torch(model, backend="eager", **options)
+
+    of_torch = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_)
+    networks = its.contest(Input("compiled", (2, 3, 16, 16), model="convnet", compiled=True))
+    samples = contest.take_turns(networks.runs, networks.clear, 2)
+    assert list(samples) == ["ours", "own", "none"]
+    assert [options for _, options in compiled] == [{"fullgraph": True}] * 3
+    assert [sum(isinstance(each, Layer) for each in model.modules()) > 0 for model, _ in compiled] == [True, False, False]
+    torch._dynamo.reset()
+
+
+def test_the_caption_of_compiled_networks(of_networks: Result) -> None:
+    (row,) = of_networks.rows["torch"]
+    found = replace(of_networks, rows={"torch": [replace(row, input=replace(row.input, compiled=True))]})
+    assert show.caption(found).splitlines()[:3] == [
+        "Medians of 3 turns; a training step under torch.compile(fullgraph=True): forward, loss, backward, SGD.",
+        "own: the network as it is; ours: after swap; limit: how many times faster it is without any BatchNorm,",
+        "for which Inductor may generate slower code.",
+    ]
+
+
 def test_a_framework_of_another_interpreter_is_measured_there_and_its_versions_are_told(tmp_path: Path) -> None:
     given = asdict(Input("models", (2, 3, 8, 8), model="resnet18"))
     line = {"input": given, "own": "resnet18", "samples": {"ours": [1.0], "own": [2.0], "none": [0.5]}}
