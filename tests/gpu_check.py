@@ -324,20 +324,22 @@ def run(report: Report, write: Callable[[], None]) -> None:
             for layout in LAYOUTS:
                 add(f"bits, {dtype}, {layout}, on {device}", check_bits, device, small[0], dtype, layout, True)
         add(f"quick cases on {device}", check_clauses, device, quick if ON_GPU else quick[:12])
+    if ON_GPU:
+        add("tests marked gpu", run_tests)
     for layout in LAYOUTS:
         for shape in stages:
             add(f"times of {shape}, float32, {layout}", measure, devices[0], shape, "float32", layout)
     if ON_GPU:
-        add("tests marked gpu", run_tests)
         for layout in LAYOUTS:
-            for dtype in ("bfloat16", "float16"):
-                for shape in stages:
-                    add(f"times of {shape}, {dtype}, {layout}", measure, devices[0], shape, dtype, layout)
             add(f"bits of {stages[0]}, {layout}", check_bits, devices[0], stages[0], "float32", layout)
         for device in devices:
             for dtype in ("float16", "float64"):
                 add(f"golden bits, {dtype}, on {device}", check_golden, device, dtype)
             add(f"the other cases on {device}", check_clauses, device, rest)
+        for layout in LAYOUTS:
+            for dtype in ("bfloat16", "float16"):
+                for shape in stages:
+                    add(f"times of {shape}, {dtype}, {layout}", measure, devices[0], shape, dtype, layout)
     for what, task in tasks:
         if left() < 15:
             report.not_done.append(what)
