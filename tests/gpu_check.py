@@ -286,7 +286,7 @@ def run_tests(report: Report) -> None:
     if find_spec("pytest") is None:
         report.tests["not run"] = "pytest is not installed"
         return
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-rs"]
+    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-rs", "--show-capture=no"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path[:4])
     command = [sys.executable, "-m", "pytest", *options, "tests/test_gpu.py"]
