@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch.utils.checkpoint import checkpoint
 
 import multibn_torch as ours
+from multibn import BatchNormSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -146,6 +147,32 @@ def test_recompute(data: Any, rectify: bool) -> None:
         captured, _ = run(others[1], True)
     graph.replay()
     same(captured, wanted)
+
+
+PLACED = {
+    "contiguous": lambda x: x.contiguous(),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "a slice of channels-last": lambda x: torch.cat([x, x], 1).to(memory_format=torch.channels_last)[:, :16],
+}
+
+
+@pytest.mark.parametrize("placed", PLACED)
+@pytest.mark.parametrize("kind", ["as it is", "beta alone", "moving statistics, updated", "float64 far from 0"])
+def test_by_pytorchs_operators_it_is_the_cpus(placed: str, kind: str) -> None:
+    spec = BatchNormSpec(scale=kind != "beta alone", normalize_with="moving" if kind.startswith("moving") else "batch")
+    far = kind.startswith("float64")
+    dtype, bound = (torch.float64, 1e-9) if far else (torch.float32, 1e-4)
+    torch.manual_seed(11)
+    norm: Any = ours.BatchNorm(SHAPE[1], 4, spec, implementation="framework", dtype=dtype)
+    x, dy = (torch.randn(SHAPE, dtype=dtype) for _ in range(2))
+    results = []
+    for its in (copy.deepcopy(norm).cuda(), norm):
+        device = next(its.buffers()).device
+        given = PLACED[placed]((x + 1e6 * far).to(device)).detach().requires_grad_()
+        y = its(given)
+        results.append([y.detach(), *torch.autograd.grad(y, [given, *its.parameters()], dy.to(device)), *its.buffers()])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got.cpu(), wanted, rtol=bound, atol=bound)
 
 
 def test_by_pytorchs_operators_it_follows_its_input() -> None:

@@ -418,6 +418,12 @@ def test_a_trace_of_torchscript_can_be_saved() -> None:
     torch.testing.assert_close(torch.jit.load(file)(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning")  # torch.nn.functional
+def test_a_training_layer_is_traced_without_a_warning_of_ours() -> None:
+    layer, x = ours.BatchNorm2d(3), torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(torch.jit.trace(layer, x, check_trace=False)(x), layer(x))
+
+
 def test_a_layer_is_one_call_in_a_graph_of_fx() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), ours.BatchNorm2d(4), torch.nn.ReLU())
     graph = torch.fx.symbolic_trace(model)

@@ -209,6 +209,20 @@ def test_memory_layout_does_not_change_the_meaning(layout: Any, implementation: 
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("implementation", ["kernel", "framework"])
+def test_moving_statistics_normalise_as_they_were_before_the_update(implementation: Any) -> None:
+    """In torch.func transforms too (BN-09)."""
+    norm = ours.BatchNorm(3, 2, BatchNormSpec(normalize_with="moving"), implementation=implementation)
+    plain, x = copy.deepcopy(norm), torch.randn(8, 3) + 2
+    wanted = x / (1 + norm.eps) ** 0.5
+    y, _ = torch.func.vjp(norm, x)
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(plain(x), wanted)
+    for before, after in zip(plain.buffers(), norm.buffers(), strict=True):
+        torch.testing.assert_close(after, before)
+    assert float(plain.get_buffer("running_mean").abs().min()) > 0.1
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("normalize_with", ["batch", "moving"])
 @pytest.mark.parametrize("update", [True, False])

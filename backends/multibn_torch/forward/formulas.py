@@ -39,6 +39,10 @@ def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, moving: Moving
     """
     wide = x.to(work)
     mean, var = moving.mean, moving.var
+    if how.update and not how.use_batch:  # the update writes to them
+        assert mean is not None
+        assert var is not None
+        mean, var = mean.clone(), var.clone()
     if how.use_batch or (how.update and x.numel()):
         batch_mean, batch_var = statistics(wide)
         if how.update:
@@ -114,7 +118,7 @@ def move(moving: Moving, mean: Tensor, var: Tensor, weight_of_old: float | None)
     if weight_of_old is None:
         moved = torch.where(old == 0, batch, moved)  # a state of weight 0 is ignored, even NaN
     moved = moved.to(kept.dtype)
-    new_mean, new_var = torch.where((moved * 0 == 0).all(0), moved, kept)  # BN-11
+    new_mean, new_var = torch.where((moved * 0 == 0).all(0), moved, kept).unbind()  # BN-11
     moving_mean.copy_(new_mean)
     moving_var.copy_(new_var)
     if batches is not None:

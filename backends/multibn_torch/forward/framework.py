@@ -57,7 +57,7 @@ class _Framework(torch.autograd.Function):
             gamma = torch.ones_like(beta)
         y: Tensor
         y, mean, invstd, reserved, ctx.index = impl_index(
-            x, gamma, beta, *given, training, 1.0 if training else 0.0, how.eps, cudnn
+            _in_order(x), gamma, beta, *given, training, 1.0 if training else 0.0, how.eps, cudnn
         )
         ctx.save_for_backward(x, gamma, *given, mean, invstd, reserved)
         _update(x, moving, batch, how)
@@ -79,14 +79,14 @@ class _Framework(torch.autograd.Function):
 
 
 def _in_order(x: Tensor) -> Tensor:
-    """Return x, copied if its memory layout is none that cuDNN takes."""
+    """Return x; on CUDA a contiguous copy if it is neither contiguous nor channels-last, since backward takes no other."""
     last = CHANNELS_LAST.get(x.dim())
-    return x if last is not None and x.is_contiguous(memory_format=last) else x.contiguous()
+    return x if not x.is_cuda or (last is not None and x.is_contiguous(memory_format=last)) else x.contiguous()
 
 
 def _of_batch(x: Tensor) -> tuple[Tensor, Tensor]:
     """Allocate mean and variance, (C,), to which PyTorch's operators write the batch statistics."""
-    mean, var = torch.zeros((2, x.shape[1]), dtype=PARAMETER[x.dtype], device=x.device)
+    mean, var = torch.zeros((2, x.shape[1]), dtype=PARAMETER[x.dtype], device=x.device).unbind()
     return mean, var
 
 
