@@ -307,11 +307,13 @@ def test_compiled_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     of_torch = torch.compile
     monkeypatch.setattr(torch, "compile", compile_)
     networks = its.contest(Input("compiled", (2, 3, 16, 16), model="convnet", compiled=True))
-    samples = contest.take_turns(networks.runs, networks.clear, 2)
+    try:
+        samples = contest.take_turns(networks.runs, networks.clear, 2)
+    finally:
+        torch._dynamo.reset()
     assert list(samples) == ["ours", "own", "none"]
     assert [options for _, options in compiled] == [{"fullgraph": True}] * 3
     assert [sum(isinstance(each, Layer) for each in model.modules()) > 0 for model, _ in compiled] == [True, False, False]
-    torch._dynamo.reset()
 
 
 def test_the_caption_of_compiled_networks(of_networks: Result) -> None:

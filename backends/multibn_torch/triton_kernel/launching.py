@@ -19,7 +19,7 @@ DIRECT = triton.__version__.startswith("3.6.")
 """Whether a compiled kernel takes its arguments as this module passes them. With other releases, every launch is Triton's own."""
 
 ALIGNED = 16
-"""Bytes: Triton compiles another kernel for pointers, and for integers, that are not multiples of this."""
+"""Triton compiles another kernel for an address that is not a multiple of this."""
 
 _found: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
 """What was launched -> how to launch it again, and the arguments after the pointers."""
@@ -53,7 +53,7 @@ def launch(
 
 
 def aligned(pointers: list[int]) -> bool:
-    """Return whether all addresses are as aligned as PyTorch's allocator makes them."""
+    """Return whether all addresses are multiples of ALIGNED."""
     together = 0
     for pointer in pointers:
         together |= pointer

@@ -5,8 +5,9 @@ channels with A lanes each, one lane per position of a chunk. A lane adds the va
 lanes are folded in halves. BN-15 folds widths that are not powers of two, Triton's tiles are powers of two: ``_position`` lays
 the positions out so that folding halves of the tile folds halves of the width. Lanes without a position hold a neutral element.
 
-Sizes are arguments of the kernels, not constants, so that a kernel is compiled once for many shapes. Python floats would arrive
-as float32, so eps and the weight of the old moving statistics arrive as the bits of a float64. All kernels are launched with
+Sizes are arguments of the kernels, not constants, so that a kernel is compiled once for many shapes. Triton makes a constant of
+a size that is 1; ``blocks`` is exempt, since a loop begins with it and changes it. Python floats would arrive as float32, so eps
+and the weight of the old moving statistics arrive as the bits of a float64. All kernels are launched with
 ``enable_fp_fusion=False``: no multiplication is contracted with an addition (BN-15).
 """
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from multibn.spec.clauses import BLOCK, JOINED, LANES
 
 FEWEST = 64
-"""Lanes of a warp; a program that sums has at least so many, and LANES at most."""
+"""Lanes of BN-15 for each warp. A program that sums takes more channels until it has as many, if there are so many."""
 
 ACROSS = 32
-"""Channels of a program that sums channels-last memory."""
+"""Most channels of a program that sums channels-last memory."""
 
 FOLDED = 1024
 """Blocks that are folded in registers."""
