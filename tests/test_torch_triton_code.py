@@ -113,7 +113,8 @@ def assembled(ptx: str, folder: Path) -> bytes:
 
 
 EXACT = {"add.rn.f64", "sub.rn.f64", "mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"}
-CONVERSIONS = {"cvt.f64.f32", "cvt.f64.f16", "cvt.rn.f64.s32", "cvt.rn.f64.s64", "cvt.rn.f32.f64", "cvt.rn.f16.f64"}
+WIDENING = {"cvt.f64.f32", "cvt.f64.f16", "cvt.f32.f16"}
+CONVERSIONS = WIDENING | {"cvt.rn.f64.s32", "cvt.rn.f64.s64", "cvt.rn.f32.f64", "cvt.rn.f16.f64"}
 
 CONFIGURATIONS = [("NCHW", "float32"), ("channels-last", "float16"), ("NCHW", "bfloat16"), ("channels-last", "float64")]
 
@@ -167,7 +168,7 @@ def test_an_absent_beta_is_added_all_the_same() -> None:
 
 def test_a_kernel_serves_many_shapes() -> None:
     """Sizes are not compile-time constants, so another batch size compiles nothing again, unless it is 1 or a multiple of 16."""
-    made = [[examined(launch, 90)[1:] for launch in launches((n, 64, 3136), "float32")] for n in (33, 35, 70, 48)]
+    made = [[examined(launch, 90)[1:] for launch in launches((n, 64, 3136), "float32")] for n in (33, 35, 37, 48)]
     assert made[0] == made[1] == made[2] != made[3]
 
 
