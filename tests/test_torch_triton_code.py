@@ -170,6 +170,8 @@ def test_a_kernel_serves_many_shapes() -> None:
     """Sizes are not compile-time constants, so another batch size compiles nothing again, unless it is 1 or a multiple of 16."""
     made = [[examined(launch, 90)[1:] for launch in launches((n, 64, 3136), "float32")] for n in (33, 35, 37, 48)]
     assert made[0] == made[1] == made[2] != made[3]
+    tiles = [[launch.options for launch in launches((n, 64, s), "float32")] for n, s in ((33, 3136), (48, 3136), (63, 2200))]
+    assert tiles == [tiles[0]] * 3
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,95 @@ def test_recompute(dtype: Any, layout: str, affine: bool, rectify: bool, monkeyp
     assert len(made) == 2
 
 
+def _same(t: Any) -> Any:
+    return t
+
+
+def _negative(t: Any) -> Any:
+    return torch._neg_view(t)
+
+
+def _ones(layer: Any) -> Any:
+    return torch.ones(layer.num_features)
+
+
+@pytest.mark.parametrize(
+    ("of_x", "of_dy", "of_mean"),
+    [
+        (_negative, _same, _ones),
+        (_same, _negative, _ones),
+        (_same, lambda t: torch._efficientzerotensor(t.shape), _ones),
+        (_same, _same, lambda layer: _negative(_ones(layer))),
+        (_same, _same, lambda layer: layer.weight.data),
+    ],
+    ids=["negative input", "negative gradient", "gradient without memory", "negative moving mean", "moving mean is gamma"],
+)
+def test_what_lies_in_memory_in_an_unusual_way(of_x: Any, of_dy: Any, of_mean: Any) -> None:
+    def program(layer: Any) -> list[Any]:
+        layer.running_mean = of_mean(layer)
+        x = of_x(torch.randn(4, 3, 5)).requires_grad_()
+        y = layer(x)
+        y.backward(of_dy(torch.randn(4, 3, 5)))
+        return [y.detach(), x.grad]
+
+    both(program, ours.BatchNorm1d(3))
+
+
+def _freed(t: Any) -> Any:
+    t.untyped_storage().resize_(0)
+    return t
+
+
+@pytest.mark.parametrize(
+    ("statistics", "told"),
+    [
+        (
+            lambda mean, var: (var, var),
+            "running_mean and running_var must not share memory, since both are written to. Call .clone() on one.",
+        ),
+        (
+            lambda mean, var: (torch.zeros(1).expand(3), var),
+            "running_mean must have memory for each channel, since it is written to, got fewer values expanded to shape (3,). "
+            "Call .clone() on it.",
+        ),
+        (
+            lambda mean, var: (_freed(mean), var),
+            "running_mean needs a storage of at least 12 bytes, got one of 0. Allocate the storage before the layer is called.",
+        ),
+    ],
+    ids=["shared", "expanded", "without memory"],
+)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_cannot_be_updated_is_refused_as_on_a_cpu(statistics: Any, told: str, gpu: bool, monkeypatch: Any) -> None:
+    for routed in ROUTED if gpu else ():
+        monkeypatch.setattr(*routed)
+    layer: Any = ours.BatchNorm1d(3)
+    layer.running_mean, layer.running_var = statistics(layer.running_mean, layer.running_var)
+    with pytest.raises(RuntimeError) as caught:
+        layer(torch.randn(4, 3, 5))
+    assert str(caught.value) == told
+    assert int(layer.num_batches_tracked) == 0
+    assert torch.equal(layer.running_var, torch.ones(3))
+
+
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    statistics = torch.stack([torch.zeros(3), torch.ones(3)]).double()
+    with pytest.raises(RuntimeError) as caught:
+        on_gpu.kernel_backward(torch.randn(1, 3, 1), torch.randn(4, 3, 5), None, statistics, True)
+    assert str(caught.value) == "backward needs a gradient of the output's shape (4, 3, 5), got (1, 3, 1)."
+
+
+def test_a_missing_tensor_is_named_before_anything_is_changed() -> None:
+    x, mean, var = torch.randn(4, 3, 5), torch.zeros(3), torch.ones(3)
+    missing: Any = None
+    with pytest.raises(TypeError) as caught:
+        triton_kernel.run_forward(
+            x, missing, None, None, mean, var, torch.empty(2, 3, dtype=torch.float64), 1e-5, 0.9, True, True, True
+        )
+    assert str(caught.value) == "expected y to be a tensor, got NoneType. Give one."
+    assert mean.abs().sum() == 0
+
+
 def test_transforms() -> None:
     """Under transforms, and for higher derivatives, the formulas compute."""
 

@@ -97,7 +97,7 @@ BatchNormBase = batchnorm._BatchNorm
 
 
 def exporting() -> bool:
-    """Return whether ``torch.export`` records the program.
+    """Return whether ``torch.export`` records the program. The flag is read in each call, since it changes.
 
     ``torch.compiler.is_exporting()`` is not called: in PyTorch 2.11, it is True in every program that ``torch.compile`` compiles.
     """

@@ -214,6 +214,8 @@ def kernel_backward(
         RuntimeError: x has another type or shape than in forward.
     """
     if not x.is_cpu:
+        if seen is not None:
+            _check_saved(x, laid_out(x)[2], seen)
         return _elsewhere(x).kernel_backward(  # type: ignore[no-any-return]
             dy, x, gamma, statistics, through, beta, rectify
         )

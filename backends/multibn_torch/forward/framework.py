@@ -75,18 +75,21 @@ class _Framework(torch.autograd.Function):
                 ctx.index, _in_order(x), dy, gamma, moving_mean, moving_var, mean, invstd, training, eps, wanted, reserved
             )
         dx, dgamma, dbeta = gradients
-        return dx, *(d if has else None for d, has in zip((dgamma, dbeta), ctx.has, strict=True)), None, None
+        has_gamma, has_beta = ctx.has
+        return dx, dgamma if has_gamma else None, dbeta if has_beta else None, None, None
 
 
 def _in_order(x: Tensor) -> Tensor:
     """Return x; on CUDA a contiguous copy if it is neither contiguous nor channels-last, since backward takes no other."""
+    if not x.is_cuda:
+        return x
     last = CHANNELS_LAST.get(x.dim())
-    return x if not x.is_cuda or (last is not None and x.is_contiguous(memory_format=last)) else x.contiguous()
+    return x if last is not None and x.is_contiguous(memory_format=last) else x.contiguous()
 
 
 def _of_batch(x: Tensor) -> tuple[Tensor, Tensor]:
     """Allocate mean and variance, (C,), to which PyTorch's operators write the batch statistics."""
-    mean, var = torch.zeros((2, x.shape[1]), dtype=PARAMETER[x.dtype], device=x.device).unbind()
+    mean, var = torch.zeros((2, x.shape[1]), dtype=PARAMETER[x.dtype], device=x.device).unbind()  # one operator for both
     return mean, var
 
 

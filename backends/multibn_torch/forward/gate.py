@@ -70,6 +70,29 @@ def known_address(t: Tensor, nbytes: int, plain: bool = False) -> int:
     return 0
 
 
+def place(t: Tensor, name: str) -> int:
+    """Check a dense tensor on an accelerator, whose type and shape are checked elsewhere; return the address of its first value.
+
+    Raises:
+        NotPlainError: the values are not what lies at an address: a negative view, a ZeroTensor, a subclass such as DTensor.
+        RuntimeError: the tensor's storage is not allocated.
+    """
+    plain = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and not (t.is_neg() or is_zero(t))
+    at = known_address(t, t.nbytes, plain)
+    if at or not t.numel():
+        return at
+    try:
+        t.untyped_storage()
+    except RuntimeError:
+        plain = False
+    if plain:
+        raise _unallocated(t, name)
+    raise NotPlainError(
+        f"the GPU kernel needs {name} in plain memory of the device, got a {type(t).__name__} with {dispatch_keys(t)}. "
+        "Convert it to a plain tensor, or use implementation='framework'."
+    )
+
+
 Places = tuple[int, int, int, int, int]
 """Addresses of gamma, beta, the moving mean and variance, and the counter of batches; 0 for a missing one. The last
 is 0 in a forward without an update, too."""
@@ -118,14 +141,23 @@ def refusal(t: Tensor, dtype: torch.dtype, name: str) -> RuntimeError:
             f"the CPU kernel needs {name} in plain CPU memory, got a {type(t).__name__} with {dispatch_keys(t)}. Convert it to a "
             "plain CPU tensor, or use implementation='framework'."
         )
-    if t.untyped_storage().nbytes() < t.nbytes + t.storage_offset() * t.itemsize:  # PyTorch's operators crash on some of these
-        return RuntimeError(
-            f"{name} needs a storage of at least {t.nbytes + t.storage_offset() * t.itemsize} bytes, got one of "
-            f"{t.untyped_storage().nbytes()}. Allocate the storage before the layer is called."
-        )
+    if _needed(t) > t.untyped_storage().nbytes():  # PyTorch's operators crash on some of these
+        return _unallocated(t, name)
     return NotPlainError(
         f"the CPU kernel needs {name} of type {dtype}, one value for each channel, got shape {tuple(t.shape)} of type {t.dtype}. "
         "Give one of the right type and size."
+    )
+
+
+def _needed(t: Tensor) -> int:
+    """Return the bytes of storage up to the last value of a dense tensor."""
+    return int(t.nbytes + t.storage_offset() * t.itemsize)
+
+
+def _unallocated(t: Tensor, name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} needs a storage of at least {_needed(t)} bytes, got one of {t.untyped_storage().nbytes()}. Allocate the storage "
+        "before the layer is called."
     )
 
 

@@ -55,6 +55,7 @@ def run_forward(
         ValueError: a tensor of another shape, or not contiguous; moving statistics or batches are needed and missing.
         RuntimeError: tensors on several devices, or not on a CUDA device.
     """
+    _require(x=x, y=y, saved=saved)
     channels = _check(x, y)
     kind = _PARAMETER[x.dtype]
     _check_each(x, kind, (channels,), gamma=gamma, beta=beta, moving_mean=moving_mean, moving_var=moving_var)
@@ -87,6 +88,7 @@ def run_normalise(
     x: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor | None, saved: Tensor, *, rectify: bool = False
 ) -> None:
     """The last pass of ``run_forward`` alone: make y again, the same bits, of x and the statistics that it saved."""
+    _require(x=x, y=y, saved=saved)
     channels = _check(x, y)
     _check_each(x, _PARAMETER[x.dtype], (channels,), gamma=gamma, beta=beta)
     _check_each(x, torch.float64, (2, channels), saved=saved)
@@ -111,6 +113,7 @@ def run_backward(
     Raises:
         TypeError, ValueError, RuntimeError: as ``run_forward``.
     """
+    _require(x=x, dy=dy, dx=dx, saved=saved, dgamma=dgamma, dbeta=dbeta)
     channels = _check(x, dy, dx)
     _check_each(x, _PARAMETER[x.dtype], (channels,), gamma=gamma, beta=beta, dgamma=dgamma, dbeta=dbeta)
     _check_each(x, torch.float64, (2, channels), saved=saved)
@@ -178,6 +181,12 @@ def _float64_bits(value: float) -> int:
 def _on(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _require(**tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(t).__name__}. Give one.")
 
 
 def _check(x: Tensor, *like: Tensor) -> int:
