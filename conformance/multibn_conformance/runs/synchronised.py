@@ -21,7 +21,7 @@ from multibn_conformance.subjects.backends import backends
 from multibn_conformance.synchronised.case import CASES, SyncCase
 from multibn_conformance.synchronised.defects import DEFECTS, SyncDefect
 from multibn_conformance.synchronised.judge import wrong
-from multibn_conformance.synchronised.ranks import Processes, Silent, by_threads
+from multibn_conformance.synchronised.ranks import Processes, Silent, by_threads, compile_first
 from multibn_conformance.synchronised.right import Right
 from multibn_conformance.usage import chosen
 
@@ -45,8 +45,7 @@ def run(names: Sequence[str], size: int, cases: Sequence[str], clauses: Sequence
         raise UsageError("no backend has synchronised statistics; install the extra torch or mxnet.")
     for each in absent:
         console.print(escape(f"not judged: {each.name}: {each.reason}"), soft_wrap=True)
-    for name in ("unequal-ranks", "any-split"):  # compiles the kernel for both types here, not in each process
-        by_threads(Right, CASES[name](2), 2, timeout=300)
+    compile_first()  # here, not in each process
     groups = [*((name,) for name in able), *([tuple(able)] if len(able) > 1 else [])]
     judgements = [judgement for group in groups for judgement in _judge(group, size, made)]
     _show(judgements, [_name(group, size) for group in groups], console)
