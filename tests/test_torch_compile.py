@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import re
+import subprocess
+import sys
 import warnings
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -28,8 +32,10 @@ from torch.utils.checkpoint import checkpoint
 import multibn_torch as ours
 from multibn import BatchNormSpec
 from multibn.layer.nonfinite import PoisonedBatch
-from multibn_torch.forward.eager import kernel_forward
+from multibn_torch.forward import reductions
+from multibn_torch.forward.eager import PARAMETER, kernel_forward
 from multibn_torch.forward.formulas import Moving, Settings
+from multibn_torch.forward.gate import NotPlainError
 
 pytestmark = [  # 2026-11-25: torch 2.13 uses what it deprecates while it compiles and exports
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -268,6 +274,98 @@ def test_other_batch_sizes_compile_nothing_again_and_the_users_own_pass_runs_too
     assert fusions["training"] > 0
 
 
+def block() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), ours.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), ours.BatchNorm2d(4)).double()
+
+
+def gradients(model: Any, run: Any) -> list[Any]:
+    y = run(torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    y.backward(torch.cos(y.detach() * 3))
+    return [y.detach(), *(p.grad for p in model.parameters()), *model.buffers()]
+
+
+def test_a_compiled_program_calls_the_kernel_without_the_dispatcher(fusions: Any) -> None:
+    model, plain = block(), block()
+    answer, code = run_and_get_code(lambda: gradients(model, torch.compile(model, fullgraph=True)))
+    calls = Counter(re.findall(r"(extern_kernels\.multibn_\w+|torch\.ops\.multibn\.\w+)\(", "".join(code)))
+    assert calls == {"extern_kernels.multibn_fill_statistics": 2, "extern_kernels.multibn_fill_sums": 2}
+    for got, wanted in zip(answer, gradients(plain, plain), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_inductors_cpp_wrapper_calls_the_operators(fusions: Any) -> None:
+    model, plain = block(), block()
+    with inductor.patch(cpp_wrapper=True):
+        answer = gradients(model, torch.compile(model, fullgraph=True))
+    assert fusions["training"] > 0
+    for got, wanted in zip(answer, gradients(plain, plain), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+CACHED = """
+import torch, multibn_torch
+from torch._dynamo.utils import counters
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), multibn_torch.BatchNorm2d(4))
+torch.compile(model, fullgraph=True)(torch.randn(4, 3, 9, 9)).square().sum().backward()
+seen = counters["aot_autograd"]
+print(seen["autograd_cache_hit"], seen["autograd_cache_miss"], model[1].weight.grad.tolist())
+"""
+
+
+def test_a_program_from_inductors_cache_is_run_by_another_process(tmp_path: Any) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    said = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", CACHED], env=environment, capture_output=True, text=True, check=True)
+        said.append(done.stdout.split(maxsplit=2))
+    assert said[0][:2] == ["0", "1"]
+    assert said[1][:2] == ["1", "0"]
+    assert said[0][2] == said[1][2]
+
+
+@pytest.mark.parametrize("what", ["freed", "another type"])
+def test_a_tensor_that_changed_before_a_compiled_backward_is_named(what: str) -> None:
+    """A program of PyTorch's own operators crashes, or reads one type as another."""
+    layer = ours.BatchNorm2d(16)
+    x = torch.randn(8, 16, 4, 4, requires_grad=True)
+    y = torch.compile(layer, fullgraph=True)(x)
+    if what == "freed":
+        x.untyped_storage().resize_(0)
+    else:
+        layer.weight.data = layer.weight.data.half()
+    with pytest.raises(RuntimeError) as caught:
+        y.backward(torch.ones_like(y))
+    message = {
+        "freed": "the input needs a storage of at least 8192 bytes, got one of 0. Allocate the storage before the layer is "
+        "called.",
+        "another type": "the CPU kernel needs weight of type torch.float32, one value for each channel, got shape (16,) of type "
+        "torch.float16. Give one of the right type and size.",
+    }
+    assert str(caught.value) == message[what]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_fills_a_tensor_takes_what_the_operators_take(dtype: Any) -> None:
+    """Gaps between the values, a gradient of another layout; a gradient of another type is refused."""
+    x, dy = torch.randn(4, 6, 5, 5, dtype=dtype), torch.randn(4, 6, 5, 5, dtype=dtype)
+    gamma, beta = torch.randn(2, 6, dtype=PARAMETER[dtype])
+    out = torch.empty(reductions.ROWS, 6, dtype=torch.float64)
+    for given in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(4, 12, 5, 5, dtype=dtype)[:, ::2]):
+        statistics = torch.ops.multibn.statistics(given, 1e-5, True)
+        reductions.fill_statistics(given, 1e-5, True, out=out)
+        assert torch.equal(out, statistics)
+        for affine, rectify in ((True, True), (True, False), (False, True), (False, False)):
+            parameters = [*([gamma] if affine else []), *([beta] if rectify else [])]
+            for gradient in (dy, dy.contiguous(memory_format=torch.channels_last)):
+                reductions.fill_sums(gradient, given, statistics, *parameters, affine=affine, rectify=rectify, out=out)
+                pair = gamma if affine else None, beta if rectify else None
+                assert torch.equal(out, torch.ops.multibn.sums(gradient, given, *pair, statistics, rectify))
+    with pytest.raises(NotPlainError, match=re.escape(f"the CPU kernel needs the gradient of the output of type {dtype}, ")):
+        reductions.fill_sums(dy.to(torch.float16), x, statistics, gamma, affine=True, rectify=False, out=out)
+
+
 def test_a_layer_in_half_precision_before_anything_but_its_own_relu_is_left_as_it_is(fusions: Any) -> None:
     from multibn_torch.forward import inductor as passes
 
@@ -489,7 +587,7 @@ def test_a_layer_elsewhere_is_refused() -> None:
 
 def test_the_operators_take_statistics_in_any_memory_layout() -> None:
     x, dy, gamma = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5), torch.randn(3)
-    saved, _ = torch.ops.multibn.statistics(x, 1e-5, True)
+    saved = torch.ops.multibn.statistics(x, 1e-5, True)[:2]
     strided = torch.stack([saved, saved], -1)[..., 0]
     assert not strided.is_contiguous()
     for operator, last in ((torch.ops.multibn.sums, (False,)), (torch.ops.multibn.backward, (True, False))):
@@ -517,7 +615,7 @@ def test_the_operators_refuse_what_the_kernel_cannot_take(x: Any) -> None:
 def test_the_operators_refuse_a_gradient_of_another_shape() -> None:
     """It would be broadcast."""
     x = torch.randn(4, 3, 2, 2)
-    saved, _ = torch.ops.multibn.statistics(x, 1e-5, True)
+    saved = torch.ops.multibn.statistics(x, 1e-5, True)[:2]
     for operator, arguments in (
         (torch.ops.multibn.sums, (None, None, saved, False)),
         (torch.ops.multibn.backward, (None, None, None, saved, True, False)),

@@ -285,44 +285,48 @@ def propagate_at(
 
 
 @compiled
-def describe_at(team: Team, shape: tuple[int, int, int], x: int, saved: int, batch: int, eps: float, unbiased: bool) -> None:
+def describe_at(team: Team, shape: tuple[int, int, int], x: int, rows: int, eps: float, unbiased: bool, counted: bool) -> None:
     """The batch statistics alone.
 
     Args:
-        saved: where (2, C) float64 stands, filled with the mean and 1/sqrt(var+eps).
-        batch: where (2, C) float64 stands, filled with the mean and the variance that moving statistics take (BN-06).
+        rows: where (5, C) float64 stands. Filled with the mean and 1/sqrt(var+eps), which normalise; the mean and the variance
+            that moving statistics take (BN-06); and ones, or zeros if not ``counted``.
     """
     plan, m = plan_of(shape), shape[0] * shape[2]
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
     sums = np.empty((4, plan.blocks, plan.channels))
     its = begun(memory, lanes, shape)
-    its.x, its.y, its.gamma, its.beta, its.moving_mean, its.moving_var = x, x, saved, saved, saved, saved  # only x is read
-    its.saved, its.sums, its.blocks, its.use_batch = saved, sums.ctypes.data, plan.blocks, True
+    its.x, its.y, its.gamma, its.beta, its.moving_mean, its.moving_var = x, x, rows, rows, rows, rows  # only x is read
+    its.saved, its.sums, its.blocks, its.use_batch = rows, sums.ctypes.data, plan.blocks, True
     run_stage(team, memory.ctypes.data, 1, plan.groups * plan.blocks, team[2])
-    normalising = carray(pointer(saved), (2, plan.channels), np.float64)
-    updating = carray(pointer(batch), (2, plan.channels), np.float64)
-    batch_statistics(plan, m, sums, normalising, 0, plan.channels)
+    found = carray(pointer(rows), (5, plan.channels), np.float64)
+    batch_statistics(plan, m, sums, found, 0, plan.channels)
     for c in range(plan.channels):
-        updating[0, c], updating[1, c] = normalising[0, c], estimated(normalising[1, c], m, unbiased)
-        normalising[1, c] = inverse_deviation(normalising[1, c], eps)
+        found[2, c], found[3, c], found[4, c] = found[0, c], estimated(found[1, c], m, unbiased), counted
+        found[1, c] = inverse_deviation(found[1, c], eps)
     keep((memory, sums, lanes))
 
 
 @compiled
 def correlate_at(
-    team: Team, shape: tuple[int, int, int], x: int, dy: int, gamma: int, beta: int, saved: int, dgamma: int, dbeta: int,
-    means: int, rectify: bool,
+    team: Team, shape: tuple[int, int, int], x: int, dy: int, gamma: int, beta: int, saved: int, rows: int, rectify: bool
 ) -> None:  # fmt: skip
     """The sums of a backward alone; the arguments of ``backward_at``.
 
-    means is where (3, C) float64 stands, filled with what ``propagate_at`` takes.
+    Args:
+        rows: where (5, C) float64 stands. Filled with what ``propagate_at`` takes, dgamma, and dbeta.
     """
     plan = plan_of(shape)
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
-    sums = np.empty((2, plan.blocks, plan.channels))
+    sums, rounded = np.empty((2, plan.blocks, plan.channels)), np.empty(plan.channels)
     its = begun(memory, lanes, shape)
-    its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, x, gamma, beta, saved, dgamma, dbeta
-    its.sums, its.means, its.blocks, its.rectify = sums.ctypes.data, means, plan.blocks, rectify
+    its.x, its.dy, its.dx, its.gamma, its.beta, its.saved = x, dy, x, gamma, beta, saved
+    its.dgamma, its.dbeta = rounded.ctypes.data, rounded.ctypes.data  # which nothing reads
+    its.sums, its.means, its.blocks, its.rectify = sums.ctypes.data, rows, plan.blocks, rectify
     run_stage(team, memory.ctypes.data, 1, plan.groups * plan.blocks, team[2])
     run_stage(team, memory.ctypes.data, 2, plan.channels, 1)
-    keep((memory, sums, lanes))
+    found = carray(pointer(rows), (5, plan.channels), np.float64)
+    normalised_by = carray(pointer(saved), (2, plan.channels), np.float64)
+    for c in range(plan.channels):
+        found[3, c], found[4, c] = sums[1, 0, c] * normalised_by[1, c], sums[0, 0, c]
+    keep((memory, sums, rounded, lanes))

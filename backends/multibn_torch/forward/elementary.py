@@ -6,7 +6,6 @@ Compiled without contraction, as Inductor compiles, they give the kernel's bits 
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
@@ -49,18 +48,20 @@ class Writer:
     def __init__(self, graph: fx.Graph, x: fx.Node) -> None:
         self._graph, self._x, self._value = graph, x, x.meta["val"]
 
-    def statistics(self, eps: float, unbiased: bool) -> tuple[fx.Node, fx.Node]:
-        """The batch statistics that normalise, (2, C), and those that the moving statistics take, (3, C)."""
-        both = self._call(torch.ops.multibn.statistics.default, self._x, eps, unbiased)
-        return self._call(operator.getitem, both, 0), self._call(operator.getitem, both, 1)
+    def statistics(self, eps: float, unbiased: bool) -> fx.Node:
+        """The rows of ``multibn::statistics``."""
+        return self._call(torch.ops.multibn.statistics.default, self._x, eps, unbiased)
 
-    def sums(self, dy: Any, gamma: Any, beta: Any, saved: Any, rectify: bool) -> tuple[fx.Node, fx.Node, fx.Node]:
-        """The sums for dx, (3, C), dgamma and dbeta."""
-        all_three = self._call(torch.ops.multibn.sums.default, dy, self._x, gamma, beta if rectify else None, saved, rectify)
-        return tuple(self._call(operator.getitem, all_three, i) for i in range(3))  # type: ignore[return-value]
+    def sums(self, dy: Any, gamma: Any, beta: Any, statistics: Any, rectify: bool) -> fx.Node:
+        """The rows of ``multibn::sums``."""
+        return self._call(torch.ops.multibn.sums.default, dy, self._x, gamma, beta if rectify else None, statistics, rectify)
+
+    def gradients(self, sums: Any, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:
+        """Dgamma and dbeta."""
+        return self._convert(self.row(sums, 3, False), dtype), self._convert(self.row(sums, 4, False), dtype)
 
     def moved(
-        self, batch: Any, mean: Any, var: Any, batches: Any, weight_of_old: float | None
+        self, statistics: Any, mean: Any, var: Any, batches: Any, weight_of_old: float | None
     ) -> tuple[fx.Node, fx.Node, fx.Node]:
         """The new moving statistics and counter (BN-05, BN-06, BN-11)."""
         old: Any = weight_of_old
@@ -69,7 +70,7 @@ class Writer:
             old = self._call(aten.div.Tensor, count, self._call(aten.add.Tensor, count, 1))
         news = []
         for i, kept in enumerate((mean, var)):
-            new = self.row(batch, i, False)
+            new = self.row(statistics, 2 + i, False)
             if weight_of_old is None:
                 rest = self._call(aten.sub.Tensor, self._number(1.0), old)
                 moved = self._call(aten.add.Tensor, self._mul(old, self._double(kept)), self._mul(rest, new))
@@ -81,31 +82,29 @@ class Writer:
                     self._call(aten.mul.Tensor, new, 1 - old),
                 )
             news.append(self._convert(new, kept.meta["val"].dtype))
-        taken = self._call(aten.gt.Scalar, self.row(batch, 2, False), 0)
+        taken = self._call(aten.gt.Scalar, self.row(statistics, 4, False), 0)
         for new in news:
             taken = self._call(aten.logical_and.default, taken, self._finite(new))
         mean, var = (self._call(aten.where.self, taken, new, kept) for new, kept in zip(news, (mean, var), strict=True))
-        happens = self._call(aten.select.int, self.row(batch, 2, False), 0, 0)
+        happens = self._call(aten.select.int, self.row(statistics, 4, False), 0, 0)
         return mean, var, self._call(aten.add.Tensor, batches, self._convert(happens, batches.meta["val"].dtype))
 
     def constants(self, mean: Any, var: Any, eps: float) -> tuple[fx.Node, fx.Node]:
-        """The mean and 1/sqrt(var+eps) of moving statistics, to broadcast with x; NaN where var is not finite.
-
-        They are stored, since Inductor would else take a root and divide for each value of x.
-        """
+        """The mean and 1/sqrt(var+eps) of moving statistics, to broadcast with x; NaN where var is not finite."""
         var = self._double(var)
         invstd = self._call(aten.reciprocal.default, self._call(aten.sqrt.default, self._call(aten.add.Tensor, var, eps)))
         # NaN where var is not finite; without "where", which freezing does not fold
         invstd = self._call(aten.add.Tensor, invstd, self._call(aten.sub.Tensor, var, var))
-        return self._along(self._double(mean)), self._along(self._call(torch.ops.multibn.stored.default, invstd))
+        return self._along(self._double(mean)), self._along(invstd)
 
     def stacked(self, mean: Any, invstd: Any) -> fx.Node:
         """The statistics as (2, C)."""
         return self._call(aten.cat.default, [self._call(aten.view.default, each, [1, -1]) for each in (mean, invstd)])
 
     def scale(self, gamma: Any, invstd: Any) -> fx.Node:
-        """Gamma/sqrt(var+eps), to broadcast with x."""
-        return invstd if gamma is None else self._mul(self._along(self._double(gamma)), invstd)
+        """Gamma/sqrt(var+eps), to broadcast with x. It is stored, since Inductor would else compute it for each value of x."""
+        scale = invstd if gamma is None else self._mul(self._along(self._double(gamma)), invstd)
+        return self._call(torch.ops.multibn.stored.default, scale)
 
     def y(self, mean: Any, scale: Any, beta: Any) -> fx.Node:
         """The output."""
@@ -118,13 +117,13 @@ class Writer:
         scale, shift = (self._convert(each, self._value.dtype) for each in (scale, shift))
         return self._call(aten.add.Tensor, self._mul(self._x, scale), shift)
 
-    def dx(self, dy: Any, mean: Any, means: Any, scale: Any, through: bool) -> fx.Node:
+    def dx(self, dy: Any, mean: Any, sums: Any, through: bool) -> fx.Node:
         """The gradient of x (BN-08); ``through``: batch statistics normalised."""
         dx = self._double(dy)
         if through:
-            deviation = self._mul(self._call(aten.sub.Tensor, self._double(self._x), mean), self.row(means, 1))
-            dx = self._call(aten.sub.Tensor, self._call(aten.sub.Tensor, dx, self.row(means, 0)), deviation)
-        return self._convert(self._mul(dx, scale), self._value.dtype)
+            deviation = self._mul(self._call(aten.sub.Tensor, self._double(self._x), mean), self.row(sums, 1))
+            dx = self._call(aten.sub.Tensor, self._call(aten.sub.Tensor, dx, self.row(sums, 0)), deviation)
+        return self._convert(self._mul(dx, self.row(sums, 2)), self._value.dtype)
 
     def row(self, rows: Any, i: int, along: bool = True) -> fx.Node:
         """A row of (rows, C), as it is or to broadcast with x."""

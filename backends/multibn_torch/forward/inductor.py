@@ -15,7 +15,10 @@ import torch
 from torch import fx
 from torch._inductor import config, ir, lowering
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.select_algorithm import extern_kernels
+from torch._inductor.virtualized import V
 
+from . import reductions
 from .elementary import Writer, can_be_elementary
 
 aten = torch.ops.aten
@@ -23,7 +26,10 @@ FORWARD, BACKWARD = torch.ops.multibn.forward.default, torch.ops.multibn.backwar
 _RECTIFY = 12
 """Index of FORWARD's argument ``rectify``."""
 
-SUMS = torch.ops.multibn.sums.default
+STATISTICS, SUMS = torch.ops.multibn.statistics.default, torch.ops.multibn.sums.default
+
+_FILES = ("inductor.py", "elementary.py", "reductions.py")
+"""The files on which a compiled program depends."""
 
 counts = {"relu": 0, "training": 0, "inference": 0}
 """Number of layers that the pass has changed in this process, for tests: a fused ReLU, or elementary operators."""
@@ -54,7 +60,7 @@ class Fusion(CustomGraphPass):
 
         None, with which Inductor caches nothing, if nothing identifies the user's.
         """
-        mine = get_hash_for_files((__file__, str(Path(__file__).with_name("elementary.py"))))
+        mine = get_hash_for_files(tuple(str(Path(__file__).with_name(name)) for name in _FILES))
         if self._first is None:
             return mine
         theirs = self._first.uuid() if isinstance(self._first, CustomGraphPass) else None
@@ -108,29 +114,28 @@ def _write_out(graph: fx.Graph, forward: fx.Node) -> bool:
     write = Writer(graph, x)
     with graph.inserting_before(forward):
         if use_batch:
-            saved, batch = write.statistics(eps, unbiased)
+            statistics = write.statistics(eps, unbiased)
             if update:
-                for i, new in enumerate(write.moved(batch, mean, var, batches, weight_of_old)):
+                for i, new in enumerate(write.moved(statistics, mean, var, batches, weight_of_old)):
                     _replace(outputs.get(2 + i), new)
-        normalised_by = (write.row(saved, 0), write.row(saved, 1)) if use_batch else write.constants(mean, var, eps)
+        normalised_by = (write.row(statistics, 0), write.row(statistics, 1)) if use_batch else write.constants(mean, var, eps)
         scale = write.scale(gamma, normalised_by[1])
         if config.freezing and not (use_batch or backwards) and _is(x, aten.convolution.default) and len(x.users) == 1:
             new = write.folded(normalised_by[0], scale, beta)
         else:
             new = write.y(normalised_by[0], scale, beta)
         _replace(y, new)
-        if backwards:
-            saved = saved if use_batch else write.stacked(*normalised_by)
-            _replace(outputs.get(1), saved)
+        if backwards and not use_batch:
+            statistics = write.stacked(*normalised_by)
     for backward in backwards:
         its, dy = _outputs(backward), backward.args[0]
         relu = next((user for user in new.users if _is(user, aten.relu.default)), None)
         unmasked = None if relu is None or len(dy.users) > 1 else _masked(dy, relu)
         with graph.inserting_before(backward):
-            sums = write.sums(dy if unmasked is None else unmasked, gamma, beta, saved, unmasked is not None)
-            _replace(its.get(0), write.dx(dy, normalised_by[0], sums[0], scale, bool(use_batch)))
-        _replace(its.get(1), sums[1])
-        _replace(its.get(2), sums[2])
+            sums = write.sums(dy if unmasked is None else unmasked, gamma, beta, statistics, unmasked is not None)
+            _replace(its.get(0), write.dx(dy, normalised_by[0], sums, bool(use_batch)))
+            for i, new in enumerate(write.gradients(sums, backward.meta["val"][1].dtype)):
+                _replace(its.get(1 + i), new)
     counts["training" if use_batch else "inference"] += 1
     return True
 
@@ -175,20 +180,54 @@ def _through(node: Any) -> Any:
     return node
 
 
-def _lower(target: Any) -> None:
+def _backward_lowering(dy: Any, x: Any, *others: Any) -> Any:
+    return _fallback(BACKWARD, _like(x, dy), x, *others)
+
+
+def _statistics_lowering(x: Any, eps: float, unbiased: bool) -> Any:
+    if V.graph.cpp_wrapper:  # which cannot call a Python function
+        return _fallback(STATISTICS, x, eps, unbiased)
+    return _filled(reductions.fill_statistics, x, [x], eps=eps, unbiased=unbiased)
+
+
+def _sums_lowering(dy: Any, x: Any, gamma: Any, beta: Any, statistics: Any, rectify: bool) -> Any:
+    dy = _like(x, dy)
+    if V.graph.cpp_wrapper:
+        return _fallback(SUMS, dy, x, gamma, beta, statistics, rectify)
+    given = [each for each in (dy, x, statistics, gamma, beta if rectify else None) if each is not None]
+    return _filled(reductions.fill_sums, x, given, affine=gamma is not None, rectify=rectify)
+
+
+def _like(x: Any, dy: Any) -> Any:
     """Make the operator that produces dy lay it out as x; else the kernel would copy dy to that layout."""
-
-    def lower(dy: Any, x: Any, *others: Any) -> Any:
-        x.realize()
-        if not isinstance(x.get_layout(), ir.FlexibleLayout):
-            dy = ir.ExternKernel.require_exact_strides(ir.ExternKernel.realize_input(dy), x.get_stride())
-        return lowering.fallback_handler(target, add_to_fallback_set=False)(dy, x, *others)  # type: ignore[no-untyped-call]
-
-    lowering.register_lowering(target, type_promotion_kind=None)(lower)
+    x.realize()
+    if isinstance(x.get_layout(), ir.FlexibleLayout):
+        return dy
+    return ir.ExternKernel.require_exact_strides(ir.ExternKernel.realize_input(dy), x.get_stride())
 
 
-_lower(BACKWARD)
-_lower(SUMS)
+def _fallback(target: Any, *arguments: Any) -> Any:
+    return lowering.fallback_handler(target, add_to_fallback_set=False)(*arguments)  # type: ignore[no-untyped-call]
+
+
+def _filled(fill: Any, x: Any, given: list[Any], **options: Any) -> Any:
+    """Let the program allocate a tensor and call a function of ``reductions`` that fills it."""
+    layout = ir.FixedLayout(x.get_device(), torch.float64, [reductions.ROWS, x.get_size()[1]])
+    name = f"extern_kernels.{_PREFIX}{fill.__name__}"
+    given = [ir.ExternKernel.realize_input(each) for each in given]
+    return ir.TensorBox.create(ir.ExternKernelOut(layout, given, kwargs=options, python_kernel_name=name))
+
+
+_PREFIX = "multibn_"
+"""Prefix of our functions among Inductor's ``extern_kernels``."""
+
+for _fill in (
+    reductions.fill_statistics,
+    reductions.fill_sums,
+):  # at import: a program from Inductor's cache is not lowered again
+    setattr(extern_kernels, _PREFIX + _fill.__name__, _fill)
+for _target, _lowering in ((BACKWARD, _backward_lowering), (STATISTICS, _statistics_lowering), (SUMS, _sums_lowering)):
+    lowering.register_lowering(_target, type_promotion_kind=None)(_lowering)
 
 
 def _store(x: Any) -> Any:
