@@ -25,7 +25,7 @@ from rich.console import Console
 from multibn.interpreters import Elsewhere, installed
 from multibn.usage import UsageError
 
-from .inputs import MALLOC, MODELS
+from .inputs import MALLOC, MALLOC_KEEPS, MODELS
 from .result import Input, Result, Row
 from .show import caption, draw, table
 
@@ -167,6 +167,8 @@ def measure(
     settings = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
     if inputs is not None and any(each.recompute for each in inputs):
         settings |= MALLOC
+    if inputs is not None and any(each.compiled for each in inputs):
+        settings |= MALLOC_KEEPS
     given = None if inputs is None else [asdict(each) for each in inputs]
     order = json.dumps({"inputs": given, "models": list(models), "threads": threads, "rounds": rounds})
     command = [python, "-m", modules()[framework], order]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from .inputs import MALLOC
+from .inputs import MALLOC, MALLOC_KEEPS
 from .result import TIMES, Result, Row
 
 _HEADINGS: Final = {
@@ -37,6 +37,8 @@ def table(result: Result, framework: str) -> Table:
     found = Table(box=box.SIMPLE_HEAD, title=f"{framework} {result.versions[framework]}; own: {names}", title_justify="left")
     found.add_column("input", no_wrap=True)
     columns: tuple[str, ...] = ("own/ours", "limit") if networks else ("copy ms", "own/ours", "ours/copy")
+    if result.of_compiled:
+        columns = ("own/ours",)
     if result.of_memory:
         columns = "own/ours", "ours MiB", "own MiB", "ours/own"
     for heading in ("ours ms", "own ms", *columns):
@@ -48,7 +50,7 @@ def table(result: Result, framework: str) -> Table:
             found.add_row(f"[bold]{heading}")
         for row in rows:
             times = (_digits(row.ms(who)) for who in ("ours", "own", *(() if networks else ("copy",))))
-            beside = [row.limit if networks else row.to_copy]
+            beside = [] if result.of_compiled else [row.limit if networks else row.to_copy]
             if result.of_memory:
                 beside = [row.peak("ours"), row.peak("own"), row.memory]
             found.add_row(f" {row.input}", *times, f"[bold]{_digits(row.speedup)}", *map(_digits, beside))
@@ -56,6 +58,10 @@ def table(result: Result, framework: str) -> Table:
             found.add_row(" geometric mean", "", "", "", f"[bold]{_digits(means[group])}", "")
         found.add_section()
     return found
+
+
+def _settings(variables: Mapping[str, str]) -> str:
+    return " ".join(map("=".join, variables.items()))
 
 
 def caption(result: Result) -> str:
@@ -68,13 +74,13 @@ def caption(result: Result) -> str:
     if result.of_memory:
         what = (
             "a training step: forward, loss, backward, SGD.\nown: after swap with fuse_relu; ours: the same within recompute(). "
-            f"MiB: peak of the resident memory during forward over its start,\nwith {' '.join(map('='.join, MALLOC.items()))}."
+            f"MiB: peak of the resident memory during forward over its start,\nwith {_settings(MALLOC)}."
         )
     elif result.of_compiled:
         what = (
             "a training step under torch.compile(fullgraph=True): forward, loss, backward, SGD.\n"
-            "own: the network as it is; ours: after swap; limit: how many times faster it is without any BatchNorm,\n"
-            "for which Inductor may generate slower code."
+            "own: the network as it is; ours: after swap.\n"
+            f"Freed memory stays in the process: {_settings(MALLOC_KEEPS)}."
         )
     elif result.of_networks:
         what = (

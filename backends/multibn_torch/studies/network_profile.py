@@ -1,8 +1,8 @@
 """Where a network's training step spends its time: ``python -m multibn_torch.studies.network_profile MODEL [--compiled]``.
 
 MODEL is a network of ``multibn bench --compiled``. Prints the milliseconds that a step spends in each operator itself, for the
-contestants of ``multibn bench --model``: ours, own, and the network without BatchNorm (none). They are profiled in turns on two
-threads; the times are means of five steps.
+contestants of ``multibn bench --model``: ours, own, and, unless compiled, the network without BatchNorm (none). They are profiled
+in turns on two threads; the times are means of five steps.
 """
 
 from __future__ import annotations
