@@ -3,6 +3,9 @@ PY_JAX := .venv-jax/bin/python
 QUICK := tests/test_array.py tests/test_dialects.py tests/test_identity.py tests/test_layer_messages.py tests/test_memory.py \
 	tests/test_reference.py tests/test_spec.py tests/test_threads.py
 
+# a file's tests in one process, since they share what takes long to make
+IN_PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+
 PYTHON ?= python3
 
 .PHONY: atlas conform coverage environments fuzz gpu lint quick soak test test-jax versions
@@ -18,10 +21,10 @@ atlas: .venv/ready
 	$(PY) -m multibn_conformance.atlas.make
 
 test: .venv/ready lint test-jax
-	$(PY) -m pytest -n auto
+	$(PY) -m pytest $(IN_PARALLEL)
 
 coverage: .venv/ready  # the tests again, in 1.6 times the time, with the lines that none runs
-	$(PY) -m pytest -n auto --cov --cov-report=term-missing:skip-covered
+	$(PY) -m pytest $(IN_PARALLEL) --cov --cov-report=term-missing:skip-covered
 
 test-jax: .venv-jax/ready  # JAX needs NumPy 2, MXNet NumPy 1
 	$(PY_JAX) -m pytest -n auto tests/with_jax 'tests/test_docs.py::test_the_blocks_of_a_page[docs/jax.md]'
