@@ -282,14 +282,29 @@ def block() -> Any:
 def gradients(model: Any, run: Any) -> list[Any]:
     y = run(torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     y.backward(torch.cos(y.detach() * 3))
-    return [y.detach(), *(p.grad for p in model.parameters()), *model.buffers()]
+    return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad), *model.buffers()]
+
+
+def calls_in(code: Any) -> Any:
+    return Counter(re.findall(r"(multibn_reductions\.\w+|torch\.ops\.multibn\.\w+)\(", "".join(code)))
 
 
 def test_a_compiled_program_calls_the_kernel_without_the_dispatcher(fusions: Any) -> None:
     model, plain = block(), block()
     answer, code = run_and_get_code(lambda: gradients(model, torch.compile(model, fullgraph=True)))
-    calls = Counter(re.findall(r"(extern_kernels\.multibn_\w+|torch\.ops\.multibn\.\w+)\(", "".join(code)))
-    assert calls == {"extern_kernels.multibn_fill_statistics": 2, "extern_kernels.multibn_fill_sums": 2}
+    assert calls_in(code) == {"multibn_reductions.fill_statistics": 2, "multibn_reductions.fill_sums": 2}
+    for got, wanted in zip(answer, gradients(plain, plain), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_layer_that_learns_nothing_sums_nothing(fusions: Any) -> None:
+    model, plain = block(), block()
+    for layer in (model[1], plain[1]):
+        layer.use_moving_statistics()
+        layer.freeze_statistics()
+        layer.freeze_affine()
+    answer, code = run_and_get_code(lambda: gradients(model, torch.compile(model, fullgraph=True)))
+    assert calls_in(code) == {"multibn_reductions.fill_statistics": 1, "multibn_reductions.fill_sums": 1}  # of the other layer
     for got, wanted in zip(answer, gradients(plain, plain), strict=True):
         torch.testing.assert_close(got, wanted)
 
@@ -325,25 +340,59 @@ def test_a_program_from_inductors_cache_is_run_by_another_process(tmp_path: Any)
     assert said[0][2] == said[1][2]
 
 
-@pytest.mark.parametrize("what", ["freed", "another type"])
+def test_a_compiled_program_is_run_by_a_process_that_compiled_nothing(tmp_path: Any, fusions: Any) -> None:
+    _, code = run_and_get_code(torch.compile(ours.BatchNorm2d(4), fullgraph=True), torch.randn(2, 4, 3, 3))
+    (tmp_path / "program.py").write_text(code[0])
+    program = "import program; print(tuple(program.call(program.get_args())[0].shape))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "(2, 4, 3, 3)\n"
+
+
+STORAGE = "the input needs a storage of at least {} bytes, got one of {}. Allocate the storage before the layer is called."
+CHANGES = {
+    "x freed": STORAGE.format(8192, 0),
+    "x shrunk": STORAGE.format(8192, 4096),
+    "base freed": STORAGE.format(9216, 0),
+    "weight's type": "the CPU kernel needs weight of type torch.float32, one value for each channel, got shape (16,) of type "
+    "torch.float16. Give one of the right type and size.",
+    "weight's size": "the CPU kernel needs weight of type torch.float32, one value for each channel, got shape (8,) of type "
+    "torch.float32. Give one of the right type and size.",
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
 def test_a_tensor_that_changed_before_a_compiled_backward_is_named(what: str) -> None:
     """A program of PyTorch's own operators crashes, or reads one type as another."""
     layer = ours.BatchNorm2d(16)
-    x = torch.randn(8, 16, 4, 4, requires_grad=True)
-    y = torch.compile(layer, fullgraph=True)(x)
-    if what == "freed":
-        x.untyped_storage().resize_(0)
-    else:
-        layer.weight.data = layer.weight.data.half()
-    with pytest.raises(RuntimeError) as caught:
-        y.backward(torch.ones_like(y))
-    message = {
-        "freed": "the input needs a storage of at least 8192 bytes, got one of 0. Allocate the storage before the layer is "
-        "called.",
-        "another type": "the CPU kernel needs weight of type torch.float32, one value for each channel, got shape (16,) of type "
-        "torch.float16. Give one of the right type and size.",
-    }
-    assert str(caught.value) == message[what]
+    base = torch.randn(9, 16, 4, 4)
+    x = base[1:] if what == "base freed" else base[1:].clone()
+    x.requires_grad_()
+    with inductor.patch(size_asserts=False):
+        y = torch.compile(layer, fullgraph=True)(x)
+        if what == "weight's type":
+            layer.weight.data = layer.weight.data.half()
+        elif what == "weight's size":
+            layer.weight.data = torch.ones(8)
+        else:
+            x.untyped_storage().resize_(x.nbytes // 2 if what == "x shrunk" else 0)
+        with pytest.raises(RuntimeError) as caught:
+            y.backward(torch.ones_like(y))
+    assert str(caught.value) == CHANGES[what]
+
+
+def test_a_pulled_apart_gamma_is_read_right_in_a_compiled_backward() -> None:
+    weights, biases, x = torch.randn(6, 2), torch.randn(6, 2), torch.randn(4, 6, 5, 5)
+    answers = []
+    for compiled in (False, True):
+        layer = ours.BatchNorm2d(6)
+        layer.weight, layer.bias = nn.Parameter(weights[:, 0]), nn.Parameter(biases[:, 1])
+        given = x.clone().requires_grad_()
+        y = torch.compile(lambda x, layer=layer: torch.relu(layer(x)), fullgraph=True, disable=not compiled)(given)
+        y.backward(torch.cos(y.detach() * 3))
+        assert layer.weight.stride() == layer.bias.stride() == (2,)
+        answers.append((y, given.grad, layer.weight.grad, layer.bias.grad))
+    for got, wanted in zip(*answers, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -359,11 +408,11 @@ def test_what_fills_a_tensor_takes_what_the_operators_take(dtype: Any) -> None:
         for affine, rectify in ((True, True), (True, False), (False, True), (False, False)):
             parameters = [*([gamma] if affine else []), *([beta] if rectify else [])]
             for gradient in (dy, dy.contiguous(memory_format=torch.channels_last)):
-                reductions.fill_sums(gradient, given, statistics, *parameters, affine=affine, rectify=rectify, out=out)
+                reductions.fill_sums(gradient, given, statistics, *parameters, scaled=affine, rectify=rectify, out=out)
                 pair = gamma if affine else None, beta if rectify else None
                 assert torch.equal(out, torch.ops.multibn.sums(gradient, given, *pair, statistics, rectify))
     with pytest.raises(NotPlainError, match=re.escape(f"the CPU kernel needs the gradient of the output of type {dtype}, ")):
-        reductions.fill_sums(dy.to(torch.float16), x, statistics, gamma, affine=True, rectify=False, out=out)
+        reductions.fill_sums(dy.to(torch.float16), x, statistics, gamma, scaled=True, rectify=False, out=out)
 
 
 def test_a_layer_in_half_precision_before_anything_but_its_own_relu_is_left_as_it_is(fusions: Any) -> None:

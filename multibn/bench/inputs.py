@@ -47,6 +47,6 @@ MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10), "MALLOC_TRIM_THRESHOL
 """Settings of the GNU allocator for measuring memory: freed memory is returned to the system at once."""
 
 MALLOC_KEEPS: Final = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-"""Settings for compiled networks: the process keeps freed memory. By default a step of either contestant has some 30,000 page
-faults, a number that changes from step to step and hides what differs.
+"""Settings for compiled networks: the process keeps freed memory. By default the number of page faults changes from step to step,
+of either contestant, which hides what differs.
 """

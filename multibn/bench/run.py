@@ -32,7 +32,7 @@ from .show import caption, draw, table
 GROUP: Final = "multibn.bench"
 """Entry points framework -> the module that measures it, run with ``python -m``: see ``contest.serve``."""
 
-ROUNDS, MODEL_ROUNDS, QUICK_ROUNDS = 25, 11, 3
+ROUNDS, QUICK_ROUNDS = 25, 3
 """Turns that each contestant gets."""
 
 
@@ -118,7 +118,7 @@ def run(
         inputs: framework -> what is measured; None for what its studies say.
         others: frameworks of other interpreters.
     """
-    rounds = QUICK_ROUNDS if quick else MODEL_ROUNDS if models or inputs else ROUNDS
+    rounds = QUICK_ROUNDS if quick else ROUNDS
     result = Result(command, threads, rounds, absent=dict(absent))
     result.elsewhere = {name: its.versions for name, its in others.items() if name in frameworks}
     console = Console()

@@ -311,17 +311,17 @@ def describe_at(team: Team, shape: tuple[int, int, int], x: int, rows: int, eps:
 def correlate_at(
     team: Team, shape: tuple[int, int, int], x: int, dy: int, gamma: int, beta: int, saved: int, rows: int, rectify: bool
 ) -> None:  # fmt: skip
-    """The sums of a backward alone; the arguments of ``backward_at``.
+    """The sums of a backward alone; for x, dy, gamma, beta and saved see ``backward_at``.
 
     Args:
         rows: where (5, C) float64 stands. Filled with what ``propagate_at`` takes, dgamma, and dbeta.
     """
     plan = plan_of(shape)
     memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
-    sums, rounded = np.empty((2, plan.blocks, plan.channels)), np.empty(plan.channels)
+    sums, unused = np.empty((2, plan.blocks, plan.channels)), np.empty(plan.channels)
     its = begun(memory, lanes, shape)
     its.x, its.dy, its.dx, its.gamma, its.beta, its.saved = x, dy, x, gamma, beta, saved
-    its.dgamma, its.dbeta = rounded.ctypes.data, rounded.ctypes.data  # which nothing reads
+    its.dgamma, its.dbeta = unused.ctypes.data, unused.ctypes.data  # rounded, which nobody reads
     its.sums, its.means, its.blocks, its.rectify = sums.ctypes.data, rows, plan.blocks, rectify
     run_stage(team, memory.ctypes.data, 1, plan.groups * plan.blocks, team[2])
     run_stage(team, memory.ctypes.data, 2, plan.channels, 1)
@@ -329,4 +329,4 @@ def correlate_at(
     normalised_by = carray(pointer(saved), (2, plan.channels), np.float64)
     for c in range(plan.channels):
         found[3, c], found[4, c] = sums[1, 0, c] * normalised_by[1, c], sums[0, 0, c]
-    keep((memory, sums, rounded, lanes))
+    keep((memory, sums, unused, lanes))

@@ -117,13 +117,16 @@ class Writer:
         scale, shift = (self._convert(each, self._value.dtype) for each in (scale, shift))
         return self._call(aten.add.Tensor, self._mul(self._x, scale), shift)
 
-    def dx(self, dy: Any, mean: Any, sums: Any, through: bool) -> fx.Node:
-        """The gradient of x (BN-08); ``through``: batch statistics normalised."""
+    def dx(self, dy: Any, mean: Any, scale: Any, sums: Any, through: bool) -> fx.Node:
+        """The gradient of x (BN-08). Unless batch statistics normalised (``through``), it needs no sums, so that Inductor leaves
+        them out for a layer that learns nothing.
+        """
         dx = self._double(dy)
         if through:
+            scale = self.row(sums, 2)
             deviation = self._mul(self._call(aten.sub.Tensor, self._double(self._x), mean), self.row(sums, 1))
             dx = self._call(aten.sub.Tensor, self._call(aten.sub.Tensor, dx, self.row(sums, 0)), deviation)
-        return self._convert(self._mul(dx, self.row(sums, 2)), self._value.dtype)
+        return self._convert(self._mul(dx, scale), self._value.dtype)
 
     def row(self, rows: Any, i: int, along: bool = True) -> fx.Node:
         """A row of (rows, C), as it is or to broadcast with x."""

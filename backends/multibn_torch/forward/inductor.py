@@ -15,7 +15,6 @@ import torch
 from torch import fx
 from torch._inductor import config, ir, lowering
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
 
 from . import reductions
@@ -133,7 +132,7 @@ def _write_out(graph: fx.Graph, forward: fx.Node) -> bool:
         unmasked = None if relu is None or len(dy.users) > 1 else _masked(dy, relu)
         with graph.inserting_before(backward):
             sums = write.sums(dy if unmasked is None else unmasked, gamma, beta, statistics, unmasked is not None)
-            _replace(its.get(0), write.dx(dy, normalised_by[0], sums, bool(use_batch)))
+            _replace(its.get(0), write.dx(dy, normalised_by[0], scale, sums, bool(use_batch)))
             for i, new in enumerate(write.gradients(sums, backward.meta["val"][1].dtype)):
                 _replace(its.get(1 + i), new)
     counts["training" if use_batch else "inference"] += 1
@@ -180,25 +179,29 @@ def _through(node: Any) -> Any:
     return node
 
 
-def _backward_lowering(dy: Any, x: Any, *others: Any) -> Any:
-    return _fallback(BACKWARD, _like(x, dy), x, *others)
+def _lower_backward(dy: Any, x: Any, *others: Any) -> Any:
+    return _fallback(BACKWARD, _laid_out_as(x, dy), x, *others)
 
 
-def _statistics_lowering(x: Any, eps: float, unbiased: bool) -> Any:
-    if V.graph.cpp_wrapper:  # which cannot call a Python function
+def _lower_statistics(x: Any, eps: float, unbiased: bool) -> Any:
+    if V.graph.cpp_wrapper:  # a C++ program, which cannot call a Python function
         return _fallback(STATISTICS, x, eps, unbiased)
-    return _filled(reductions.fill_statistics, x, [x], eps=eps, unbiased=unbiased)
+    return ir.TensorBox.create(_Filled("fill_statistics", x, [x], eps=eps, unbiased=unbiased))
 
 
-def _sums_lowering(dy: Any, x: Any, gamma: Any, beta: Any, statistics: Any, rectify: bool) -> Any:
-    dy = _like(x, dy)
+def _lower_sums(dy: Any, x: Any, gamma: Any, beta: Any, statistics: Any, rectify: bool) -> Any:
+    dy = _laid_out_as(x, dy)
     if V.graph.cpp_wrapper:
         return _fallback(SUMS, dy, x, gamma, beta, statistics, rectify)
     given = [each for each in (dy, x, statistics, gamma, beta if rectify else None) if each is not None]
-    return _filled(reductions.fill_sums, x, given, affine=gamma is not None, rectify=rectify)
+    return ir.TensorBox.create(_Filled("fill_sums", x, given, scaled=gamma is not None, rectify=rectify))
 
 
-def _like(x: Any, dy: Any) -> Any:
+for _target, _lower in ((BACKWARD, _lower_backward), (STATISTICS, _lower_statistics), (SUMS, _lower_sums)):
+    lowering.register_lowering(_target, type_promotion_kind=None)(_lower)
+
+
+def _laid_out_as(x: Any, dy: Any) -> Any:
     """Make the operator that produces dy lay it out as x; else the kernel would copy dy to that layout."""
     x.realize()
     if isinstance(x.get_layout(), ir.FlexibleLayout):
@@ -210,24 +213,18 @@ def _fallback(target: Any, *arguments: Any) -> Any:
     return lowering.fallback_handler(target, add_to_fallback_set=False)(*arguments)  # type: ignore[no-untyped-call]
 
 
-def _filled(fill: Any, x: Any, given: list[Any], **options: Any) -> Any:
-    """Let the program allocate a tensor and call a function of ``reductions`` that fills it."""
-    layout = ir.FixedLayout(x.get_device(), torch.float64, [reductions.ROWS, x.get_size()[1]])
-    name = f"extern_kernels.{_PREFIX}{fill.__name__}"
-    given = [ir.ExternKernel.realize_input(each) for each in given]
-    return ir.TensorBox.create(ir.ExternKernelOut(layout, given, kwargs=options, python_kernel_name=name))
+class _Filled(ir.ExternKernelOut):
+    """A tensor that the program allocates and a function of ``reductions`` fills."""
 
+    def __init__(self, function: str, x: Any, given: list[Any], **options: Any) -> None:
+        layout = ir.FixedLayout(x.get_device(), torch.float64, [reductions.ROWS, x.get_size()[1]])
+        given = [ir.ExternKernel.realize_input(each) for each in given]
+        super().__init__(layout, given, kwargs=options, python_kernel_name=f"multibn_reductions.{function}")
 
-_PREFIX = "multibn_"
-"""Prefix of our functions among Inductor's ``extern_kernels``."""
-
-for _fill in (
-    reductions.fill_statistics,
-    reductions.fill_sums,
-):  # at import: a program from Inductor's cache is not lowered again
-    setattr(extern_kernels, _PREFIX + _fill.__name__, _fill)
-for _target, _lowering in ((BACKWARD, _backward_lowering), (STATISTICS, _statistics_lowering), (SUMS, _sums_lowering)):
-    lowering.register_lowering(_target, type_promotion_kind=None)(_lowering)
+    def codegen(self, wrapper: Any) -> None:
+        """Write the call, and the import that it needs, since a stored program may be run without being compiled again."""
+        wrapper.add_import_once(f"import {reductions.__name__} as multibn_reductions")
+        super().codegen(wrapper)
 
 
 def _store(x: Any) -> Any:

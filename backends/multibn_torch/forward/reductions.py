@@ -1,12 +1,14 @@
 """The kernel's sums over a batch as PyTorch custom operators; ``inductor`` writes y and dx as elementary operators.
 
-A program that Inductor compiled calls ``fill_statistics`` and ``fill_sums`` in their place. Between two convolutions, which leave
-nothing of it in the processor's caches, Python and PyTorch's dispatcher take four to six times as long as in a loop. So these
-two look only at what may have changed since the program was compiled, and call the operator if anything has.
+A program that Inductor compiled calls ``fill_statistics`` and ``fill_sums`` in their place. Two convolutions push Python's code
+and data out of the processor's caches. Between them, a call through PyTorch's dispatcher takes four to six times as long as in a
+loop. So these two check the tensors in few steps, and call the operator if anything is not as it was when the program was
+compiled.
 """
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .eager import PARAMETER, kernel_of, laid_out, laid_out_as, recomputed, whole
-from .gate import address
+from .gate import address, known_address
 
 TAGS = (torch.Tag.flexible_layout,) if hasattr(torch.Tag, "flexible_layout") else ()
 """Without a layout tag, Inductor passes inputs in the layout that they have in eager mode. Inductor's convolutions are
@@ -38,20 +40,20 @@ def _statistics(x: Tensor, eps: float, unbiased: bool) -> Tensor:
         or zeros if they take nothing because activation checkpointing runs this forward again (BN-05).
     """
     x, rows = _examined(x), _rows(x)
-    kernel, team, _, shape, _ = _plan(x.dtype, x.shape, x.stride(), torch.get_num_threads())
-    x_at = address(x, x.dtype, x.nbytes, "the input")
-    kernel.describe_at(team, shape, x_at, rows.data_ptr(), eps, unbiased, not recomputed())
+    kernel, team, _, ncs, _, nbytes = _launch(x.dtype, x.shape, x.stride(), torch.get_num_threads())
+    x_at = address(x, x.dtype, nbytes, "the input")
+    kernel.describe_at(team, ncs, x_at, rows.data_ptr(), eps, unbiased, not recomputed())
     return rows
 
 
 def fill_statistics(x: Tensor, eps: float, unbiased: bool, *, out: Tensor) -> None:
     """Fill ``out``, allocated as (ROWS, C) float64, with what ``multibn::statistics`` returns."""
-    kernel, team, _, shape, _ = _plan(x.dtype, x.shape, x.stride(), torch.get_num_threads())
-    x_at = x.data_ptr()
+    kernel, team, _, ncs, _, nbytes = _launch(x.dtype, x.shape, x.stride(), torch.get_num_threads())
+    x_at = known_address(x, nbytes)
     if kernel is None or not x_at:
         out.copy_(torch.ops.multibn.statistics(x, eps, unbiased))
     else:
-        kernel.describe_at(team, shape, x_at, out.data_ptr(), eps, unbiased, not recomputed())
+        kernel.describe_at(team, ncs, x_at, out.data_ptr(), eps, unbiased, not recomputed())
 
 
 @torch.library.register_fake("multibn::statistics")  # type: ignore[untyped-decorator]
@@ -73,30 +75,33 @@ def _sums(dy: Tensor, x: Tensor, gamma: Tensor | None, beta: Tensor | None, stat
     x, rows = _examined(x), _rows(x)
     if dy.stride() != x.stride():
         dy = laid_out_as(x, dy)
-    kernel, _, team, shape, kind = _plan(x.dtype, x.shape, x.stride(), torch.get_num_threads())
+    kernel, _, team, ncs, kind, nbytes = _launch(x.dtype, x.shape, x.stride(), torch.get_num_threads())
     gamma, beta = whole(gamma, beta)
     statistics, parameter = statistics.contiguous(), kind.parameter.dtype
     gamma_at = kind.one if gamma is None else address(gamma, parameter, kind.nbytes, "weight")
     beta_at = kind.zero if beta is None else address(beta, parameter, kind.nbytes, "bias")
-    x_at, dy_at = (address(t, x.dtype, x.nbytes, name) for t, name in ((x, "the input"), (dy, "the gradient of the output")))
-    statistics_at = address(statistics, torch.float64, max(2, len(statistics)) * shape[1] * 8, "the statistics")
-    kernel.correlate_at(team, shape, x_at, dy_at, gamma_at, beta_at, statistics_at, rows.data_ptr(), rectify)
+    x_at, dy_at = (address(t, x.dtype, nbytes, name) for t, name in ((x, "the input"), (dy, "the gradient of the output")))
+    rows_given = max(2, len(statistics))  # it reads two, and may be given more
+    statistics_at = address(statistics, torch.float64, rows_given * ncs[1] * 8, "the statistics")
+    kernel.correlate_at(team, ncs, x_at, dy_at, gamma_at, beta_at, statistics_at, rows.data_ptr(), rectify)
     return rows
 
 
-def fill_sums(dy: Tensor, x: Tensor, statistics: Tensor, *parameters: Tensor, affine: bool, rectify: bool, out: Tensor) -> None:
+def fill_sums(dy: Tensor, x: Tensor, statistics: Tensor, *parameters: Tensor, scaled: bool, rectify: bool, out: Tensor) -> None:
     """Fill ``out``, allocated as (ROWS, C) float64, with what ``multibn::sums`` returns.
 
     Args:
-        parameters: gamma if ``affine``, then beta if ``rectify``.
+        parameters: gamma if ``scaled``, then beta if ``rectify``.
     """
     dtype, shape, stride = x.dtype, x.shape, x.stride()
-    kernel, _, team, ncs, kind = _plan(dtype, shape, stride, torch.get_num_threads())
-    gamma, beta = parameters[0] if affine else kind.parameter, parameters[-1] if rectify else kind.parameter
-    places = x.data_ptr(), dy.data_ptr(), gamma.data_ptr() if affine else kind.one, beta.data_ptr(), statistics.data_ptr()
-    types = gamma.dtype is kind.parameter.dtype is beta.dtype and dy.dtype is dtype and statistics.dtype is torch.float64
-    if kernel is None or not types or dy.shape != shape or dy.stride() != stride or not all(places):
-        given = gamma if affine else None, beta if rectify else None
+    kernel, _, team, ncs, kind, nbytes = _launch(dtype, shape, stride, torch.get_num_threads())
+    places = [known_address(x, nbytes), known_address(dy, nbytes), kind.one, kind.zero, known_address(statistics, 2 * 8 * ncs[1])]
+    as_compiled = dy.dtype is dtype and dy.shape == shape and dy.stride() == stride and statistics.dtype is torch.float64
+    for at, t in zip((2,) * scaled + (3,) * rectify, parameters, strict=True):
+        places[at] = known_address(t, kind.nbytes)
+        as_compiled &= t.dtype is kind.parameter.dtype and t.nbytes == kind.nbytes and t.is_contiguous()
+    if kernel is None or not as_compiled or not all(places):
+        given = parameters[0] if scaled else None, parameters[-1] if rectify else None
         out.copy_(torch.ops.multibn.sums(dy, x, *given, statistics, rectify))
     else:
         kernel.correlate_at(team, ncs, *places, out.data_ptr(), rectify)
@@ -127,12 +132,16 @@ def _examined(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _plan(dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], threads: int) -> tuple[Any, Any, Any, Any, Any]:
-    """Return the kernel, how it starts forward and backward, (N, C, S) and the kind of an input. The kernel is None if the input
-    has gaps between its values.
+def _launch(dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], threads: int) -> tuple[Any, Any, Any, Any, Any, int]:
+    """Return the kernel, how it starts forward and backward, (N, C, S), the kind and the bytes of an input. The kernel is None if
+    the input has gaps between its values.
     """
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     dense, size, ncs = laid_out(x)
     kind = kernel_of(dtype, shape[1])
     teams = [kind.kernel.team(body, size, threads) for body in (kind.forward, kind.backward)]
-    return kind.kernel if dense is x else None, *teams, ncs, kind
+    return kind.kernel if dense is x else None, *teams, ncs, kind, x.nbytes
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_launch.cache_clear)  # a child has other threads
