@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from multibn.cli import app
 from multibn.sync.clauses import CLAUSES
 from multibn_conformance.runs.synchronised import caught
+from multibn_conformance.synchronised import ranks
 from multibn_conformance.synchronised.case import CASES
 from multibn_conformance.synchronised.defects import DEFECTS
 from multibn_conformance.synchronised.judge import wrong
@@ -34,6 +35,18 @@ def test_every_rank_has_a_part_of_its_own(size: int) -> None:
         for step in case.steps:
             places = sorted(place for part in step.split for place in part)
             assert (name, len(step.split) >= len(members), places) == (name, True, list(range(len(step.x))))
+
+
+def test_the_kernel_is_compiled_before_ranks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would take longer than they wait."""
+    performed: list[tuple[str, float]] = []
+    monkeypatch.setattr(ranks, "_by_threads", lambda make, case, size, timeout: performed.append((case.id, timeout)))
+    ranks.compile_first.cache_clear()
+    try:
+        by_threads(Right, MADE["an-empty-rank"], 3)
+    finally:
+        ranks.compile_first.cache_clear()
+    assert performed == [("unequal-ranks", ranks.ANSWER), ("any-split", ranks.ANSWER), ("an-empty-rank", 2.0)]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -645,6 +645,17 @@ def test_the_operators_take_statistics_in_any_memory_layout() -> None:
             assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("shape", [(), (1, 3), (2, 4)])
+def test_the_operators_refuse_too_few_statistics(shape: Any) -> None:
+    x, statistics = torch.randn(4, 3, 5), torch.ones(shape, dtype=torch.float64)
+    with pytest.raises(NotPlainError) as caught:
+        torch.ops.multibn.sums(x, x, None, None, statistics, False)
+    assert str(caught.value) == (
+        f"the CPU kernel needs the statistics of type torch.float64, one value for each channel, got shape {shape} of type "
+        "torch.float64. Give one of the right type and size."
+    )
+
+
 @pytest.mark.parametrize("x", [torch.ones(4, 3, dtype=torch.int32), torch.ones(4)])
 def test_the_operators_refuse_what_the_kernel_cannot_take(x: Any) -> None:
     message = (

@@ -37,7 +37,7 @@ def bench(
     """Compare the CPU layers with the framework's own and with a copy of the same bytes.
 
     With --model: training steps of a network after swap (in PyTorch with fuse_relu), as it is, and without any BatchNorm. With
-    --compiled: the same under torch.compile, after a plain swap. With --memory: after swap, with and without recompute().
+    --compiled: under torch.compile, after a plain swap and as it is. With --memory: after swap, with and without recompute().
 
     Exits with 0, 1 if a framework could not be measured, 2 if the call is wrong.
     """

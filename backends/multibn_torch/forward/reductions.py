@@ -1,9 +1,9 @@
 """The kernel's sums over a batch as PyTorch custom operators; ``inductor`` writes y and dx as elementary operators.
 
-A program that Inductor compiled calls ``fill_statistics`` and ``fill_sums`` in their place. Two convolutions push Python's code
-and data out of the processor's caches. Between them, a call through PyTorch's dispatcher takes four to six times as long as in a
-loop. So these two check the tensors in few steps, and call the operator if anything is not as it was when the program was
-compiled.
+A program that Inductor compiled calls ``fill_statistics`` and ``fill_sums`` instead, without PyTorch's dispatcher. The
+convolution before each call has pushed Python's code and data out of the processor's caches, so that a call takes several times
+as long as in a loop. These two check the tensors in few steps, and call the operator if anything is not as it was when the
+program was compiled.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _sums(dy: Tensor, x: Tensor, gamma: Tensor | None, beta: Tensor | None, stat
     gamma_at = kind.one if gamma is None else address(gamma, parameter, kind.nbytes, "weight")
     beta_at = kind.zero if beta is None else address(beta, parameter, kind.nbytes, "bias")
     x_at, dy_at = (address(t, x.dtype, nbytes, name) for t, name in ((x, "the input"), (dy, "the gradient of the output")))
-    rows_given = max(2, len(statistics))  # it reads two, and may be given more
+    rows_given = max([2, *statistics.shape[:1]])  # the kernel reads two, and may be given more
     statistics_at = address(statistics, torch.float64, rows_given * ncs[1] * 8, "the statistics")
     kernel.correlate_at(team, ncs, x_at, dy_at, gamma_at, beta_at, statistics_at, rows.data_ptr(), rectify)
     return rows
@@ -95,11 +95,12 @@ def fill_sums(dy: Tensor, x: Tensor, statistics: Tensor, *parameters: Tensor, sc
     """
     dtype, shape, stride = x.dtype, x.shape, x.stride()
     kernel, _, team, ncs, kind, nbytes = _launch(dtype, shape, stride, torch.get_num_threads())
-    places = [known_address(x, nbytes), known_address(dy, nbytes), kind.one, kind.zero, known_address(statistics, 2 * 8 * ncs[1])]
+    gamma_at = known_address(parameters[0], kind.nbytes) if scaled else kind.one
+    beta_at = known_address(parameters[-1], kind.nbytes) if rectify else kind.zero
+    places = known_address(x, nbytes), known_address(dy, nbytes), gamma_at, beta_at, known_address(statistics, 2 * 8 * ncs[1])
     as_compiled = dy.dtype is dtype and dy.shape == shape and dy.stride() == stride and statistics.dtype is torch.float64
-    for at, t in zip((2,) * scaled + (3,) * rectify, parameters, strict=True):
-        places[at] = known_address(t, kind.nbytes)
-        as_compiled &= t.dtype is kind.parameter.dtype and t.nbytes == kind.nbytes and t.is_contiguous()
+    for t in parameters:
+        as_compiled = as_compiled and t.dtype is kind.parameter.dtype and t.nbytes == kind.nbytes and t.is_contiguous()
     if kernel is None or not as_compiled or not all(places):
         given = parameters[0] if scaled else None, parameters[-1] if rectify else None
         out.copy_(torch.ops.multibn.sums(dy, x, *given, statistics, rectify))

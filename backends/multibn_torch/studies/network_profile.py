@@ -24,7 +24,9 @@ STEPS, ROWS = 5, 25
 
 
 def measure(model: str, compiled: bool) -> dict[str, Counter[str]]:
-    """Return contestant -> operator -> milliseconds of a step. All code that Inductor generates is one operator."""
+    """Return contestant -> operator -> milliseconds of a step. All code that Inductor generates is one operator, with the
+    sums that it calls the kernel for.
+    """
     network = contest(replace(COMPILED[model], compiled=compiled))
     for run in network.runs.values():
         clock(run, network.clear, 3)
