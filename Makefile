@@ -20,7 +20,8 @@ environments:  # both at the same time
 atlas: .venv/ready
 	$(PY) -m multibn_conformance.atlas.make
 
-test: .venv/ready lint test-jax
+test: .venv/ready .venv-jax/ready
+	$(MAKE) -j2 lint test-jax
 	$(PY) -m pytest $(IN_PARALLEL)
 
 coverage: .venv/ready  # the tests again, in 1.6 times the time, with the lines that none runs
@@ -36,8 +37,10 @@ quick: .venv/ready  # in under a minute: lint of what changed, the quick cases, 
 	.venv/bin/multibn conform --quick
 	$(PY) -m pytest -q -n auto -p no:cacheprovider $(QUICK)
 
-versions: .venv/ready  # the tests that need no framework on other Pythons, PyTorch's with the newest NumPy, JAX's with another JAX
-	PATH="$$PATH:$$(echo $$HOME/.pyenv/versions/3.1*/bin | tr ' ' ':')" env -u CI .venv/bin/nox  # pyenv's Pythons too
+# the tests that need no framework on other Pythons, pyenv's too, PyTorch's with the newest NumPy, JAX's with another JAX; two at once
+versions: .venv/ready
+	export PATH="$$PATH:$$(echo $$HOME/.pyenv/versions/3.1*/bin | tr ' ' ':')"; unset CI; \
+	.venv/bin/nox --list --json | grep -o '"session": "[^"]*"' | cut -d '"' -f 4 | xargs -n 1 -P 2 .venv/bin/nox --session
 
 gpu:  # on a machine with a GPU, PyTorch and NumPy; nothing is installed or fetched
 	timeout 240 $(PYTHON) tests/gpu_check.py build/gpu.json

@@ -38,7 +38,7 @@ def torch(session: nox.Session) -> None:
     """PyTorch's tests with the newest NumPy and Numba."""
     session.install(".", "torch==2.13.0", "expecttest", "jinja2", *TOOLS)
     _report(session)
-    session.run("python", "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *PLAIN, *TORCH, *session.posargs)
+    session.run("python", "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *TORCH, *session.posargs)
 
 
 @nox.session(python="3.11")
@@ -46,16 +46,4 @@ def jax(session: nox.Session) -> None:
     """JAX's tests with the minor version of JAX before that of constraints-jax.txt."""
     session.install("-e", ".[dev-jax]", "jax==0.9.*")
     session.run("python", "-c", "import jax, flax, numpy; print(jax.__version__, flax.__version__, numpy.__version__)")
-    session.run(
-        "python",
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "2",
-        "-p",
-        "no:cacheprovider",
-        "tests/with_jax/test_transformations.py",
-        "tests/with_jax/test_layer.py",
-        *session.posargs,
-    )
+    session.run("python", "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *JAX, *session.posargs)

@@ -1,6 +1,6 @@
 """The layers over the GPU kernel, in Triton's interpreter, against the layers over the CPU kernel, bit for bit.
 
-Run by test_torch_triton.py in a process of its own: TRITON_INTERPRET must be set before Triton is imported.
+Run by test_gpu_interpreted.py in a process of its own: TRITON_INTERPRET must be set before Triton is imported.
 """
 
 from __future__ import annotations
