@@ -37,10 +37,10 @@ quick: .venv/ready  # in under a minute: lint of what changed, the quick cases, 
 	.venv/bin/multibn conform --quick
 	$(PY) -m pytest -q -n auto -p no:cacheprovider $(QUICK)
 
-# the tests that need no framework on other Pythons, pyenv's too, PyTorch's with the newest NumPy, JAX's with another JAX; two at once
-versions: .venv/ready
+versions: .venv/ready  # with other versions, see noxfile.py, two sessions at once; on pyenv's Pythons too
 	export PATH="$$PATH:$$(echo $$HOME/.pyenv/versions/3.1*/bin | tr ' ' ':')"; unset CI; \
-	.venv/bin/nox --list --json | grep -o '"session": "[^"]*"' | cut -d '"' -f 4 | xargs -n 1 -P 2 .venv/bin/nox --session
+	sessions=$$(.venv/bin/nox --list --json | grep -o '"session": "[^"]*"' | cut -d '"' -f 4); \
+	test -n "$$sessions" && echo "$$sessions" | xargs -n 1 -P 2 .venv/bin/nox --session
 
 gpu:  # on a machine with a GPU, PyTorch and NumPy; nothing is installed or fetched
 	timeout 240 $(PYTHON) tests/gpu_check.py build/gpu.json

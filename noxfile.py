@@ -1,8 +1,8 @@
 """Run the tests with other versions than those of constraints.txt: ``make versions``.
 
 ``tests-3.N`` runs what needs no framework on each Python that the machine has, with the newest NumPy and Numba there;
-``torch`` runs PyTorch's tests too, and ``jax`` JAX's with another version of it, on this Python. A Python that is absent is
-skipped by name.
+``torch`` runs PyTorch's tests with them, and ``jax`` JAX's with another version of it, on this Python. A Python that is absent
+is skipped by name.
 """
 
 from __future__ import annotations
