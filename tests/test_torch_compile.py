@@ -32,10 +32,11 @@ from torch.utils.checkpoint import checkpoint
 import multibn_torch as ours
 from multibn import BatchNormSpec
 from multibn.layer.nonfinite import PoisonedBatch
-from multibn_torch.forward import reductions
+from multibn_torch.forward import convolutions, reductions
 from multibn_torch.forward.eager import PARAMETER, kernel_forward
 from multibn_torch.forward.formulas import Moving, Settings
 from multibn_torch.forward.gate import NotPlainError
+from multibn_torch.forward.inductor import Fusion
 
 pytestmark = [  # 2026-11-25: torch 2.13 uses what it deprecates while it compiles and exports
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -307,6 +308,87 @@ def test_a_layer_that_learns_nothing_sums_nothing(fusions: Any) -> None:
     assert calls_in(code) == {"multibn_reductions.fill_statistics": 1, "multibn_reductions.fill_sums": 1}  # of the other layer
     for got, wanted in zip(answer, gradients(plain, plain), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+class Convolutions(nn.Module):
+    """Layers around convolutions of many kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, bias=False)
+        self.depthwise = nn.Conv2d(16, 16, 3, stride=2, groups=16)
+        self.grouped = nn.Conv2d(16, 16, 3, dilation=2, padding=2, groups=2, bias=False)
+        self.transposed = nn.ConvTranspose2d(16, 16, 3, stride=2)
+        self.pointwise = nn.Conv2d(16, 8, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(4))
+        ours.swap(self)
+
+    def forward(self, x: Any) -> Any:
+        x = nn.functional.relu6(self.norms[0](self.first(x)))
+        x = nn.functional.silu(self.norms[1](self.depthwise(nn.functional.pad(x, (0, 1, 0, 1)))))
+        x = torch.relu(self.norms[2](self.grouped(x)) + x)
+        return self.pointwise(self.norms[3](self.transposed(x)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_convolutions_of_every_kind(fusions: Any, frozen: bool) -> None:
+    model = Convolutions()
+    if frozen:
+        for convolution in (model.first, model.grouped):
+            convolution.requires_grad_(False)
+    plain = copy.deepcopy(model).double()
+    x = torch.randn(4, 3, 12, 12)
+    found = []
+    for module, given in ((torch.compile(model, fullgraph=True), x), (plain, x.double())):
+        module(given).square().mean().backward()
+        found.append([p.grad for p in module.parameters() if p.requires_grad])
+    assert fusions["training"] == 4
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_the_backward_of_a_depthwise_convolution_copies_nothing() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU6(),
+        nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU6(),
+        nn.Conv2d(16, 4, 1),
+    )
+    ours.swap(model)
+    compiled, x = torch.compile(model, fullgraph=True), torch.randn(4, 3, 9, 9)
+    _, code = run_and_get_code(lambda: compiled(x).sum().backward())
+    assert code[-1].count("aten.convolution_backward.default(") == 3
+    assert "empty_strided_cpu((4, 16, 9, 9)" not in code[-1]  # dx is written where dy was
+
+
+def gradient_of_a_convolution() -> Any:
+    def gradient(x: Any, w: Any) -> Any:
+        return torch.autograd.grad(nn.functional.conv2d(x, w).sum(), w)
+
+    return make_fx(gradient)(torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3, requires_grad=True)).graph
+
+
+def test_a_program_without_a_layer_of_ours_is_left_as_it_is() -> None:
+    graph = gradient_of_a_convolution()
+    before = [node.target for node in graph.nodes]
+    assert torch.ops.aten.convolution_backward.default in before
+    Fusion()(graph)
+    assert [node.target for node in graph.nodes] == before
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_convolution_is_left_as_it_is_if_a_users_pass_gives_it_what_has_no_value_yet(known: bool) -> None:
+    graph = gradient_of_a_convolution()
+    (backward,) = graph.find_nodes(op="call_function", target=torch.ops.aten.convolution_backward.default)
+    if not known:
+        with graph.inserting_before(backward):
+            doubled = graph.call_function(torch.ops.aten.mul.Tensor, (backward.args[0], 2.0))
+        backward.args = (doubled, *backward.args[1:])
+    convolutions.replace(graph)
+    assert backward.target is (convolutions.OURS if known else convolutions.ATEN)
 
 
 def test_inductors_cpp_wrapper_calls_the_operators(fusions: Any) -> None:

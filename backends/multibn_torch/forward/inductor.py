@@ -3,6 +3,7 @@
 In float32 and float64 it writes multibn's operators as sums over the batch, which the kernel computes, and elementary operators
 with the same bits, which Inductor fuses with their neighbours: a ReLU or another activation, a residual, pooling. In half types,
 to which Inductor would round twice, it fuses a ReLU that is the only consumer of a layer's output into multibn's operators.
+Convolutions in a graph with a layer take what backward gives them in the layout that it has.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch._inductor import config, ir, lowering
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.virtualized import V
 
-from . import reductions
+from . import convolutions, reductions
 from .elementary import Writer, can_be_elementary
 
 aten = torch.ops.aten
@@ -27,7 +28,7 @@ _RECTIFY = 12
 
 STATISTICS, SUMS = torch.ops.multibn.statistics.default, torch.ops.multibn.sums.default
 
-_FILES = ("inductor.py", "elementary.py", "reductions.py")
+_FILES = ("inductor.py", "convolutions.py", "elementary.py", "reductions.py")
 """The files on which a compiled program depends."""
 
 counts = {"relu": 0, "training": 0, "inference": 0}
@@ -48,11 +49,14 @@ class Fusion(CustomGraphPass):
         """Apply the passes to the graph in place."""
         if self._first is not None:
             self._first(graph)
-        for node in list(graph.nodes):
-            if node.target is FORWARD and node.args[1] is None and not _write_out(graph, node):
+        layers = [node for node in graph.nodes if node.target is FORWARD]
+        for node in layers:
+            if node.args[1] is None and not _write_out(graph, node):
                 while _fuse_relu(graph, node):
                     pass
-        graph.eliminate_dead_code()
+        if layers:
+            convolutions.replace(graph)
+            graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
         """Return what identifies the user's pass, and the hash of the files that say what this one does.
