@@ -337,17 +337,23 @@ def test_gradients_of_convolutions_of_every_kind(fusions: Any, frozen: bool) -> 
         for convolution in (model.first, model.grouped):
             convolution.requires_grad_(False)
     plain = copy.deepcopy(model).double()
-    x = torch.randn(4, 3, 12, 12)
-    found = []
-    for module, given in ((torch.compile(model, fullgraph=True), x), (plain, x.double())):
-        module(given).square().mean().backward()
-        found.append([p.grad for p in module.parameters() if p.requires_grad])
+    x = torch.randn(4, 3, 12, 12, requires_grad=not frozen)
+    x64 = x.detach().double().requires_grad_(x.requires_grad)
+    compiled = torch.compile(model, fullgraph=True)
+    _, code = run_and_get_code(lambda: compiled(x).square().mean().backward())
+    calls = code[-1].count("= torch.ops.aten.convolution_backward.default(")
+    assert calls == (4 if frozen else 5)  # the first convolution has no backward if frozen
+    assert "'torch.ops.aten.convolution_backward.default'" not in code[-1]  # the name of a result of Inductor's own lowering
+    plain(x64).square().mean().backward()
     assert fusions["training"] == 4
-    for got, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-5)
+    for t, wanted in zip((x, *model.parameters()), (x64, *plain.parameters()), strict=True):
+        assert (t.grad is None) == (wanted.grad is None)
+        if t.grad is not None:
+            assert t.grad.is_contiguous()
+            torch.testing.assert_close(t.grad.double(), wanted.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_the_backward_of_a_depthwise_convolution_copies_nothing() -> None:
+def test_the_backward_of_a_depthwise_convolution_copies_nothing(fusions: Any) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
         nn.BatchNorm2d(16),

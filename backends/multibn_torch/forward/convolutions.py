@@ -1,8 +1,9 @@
-"""Convolutions' backward in a graph with our layers: it takes the gradient and the input in the layout that they have.
+"""Keep Inductor from copying what a convolution takes in backward, in a graph with our layers.
 
-Inductor 2.13 copies both. By a graph's convolutions it decides whether to lay it out channels-last, finds none in a backward
-graph, and lowers ``aten.convolution_backward`` for the other case (https://github.com/pytorch/pytorch/issues/189239); around a
-depthwise convolution, PyTorch then copies them once more. Up to 2.12, Inductor did as this module does.
+To decide whether a graph is laid out channels-last, Inductor 2.13 looks for forward convolutions. A backward graph has none, so
+Inductor may copy the gradient and the input of each ``aten.convolution_backward`` to another layout, and PyTorch copies those of
+a depthwise convolution again (https://github.com/pytorch/pytorch/issues/189239). Here the operator takes both in the layout that
+they have, as it did before https://github.com/pytorch/pytorch/pull/178945.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ SCHEMA = (
     "(Tensor grad_output, Tensor input, Tensor weight, SymInt[]? bias_sizes, SymInt[] stride, SymInt[] padding, "
     "SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
 )
-"""That of ``aten::convolution_backward``."""
+"""The schema of ``aten::convolution_backward``."""
 
 torch.library.define("multibn::convolution_backward", SCHEMA)
 torch.library.impl("multibn::convolution_backward", "CompositeImplicitAutograd")(ATEN)
 
 OURS = torch.ops.multibn.convolution_backward.default
-"""The same operator, by a name that Inductor has no lowering for."""
+"""The same operator under a name for which Inductor has no lowering of its own."""
 
 
 def replace(graph: fx.Graph) -> None:
-    """Replace the backward of each convolution on the CPU, but for those to which a user's pass gives what has no value yet."""
+    """Replace the backward of each convolution whose inputs are known to be on the CPU.
+
+    A node that a user's pass inserted may have no value from which to know; Inductor computes it later.
+    """
     for node in graph.nodes:
         if node.target is ATEN and all(_is_on_cpu(each) for each in node.all_input_nodes):
             node.target = OURS

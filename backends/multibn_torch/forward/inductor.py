@@ -3,7 +3,7 @@
 In float32 and float64 it writes multibn's operators as sums over the batch, which the kernel computes, and elementary operators
 with the same bits, which Inductor fuses with their neighbours: a ReLU or another activation, a residual, pooling. In half types,
 to which Inductor would round twice, it fuses a ReLU that is the only consumer of a layer's output into multibn's operators.
-Convolutions in a graph with a layer take what backward gives them in the layout that it has.
+``convolutions`` keeps Inductor from copying what the convolutions in such a graph take in backward.
 """
 
 from __future__ import annotations
