@@ -370,6 +370,67 @@ def test_the_backward_of_a_depthwise_convolution_copies_nothing(fusions: Any) ->
     assert "empty_strided_cpu((4, 16, 9, 9)" not in code[-1]  # dx is written where dy was
 
 
+def large_weight(**options: Any) -> tuple[nn.Module, str]:
+    """A model with a weight that is larger than the images, and how its compiled backward asserts that dweight is contiguous."""
+    options = {"kernel_size": 3, "padding": 1, "bias": False} | options
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, **options), nn.BatchNorm2d(24), nn.ReLU()
+    )
+    weight: Any = model[3].weight
+    ours.swap(model)
+    return model, f"{tuple(weight.shape)}, {weight.stride()}, 'torch.ops.multibn.convolution_backward.default'"
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 1, "padding": 0}, {"stride": 2, "bias": True}], ids=str)
+def test_the_gradient_of_a_weight_as_large_as_the_images_is_made_in_its_own_layout(fusions: Any, options: dict[str, Any]) -> None:
+    model, contiguous = large_weight(**options)
+    plain = copy.deepcopy(model).double()
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    compiled, x64 = torch.compile(model, fullgraph=True), x.detach().double().requires_grad_()
+    _, code = run_and_get_code(lambda: compiled(x).square().mean().backward())
+    assert contiguous in code[-1]
+    plain(x64).square().mean().backward()
+    for t, wanted in zip((x, *model.parameters()), (x64, *plain.parameters()), strict=True):
+        assert t.grad is not None
+        assert wanted.grad is not None
+        torch.testing.assert_close(t.grad.double(), wanted.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "why", ["", "larger x", "larger dy", "dynamic", "frozen", "channels-last", "float64", "groups", "1-D", "transposed"]
+)
+def test_which_convolutions_take_contiguous_tensors(why: str) -> None:
+    x, w = torch.randn(4, 24, 2, 2), torch.randn(24, 24, 3, 3, requires_grad=why != "frozen")
+    options: dict[str, Any] = {"padding": 1}
+    convolve: Any = nn.functional.conv2d
+    if why == "larger x":
+        x, options = torch.randn(4, 24, 32, 32), {"stride": 16}
+    elif why == "larger dy":
+        options = {"padding": 20}
+    elif why == "channels-last":
+        w = w.detach().to(memory_format=torch.channels_last).requires_grad_()
+    elif why == "float64":
+        x, w = x.double(), w.detach().double().requires_grad_()
+    elif why == "groups":
+        x, options = torch.randn(1, 48, 2, 2), {"padding": 1, "groups": 2}
+    elif why == "1-D":
+        x, w, convolve = torch.randn(4, 24, 2), torch.randn(24, 24, 3, requires_grad=True), nn.functional.conv1d
+    elif why == "transposed":
+        convolve = nn.functional.conv_transpose2d
+
+    def gradients(x: Any, w: Any) -> Any:
+        wanted = [each for each in (x, w) if each.requires_grad]
+        return torch.autograd.grad(convolve(x, w, **options).sum(), wanted)
+
+    mode: Any = "symbolic" if why == "dynamic" else "fake"
+    graph = make_fx(gradients, tracing_mode=mode)(x.requires_grad_(), w).graph
+    before = [node.target for node in graph.nodes]
+    convolutions.replace(graph)
+    added = [node.target for node in graph.nodes if node.target not in before]
+    operators = [torch.ops.aten.clone.default] * 3 + [convolutions.OURS, torch.ops.aten.copy.default]
+    assert added == ([convolutions.OURS] if why else operators)
+
+
 def gradient_of_a_convolution() -> Any:
     def gradient(x: Any, w: Any) -> Any:
         return torch.autograd.grad(nn.functional.conv2d(x, w).sum(), w)

@@ -4,10 +4,15 @@ To decide whether a graph is laid out channels-last, Inductor 2.13 looks for for
 Inductor may copy the gradient and the input of each ``aten.convolution_backward`` to another layout, and PyTorch copies those of
 a depthwise convolution again (https://github.com/pytorch/pytorch/issues/189239). Here the operator takes both in the layout that
 they have, as it did before https://github.com/pytorch/pytorch/pull/178945.
+
+Inductor hands a weight to backward channels-last, so the operator copies its gradient to that layout, and autograd back to the
+parameter's. Where the weight is as large as the images, the operator takes contiguous tensors, which spares both copies.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from operator import is_not
 from typing import Any
 
 import torch
@@ -20,7 +25,10 @@ from torch._inductor.lowering import (
     register_lowering,
 )
 
-ATEN = torch.ops.aten.convolution_backward.default
+from .elementary import call, evaluate
+
+aten = torch.ops.aten
+ATEN = aten.convolution_backward.default
 
 SCHEMA = (
     "(Tensor grad_output, Tensor input, Tensor weight, SymInt[]? bias_sizes, SymInt[] stride, SymInt[] padding, "
@@ -40,9 +48,38 @@ def replace(graph: fx.Graph) -> None:
 
     A node that a user's pass inserted may have no value from which to know; Inductor computes it later.
     """
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if node.target is ATEN and all(_is_on_cpu(each) for each in node.all_input_nodes):
             node.target = OURS
+            if _is_mostly_weight(*node.args):
+                _take_contiguous(graph, node)
+
+
+def _is_mostly_weight(dy: Any, x: Any, weight: Any, *others: Any) -> bool:
+    """Return whether dweight is wanted for a contiguous weight as large as the images, in float32, 2-D, one group."""
+    _, _, _, _, transposed, _, groups, (_, is_wanted, _) = others
+    dy, x, weight = (each.meta["val"] for each in (dy, x, weight))
+    is_measured = weight.dim() == 4 and weight.dtype == torch.float32 and groups == 1 and not transposed
+    if not (is_measured and is_wanted and weight.is_contiguous()):
+        return False
+    sizes = [each.numel() for each in (dy, x, weight)]
+    return all(isinstance(size, int) for size in sizes) and sizes[2] == max(sizes)
+
+
+def _take_contiguous(graph: fx.Graph, node: fx.Node) -> None:
+    """Let the operator take contiguous tensors, and lay dx out as x."""
+    x: Any = node.args[1]
+    mode = x.meta["val"].fake_mode
+    with graph.inserting_before(node):
+        cloned = (call(graph, mode, aten.clone.default, each, memory_format=torch.contiguous_format) for each in node.args[:3])
+        node.args = (*cloned, *node.args[3:])
+    evaluate(node, mode)
+    for user in list(node.users):
+        evaluate(user, mode)
+        if user.args[1] == 0:
+            with graph.inserting_after(user):
+                dx = call(graph, mode, aten.copy.default, x, user)
+            user.replace_all_uses_with(dx, partial(is_not, dx))
 
 
 def _is_on_cpu(node: fx.Node) -> bool:

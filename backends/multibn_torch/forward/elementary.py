@@ -37,6 +37,21 @@ def can_be_elementary(x: fx.Node, beta: fx.Node | None) -> bool:
     return value.is_cpu and value.dtype in (torch.float32, torch.float64) and beta is not None and 0 not in value.shape
 
 
+def call(graph: fx.Graph, mode: Any, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Append a call to the graph, with its value in a fake mode."""
+    node = graph.call_function(target, args, kwargs)
+    evaluate(node, mode)
+    return node
+
+
+def evaluate(node: fx.Node, mode: Any) -> None:
+    """Set a node's value to what it gives for those of its inputs."""
+    target: Any = node.target
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
+    with mode:
+        node.meta["val"] = target(*args, **kwargs)
+
+
 class Writer:
     """Append nodes to a graph.
 
@@ -133,17 +148,11 @@ class Writer:
         row = self._call(aten.select.int, rows, 0, i)
         return self._along(row) if along else row
 
-    def _call(self, target: Any, *args: Any) -> fx.Node:
-        node = self._graph.call_function(target, args)
-        with self._value.fake_mode:
-            node.meta["val"] = target(*fx.map_arg(args, lambda each: each.meta["val"]))
-        return node
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return call(self._graph, self._value.fake_mode, target, *args, **kwargs)
 
     def _number(self, value: float) -> fx.Node:
-        node = self._graph.call_function(aten.full.default, ([], value), {"dtype": torch.float64, "device": self._value.device})
-        with self._value.fake_mode:
-            node.meta["val"] = aten.full.default(*node.args, **node.kwargs)
-        return node
+        return self._call(aten.full.default, [], value, dtype=torch.float64, device=self._value.device)
 
     def _mul(self, a: Any, b: Any) -> fx.Node:
         return self._call(aten.mul.Tensor, a, b)
