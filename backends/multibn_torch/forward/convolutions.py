@@ -3,16 +3,16 @@
 To decide whether a graph is laid out channels-last, Inductor 2.13 looks for forward convolutions. A backward graph has none, so
 Inductor may copy the gradient and the input of each ``aten.convolution_backward`` to another layout, and PyTorch copies those of
 a depthwise convolution again (https://github.com/pytorch/pytorch/issues/189239). Here the operator takes both in the layout that
-they have, as it did before https://github.com/pytorch/pytorch/pull/178945.
+they have, as it did before https://github.com/pytorch/pytorch/pull/178945, but for large weights.
 
 Inductor hands a weight to backward channels-last, so the operator copies its gradient to that layout, and autograd back to the
-parameter's. Where the weight is as large as the images, the operator takes contiguous tensors, which spares both copies.
+parameter's. Where the weight is at least as large as x and as dy, the operator takes contiguous tensors instead: smaller copies.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from operator import is_not
+from operator import getitem, is_not
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch._inductor.lowering import (
     fallback_handler,
     register_lowering,
 )
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .elementary import call, evaluate
 
@@ -51,19 +52,28 @@ def replace(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is ATEN and all(_is_on_cpu(each) for each in node.all_input_nodes):
             node.target = OURS
-            if _is_mostly_weight(*node.args):
+            if _is_large(node):
                 _take_contiguous(graph, node)
 
 
-def _is_mostly_weight(dy: Any, x: Any, weight: Any, *others: Any) -> bool:
-    """Return whether dweight is wanted for a contiguous weight as large as the images, in float32, 2-D, one group."""
-    _, _, _, _, transposed, _, groups, (_, is_wanted, _) = others
-    dy, x, weight = (each.meta["val"] for each in (dy, x, weight))
-    is_measured = weight.dim() == 4 and weight.dtype == torch.float32 and groups == 1 and not transposed
-    if not (is_measured and is_wanted and weight.is_contiguous()):
+def _is_large(node: Any) -> bool:
+    """Return whether the gradient is wanted of a contiguous weight that is at least as large as x and as dy.
+
+    In float32, in 2-D, ungrouped, of sizes known while compiling: that is what was measured. Not for an x that overlaps itself or
+    is part of something larger, which has a layout that dx cannot have.
+    """
+    if node.kwargs or any(user.target is not getitem for user in node.users):  # written by a user's pass
         return False
-    sizes = [each.numel() for each in (dy, x, weight)]
-    return all(isinstance(size, int) for size in sizes) and sizes[2] == max(sizes)
+    *tensors, _, _, _, _, transposed, _, groups, (_, is_wanted, _) = node.args
+    dy, x, weight = values = [each.meta["val"] for each in tensors]
+    if not all(isinstance(each, FakeTensor) and all(isinstance(size, int) for size in each.shape) for each in values):
+        return False
+    is_measured = weight.dim() == 4 and weight.dtype == torch.float32 and groups == 1 and not transposed
+    # a 1x1 weight is both, and its gradient is not copied
+    is_contiguous = weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last)
+    is_large = weight.numel() >= max(dy.numel(), x.numel())
+    is_dense = x.stride() == torch.empty_like(x).stride()
+    return bool(is_wanted and is_measured and is_contiguous and is_large and is_dense)
 
 
 def _take_contiguous(graph: fx.Graph, node: fx.Node) -> None:
@@ -73,6 +83,8 @@ def _take_contiguous(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         cloned = (call(graph, mode, aten.clone.default, each, memory_format=torch.contiguous_format) for each in node.args[:3])
         node.args = (*cloned, *node.args[3:])
+    for each in node.all_input_nodes:
+        each.meta["partitioner_tag"] = "must_be_in_backward"  # not made in forward and stored
     evaluate(node, mode)
     for user in list(node.users):
         evaluate(user, mode)
