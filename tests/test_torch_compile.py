@@ -399,7 +399,7 @@ def test_the_gradient_of_a_weight_as_large_as_the_images_is_made_in_its_own_layo
 OTHERS = ["larger x", "larger dy", "dynamic", "frozen", "channels-last", "float64", "groups", "1-D", "transposed", "1x1"]
 
 
-@pytest.mark.parametrize("why", ["", *OTHERS, "overlap", "part"])
+@pytest.mark.parametrize("why", ["", *OTHERS, "overlap", "part", "forward", "by keyword", "plain value"])
 def test_which_convolutions_take_contiguous_tensors(why: str) -> None:
     x, w = torch.randn(4, 24, 2, 2), torch.randn(24, 24, 3, 3, requires_grad=why != "frozen")
     options: dict[str, Any] = {"padding": 1}
@@ -432,6 +432,12 @@ def test_which_convolutions_take_contiguous_tensors(why: str) -> None:
     mode: Any = "symbolic" if why == "dynamic" else "fake"
     graph = make_fx(gradients, tracing_mode=mode)(x.requires_grad_(), w).graph
     before = [node.target for node in graph.nodes]
+    (backward,) = graph.find_nodes(op="call_function", target=convolutions.ATEN)
+    backward.meta["partitioner_tag"] = "is_forward" if why == "forward" else "is_backward"
+    if why == "by keyword":
+        backward.args, backward.kwargs = backward.args[:-1], {"output_mask": backward.args[-1]}
+    elif why == "plain value":
+        backward.args[1].meta["val"] = x
     convolutions.replace(graph)
     added = [node.target for node in graph.nodes if node.target not in before]
     operators = [torch.ops.aten.clone.default] * 3 + [convolutions.OURS, torch.ops.aten.copy.default]
@@ -446,6 +452,21 @@ def test_the_gradient_of_an_input_that_overlaps_itself(fusions: Any) -> None:
     (wanted,) = torch.autograd.grad((model(x) * weights).sum(), x)
     (got,) = torch.autograd.grad((torch.compile(model, fullgraph=True)(x) * weights).sum(), x)
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_a_program_that_computes_gradients_of_a_convolution_in_forward(fusions: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(24))
+    ours.swap(model)
+    x, w = torch.randn(4, 24, 2, 2), torch.randn(24, 24, 3, 3, requires_grad=True)
+
+    def step(w: Any) -> Any:
+        return model(torch.func.grad(lambda v: nn.functional.conv2d(x, v, padding=1).square().sum())(w))
+
+    wanted, got = step(w), torch.compile(step, fullgraph=True)(w)
+    weights = torch.randn_like(wanted)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    gradients = [torch.autograd.grad((y * weights).sum(), w)[0] for y in (got, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_copies_for_backward_are_not_stored_by_forward(fusions: Any) -> None:

@@ -6,7 +6,8 @@ a depthwise convolution again (https://github.com/pytorch/pytorch/issues/189239)
 they have, as it did before https://github.com/pytorch/pytorch/pull/178945, but for large weights.
 
 Inductor hands a weight to backward channels-last, so the operator copies its gradient to that layout, and autograd back to the
-parameter's. Where the weight is at least as large as x and as dy, the operator takes contiguous tensors instead: smaller copies.
+parameter's. Where the weight is at least as large as x and as dy, the operator takes contiguous tensors, which costs smaller
+copies.
 """
 
 from __future__ import annotations
@@ -57,19 +58,21 @@ def replace(graph: fx.Graph) -> None:
 
 
 def _is_large(node: Any) -> bool:
-    """Return whether the gradient is wanted of a contiguous weight that is at least as large as x and as dy.
+    """Return whether the node computes the gradient of a contiguous weight that is at least as large as x and as dy.
 
-    In float32, in 2-D, ungrouped, of sizes known while compiling: that is what was measured. Not for an x that overlaps itself or
-    is part of something larger, which has a layout that dx cannot have.
+    In float32, in 2-D, ungrouped, of sizes known while compiling: that is what was measured. Not if x overlaps itself or is part
+    of something larger, since dx cannot have its layout; nor in forward, where ``torch.func`` may compute gradients.
     """
-    if node.kwargs or any(user.target is not getitem for user in node.users):  # written by a user's pass
+    if node.meta.get("partitioner_tag") != "is_backward" or node.kwargs:
+        return False
+    if any(user.target is not getitem for user in node.users):  # written by a user's pass, as keyword arguments are
         return False
     *tensors, _, _, _, _, transposed, _, groups, (_, is_wanted, _) = node.args
     dy, x, weight = values = [each.meta["val"] for each in tensors]
     if not all(isinstance(each, FakeTensor) and all(isinstance(size, int) for size in each.shape) for each in values):
         return False
     is_measured = weight.dim() == 4 and weight.dtype == torch.float32 and groups == 1 and not transposed
-    # a 1x1 weight is both, and its gradient is not copied
+    # a 1x1 weight has both layouts, and PyTorch does not copy its gradient
     is_contiguous = weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last)
     is_large = weight.numel() >= max(dy.numel(), x.numel())
     is_dense = x.stride() == torch.empty_like(x).stride()
