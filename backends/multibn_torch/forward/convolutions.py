@@ -3,11 +3,10 @@
 To decide whether a graph is laid out channels-last, Inductor 2.13 looks for forward convolutions. A backward graph has none, so
 Inductor may copy the gradient and the input of each ``aten.convolution_backward`` to another layout, and PyTorch copies those of
 a depthwise convolution again (https://github.com/pytorch/pytorch/issues/189239). Here the operator takes both in the layout that
-they have, as it did before https://github.com/pytorch/pytorch/pull/178945, but for large weights.
+they have, as it did before https://github.com/pytorch/pytorch/pull/178945, except for large weights.
 
 Inductor hands a weight to backward channels-last, so the operator copies its gradient to that layout, and autograd back to the
-parameter's. Where the weight is at least as large as x and as dy, the operator takes contiguous tensors, which costs smaller
-copies.
+parameter's. Where the weight is at least as large as x and as dy, the operator takes contiguous tensors: copying them costs less.
 """
 
 from __future__ import annotations
