@@ -34,8 +34,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def miss(cached: bool = True) -> None:
     """What happens when a function is not in the cache."""
-    for call in cache.when_compiling:
-        call(cached)
+    cache.announce(cached)
 
 
 def test_one_process_starts_when_something_is_compiled(started: list[list[str]]) -> None:
@@ -124,7 +123,7 @@ def test_the_other_process_finds_what_this_one_can_import(tmp_path: Path) -> Non
         "    return popen(command)\n"
         "subprocess.Popen = start\n"
         "with beside.compile_backward('float32'):\n"
-        "    for call in cache.when_compiling: call(True)\n"
+        "    cache.announce(True)\n"
     )
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "COV_"))}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=kept, capture_output=True, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import os
 import subprocess
 import sys
@@ -182,8 +183,7 @@ def test_one_line_when_compiling_takes_over_a_second(
     kind: str, name: str, folder: str | None, ending: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def compile_slowly(kind: str) -> None:
-        for call in cache.when_compiling:
-            call(True)
+        cache.announce(True)
         time.sleep(1.2)
 
     monkeypatch.setattr(kernel, "bodies", compile_slowly)
@@ -204,6 +204,39 @@ def test_no_line_when_it_is_quick_or_fails(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(kernel, "bodies", lambda kind: time.sleep(1.2))  # loading is slow here, and nothing is compiled
     kernel.prepare("float32")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("unprepared")
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize(("folder", "while_loading"), [("/somewhere", False), (None, True)])
+def test_no_garbage_is_collected_while_code_is_loaded(
+    enabled: bool, folder: str | None, while_loading: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is again when something is compiled, and at the end, also of a failure; unless the program has switched it off."""
+    seen = []
+
+    def load(kind: str) -> None:
+        seen.append(gc.isenabled())
+        cache.announce(True)
+        seen.append(gc.isenabled())
+        if kind == "float64":
+            raise MemoryError
+
+    monkeypatch.setattr(kernel, "bodies", load)
+    monkeypatch.setattr(kernel.forward_at, "_cache", types.SimpleNamespace(cache_path=folder))
+    if not enabled:
+        gc.disable()
+    try:
+        kernel.prepare("float32")
+        seen.append(gc.isenabled())
+        with pytest.raises(MemoryError):
+            kernel.prepare("float64")
+        seen.append(gc.isenabled())
+    finally:
+        gc.enable()
+    loads = [enabled and while_loading, enabled, enabled]
+    assert seen == loads * 2
+    assert cache.when_compiling == []
 
 
 def test_compiled_without_a_place_for_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,14 @@ line on stderr.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import pickle
 import stat
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,7 @@ class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
         trusted = _is_trusted(self._folder)
         found = self._load(self._path(key)) if trusted else None
         if found is None:
-            for call in when_compiling:
-                call(trusted)
+            announce(trusted)
         return found
 
     def _load(self, path: Path) -> Any:
@@ -102,6 +102,35 @@ def keep(function: Any, sources: str) -> Any:
         old = its._cache_file
         its._cache_file = CheckedFile(its._cache_path, old._index_name.removesuffix(".nbi"), (old._source_stamp, sources))
     return function
+
+
+def announce(cached: bool) -> None:
+    """Call what waits for something to be compiled; ``cached``: the result will be."""
+    for call in when_compiling:
+        call(cached)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """A context without garbage collection, until something has to be compiled.
+
+    Loading Numba's modules and compiled code creates many objects, so that Python would look for garbage among all objects of the
+    process, which takes 0.1 s with PyTorch.
+    """
+    if not gc.isenabled():
+        yield
+        return
+
+    def resume(_: bool) -> None:
+        gc.enable()
+
+    when_compiling.append(resume)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        when_compiling.remove(resume)
 
 
 @cache

@@ -116,10 +116,11 @@ def prepare(kind: Any) -> Bodies:
             notice = _Notice(kind.name)
             cache.when_compiling.append(notice.start)
             try:
-                stats = getattr(forward_at, "stats", None)  # absent where NUMBA_DISABLE_JIT is set
-                if stats is not None and not stats.cache_path:  # no cache on disk, so everything will be compiled
-                    notice.start(False)
-                _ready[kind] = bodies(kind.name)
+                with cache.uncollected():
+                    stats = getattr(forward_at, "stats", None)  # absent where NUMBA_DISABLE_JIT is set
+                    if stats is not None and not stats.cache_path:  # no cache on disk, so everything will be compiled
+                        cache.announce(False)
+                    _ready[kind] = bodies(kind.name)
             finally:
                 cache.when_compiling.remove(notice.start)
                 notice.cancel()
