@@ -292,6 +292,25 @@ def test_a_network_is_trained_in_its_own_process(
     assert f"{model} (2, 3, 32, 32)" in capfd.readouterr().out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_the_memory_of_a_network_is_measured_within_recompute_and_without(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("COLUMNS", "100")
+    small = {"torch": [Input("memory", (8, 64, 32, 32), model="densenet10", recompute=True)]}
+    file = tmp_path / "bench.json"
+    assert bench.run(["torch"], {}, 1, True, file, None, "multibn bench", (), small)
+    (found,) = json.loads(file.read_text())["frameworks"]["torch"]["rows"]
+    assert (found["model"], found["own"]) == ("densenet10", "densenet10 without recompute()")
+    assert {who: len(peaks) for who, peaks in found["peaks_mib"].items()} == {"ours": 3, "own": 3}
+    assert list(found["samples_ms"]) == ["ours", "own"]
+    assert 0.4 < found["memory"] < 0.8
+    out = capfd.readouterr().out
+    assert "densenet10 (8, 64, 32, 32)" in out
+    assert "with MALLOC_MMAP_THRESHOLD_=262144 MALLOC_TRIM_THRESHOLD_=0." in out
+
+
 def test_compiled_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """By Dynamo's backend that generates no code, which would take minutes."""
     torch = pytest.importorskip("torch")
@@ -322,7 +341,8 @@ def test_the_table_and_the_caption_of_compiled_networks(of_networks: Result) -> 
     assert show.caption(found).splitlines()[:3] == [
         "Medians of 3 turns; a training step under torch.compile(fullgraph=True): forward, loss, backward, SGD.",
         "own: the network as it is; ours: after swap.",
-        "Freed memory stays in the process: MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592.",
+        "Freed memory stays in the process: "
+        "MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592.",
     ]
     assert [column.header for column in show.table(found, "torch").columns] == ["input", "ours ms", "own ms", "own/ours"]
 

@@ -33,6 +33,7 @@ NOT_RUN = {
     "multibn conform --backend jax": "make conform judges JAX in its environment",
     "make": "make is asked whether it knows the target",
     "multibn bench --model": "test_bench.py trains the networks, on tiny images",
+    "multibn bench --memory": "test_bench.py measures a network, on small images",
     "multibn bench --compiled": "Inductor compiles for minutes; test_bench.py trains the networks without it",
     "python -m multibn_torch.studies.network_profile": "test_bench.py profiles a network, on tiny images",
 }

@@ -46,7 +46,12 @@ MEMORY: Final = {
 MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
 """Settings of the GNU allocator for measuring memory: freed memory is returned to the system at once."""
 
-MALLOC_KEEPS: Final = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+MALLOC_KEEPS: Final = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+}
 """Settings for compiled networks: the process keeps freed memory. By default the number of page faults changes from step to step,
-of either contestant, which hides what differs.
+of either contestant, which hides what differs. One arena, since the GNU allocator returns memory of any further one, such as that
+of the thread that runs backward, whatever the thresholds are.
 """
