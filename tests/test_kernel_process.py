@@ -212,7 +212,7 @@ def test_no_line_when_it_is_quick_or_fails(monkeypatch: pytest.MonkeyPatch, caps
 def test_no_garbage_is_collected_while_code_is_loaded(
     enabled: bool, folder: str | None, while_loading: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is again when something is compiled, and at the end, also of a failure; unless the program has switched it off."""
+    """Garbage is collected once something is compiled, and afterwards, also after an error, unless the program turned it off."""
     seen = []
 
     def load(kind: str) -> None:

@@ -52,6 +52,6 @@ MALLOC_KEEPS: Final = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
 """Settings for compiled networks: the process keeps freed memory. By default the number of page faults changes from step to step,
-of either contestant, which hides what differs. One arena, since the GNU allocator returns memory of any further one, such as that
-of the thread that runs backward, whatever the thresholds are.
+of either contestant, which hides what differs. One arena, since the GNU allocator returns the memory of any further one to the
+system, whatever the thresholds are. The thread that runs backward would have one.
 """

@@ -105,7 +105,7 @@ def keep(function: Any, sources: str) -> Any:
 
 
 def announce(cached: bool) -> None:
-    """Call what waits for something to be compiled; ``cached``: the result will be."""
+    """Call the callbacks of ``when_compiling``. ``cached``: whether the result can be cached."""
     for call in when_compiling:
         call(cached)
 
