@@ -163,13 +163,13 @@ def test_inductor_fuses_and_gives_the_bits_of_the_program_as_it_is_written(fusio
             answers.append([*ys, *(x.grad for x in mine), *state(module)])
         for got, wanted in zip(*answers, strict=True):
             assert torch.equal(got, wanted)
-    assert (counter.frame_count, fusions) == (1, {"relu": 2, "training": 8, "inference": 0})
+    assert (counter.frame_count, fusions) == (1, {"relu": 2, "training": 8, "inference": 0, "pooling": 0})
     several.eval()
     plain.eval()
     with torch.no_grad():
         for got, wanted in zip(compiled(xs), plain(xs), strict=True):
             assert torch.equal(bits(got), bits(wanted))
-    assert (counter.frame_count, fusions) == (2, {"relu": 4, "training": 8, "inference": 8})
+    assert (counter.frame_count, fusions) == (2, {"relu": 4, "training": 8, "inference": 8, "pooling": 0})
 
 
 class Varied(nn.Module):
@@ -223,7 +223,7 @@ def test_inductor_gives_the_bits_of_every_setting(fusions: Any, layout: Any) -> 
         for got, wanted in zip(*answers, strict=True):
             assert torch.equal(torch.isnan(got), torch.isnan(wanted))
             assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
-    assert fusions == {"relu": 0, "training": 9, "inference": 1}
+    assert fusions == {"relu": 0, "training": 9, "inference": 1, "pooling": 1}
 
 
 def test_inductor_gives_the_bits_of_moving_statistics_that_are_not_finite(fusions: Any) -> None:
@@ -623,7 +623,7 @@ def test_a_layer_in_half_precision_before_anything_but_its_own_relu_is_left_as_i
 
     graph = make_fx(twice_used)(torch.randn(2, 4, 5, 5, dtype=torch.bfloat16))
     passes.Fusion()(graph.graph)
-    assert fusions == {"relu": 0, "training": 0, "inference": 0}
+    assert fusions == {"relu": 0, "training": 0, "inference": 0, "pooling": 0}
     assert "aten.relu" in graph.code
 
 

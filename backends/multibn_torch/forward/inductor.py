@@ -3,7 +3,8 @@
 In float32 and float64 it writes multibn's operators as sums over the batch, which the kernel computes, and elementary operators
 with the same bits, which Inductor fuses with their neighbours: a ReLU or another activation, a residual, pooling. In half types,
 to which Inductor would round twice, it fuses a ReLU that is the only consumer of a layer's output into multibn's operators.
-``convolutions`` keeps Inductor from copying what the convolutions in such a graph take in backward.
+``convolutions`` keeps Inductor from copying what the convolutions in such a graph take in backward, and ``pooling`` computes the
+gradients of its max-poolings.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch._inductor import config, ir, lowering
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.virtualized import V
 
-from . import convolutions, reductions
+from . import convolutions, pooling, reductions
 from .elementary import Writer, can_be_elementary
 
 aten = torch.ops.aten
@@ -28,11 +29,11 @@ _RECTIFY = 12
 
 STATISTICS, SUMS = torch.ops.multibn.statistics.default, torch.ops.multibn.sums.default
 
-_FILES = ("inductor.py", "convolutions.py", "elementary.py", "reductions.py")
+_FILES = ("inductor.py", "convolutions.py", "elementary.py", "pooling.py", "reductions.py")
 """The files on which a compiled program depends."""
 
-counts = {"relu": 0, "training": 0, "inference": 0}
-"""Number of layers that the pass has changed in this process, for tests: a fused ReLU, or elementary operators."""
+counts = {"relu": 0, "training": 0, "inference": 0, "pooling": 0}
+"""Number of changes in this process, for tests: layers with a fused ReLU, layers as elementary operators, max-poolings."""
 
 
 class Fusion(CustomGraphPass):
@@ -56,6 +57,7 @@ class Fusion(CustomGraphPass):
                     pass
         if layers:
             convolutions.replace(graph)
+            counts["pooling"] += pooling.replace(graph)
             graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
