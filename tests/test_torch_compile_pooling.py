@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch import nn
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import multibn_torch as ours
 from multibn_torch.forward import inductor as passes
@@ -144,7 +147,7 @@ OTHERS: list[Any] = [
     lambda x: scattered(x, (40, 64, 1.0), (2, 20, 8, 8)),
     lambda x: scattered(x.half(), (40, 64, 0.0), (2, 20, 8, 8)),
 ]
-"""What is not a max-pooling's gradient, or not one that is replaced."""
+"""What looks like the gradient of a max-pooling and is not, and max-poolings whose gradient is not replaced."""
 
 
 def test_what_is_left_as_it_is() -> None:
@@ -156,7 +159,7 @@ def test_what_is_left_as_it_is() -> None:
 
 
 def test_a_scatter_of_the_users_that_is_a_max_poolings_gradient_is_replaced() -> None:
-    """So the programs above are left for what sets them apart from this one."""
+    """Each program of the test before differs from this one in what it is left for."""
     model = Pooled([lambda x: scattered(x, (40, 64, 0.0), (2, 20, 8, 8))])
     xs = [torch.randn(2, 20, 8, 8).contiguous(memory_format=torch.channels_last)]
     answers = gradients(torch.compile(model, fullgraph=True), xs, torch.ones_like)
@@ -172,20 +175,35 @@ def test_a_program_without_a_layer_of_ours_is_left_as_it_is() -> None:
     assert "scatter" in "".join(code)
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_the_operator_is_pytorchs_gradient(window: Any) -> None:
-    """As it runs where Inductor calls operators instead of compiling them."""
-    from torch._inductor.inductor_prims import _low_memory_max_pool_with_offsets as with_places
+def test_where_inductor_calls_operators_nothing_is_replaced() -> None:
+    model, xs = Pooled([nn.MaxPool2d(2)]), [images((2, 20, 8, 8), torch.channels_last)]
+    with inductor.patch(fallback_by_default=True):
+        answers = gradients(torch.compile(model, fullgraph=True), xs, given_for)
+    for got, right in zip(answers, gradients(model, xs, given_for), strict=True):
+        assert torch.equal(got.nan_to_num(), right.nan_to_num())
+    assert passes.counts["pooling"] == 0
 
-    def pair(name: str, default: Any) -> list[int]:
-        given = window.get(name, default)
-        return list(given) if isinstance(given, tuple) else [given, given]
 
-    kernel, stride, padding = pair("kernel_size", 0), pair("stride", window["kernel_size"]), pair("padding", 0)
-    x = torch.randn(2, 3, 9, 11, requires_grad=True)
-    y, places = with_places(x.detach(), kernel, stride, padding, [1, 1], window.get("ceil_mode", False))
-    dy = torch.randn(y.shape)
-    nn.functional.max_pool2d(x, **window).backward(dy)
-    given = dy, places, kernel, [9, 11], stride, padding
-    assert torch.equal(pooling.OURS(*given), x.grad)
-    torch.library.opcheck(pooling.OURS, given)
+@pytest.mark.parametrize("change", ["", "by keyword", "plain value", "no value"])
+def test_a_scatter_that_a_users_pass_has_changed_is_left_as_it_is(change: str) -> None:
+    def gradient(x: Any, dy: Any) -> Any:
+        _, indices = nn.functional.max_pool2d(x, 2, return_indices=True)
+        return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, [2, 2], [2, 2], [0, 0], [1, 1], False, indices)
+
+    given = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4)
+    graph = make_fx(gradient, select_decomp_table(), tracing_mode="fake")(*given).graph
+    (scatter,) = graph.find_nodes(op="call_function", target=torch.ops.aten.scatter_add.default)
+    if change == "by keyword":
+        scatter.args, scatter.kwargs = scatter.args[:3], {"src": scatter.args[3]}
+    elif change == "plain value":
+        scatter.args[3].meta["val"] = 1
+    elif change == "no value":
+        del scatter.args[3].args[0].meta["val"]
+    assert pooling.replace(graph) == (not change)
+    graph.lint()
+
+
+def test_the_operator_is_inductors_alone() -> None:
+    message = re.escape("Could not run 'multibn::max_pool2d_backward' with arguments from the 'CPU' backend")
+    with pytest.raises(NotImplementedError, match=f"^{message}"):
+        pooling.OURS(torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.int8), [2, 2], [8, 8], [2, 2], [0, 0])

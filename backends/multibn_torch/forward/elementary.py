@@ -37,6 +37,11 @@ def can_be_elementary(x: fx.Node, beta: fx.Node | None) -> bool:
     return value.is_cpu and value.dtype in (torch.float32, torch.float64) and beta is not None and 0 not in value.shape
 
 
+def is_call(node: Any, target: Any) -> bool:
+    """Return whether a node, or what stands in place of one, calls an operator."""
+    return isinstance(node, fx.Node) and node.target is target
+
+
 def call(graph: fx.Graph, mode: Any, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Append a call to the graph, with its value in a fake mode."""
     node = graph.call_function(target, args, kwargs)

@@ -20,7 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.virtualized import V
 
 from . import convolutions, pooling, reductions
-from .elementary import Writer, can_be_elementary
+from .elementary import Writer, can_be_elementary, is_call
 
 aten = torch.ops.aten
 FORWARD, BACKWARD = torch.ops.multibn.forward.default, torch.ops.multibn.backward.default
@@ -125,7 +125,7 @@ def _write_out(graph: fx.Graph, forward: fx.Node) -> bool:
                     _replace(outputs.get(2 + i), new)
         normalised_by = (write.row(statistics, 0), write.row(statistics, 1)) if use_batch else write.constants(mean, var, eps)
         scale = write.scale(gamma, normalised_by[1])
-        if config.freezing and not (use_batch or backwards) and _is(x, aten.convolution.default) and len(x.users) == 1:
+        if config.freezing and not (use_batch or backwards) and is_call(x, aten.convolution.default) and len(x.users) == 1:
             new = write.folded(normalised_by[0], scale, beta)
         else:
             new = write.y(normalised_by[0], scale, beta)
@@ -134,7 +134,7 @@ def _write_out(graph: fx.Graph, forward: fx.Node) -> bool:
             statistics = write.stacked(*normalised_by)
     for backward in backwards:
         its, dy = _outputs(backward), backward.args[0]
-        relu = next((user for user in new.users if _is(user, aten.relu.default)), None)
+        relu = next((user for user in new.users if is_call(user, aten.relu.default)), None)
         unmasked = None if relu is None or len(dy.users) > 1 else _masked(dy, relu)
         with graph.inserting_before(backward):
             sums = write.sums(dy if unmasked is None else unmasked, gamma, beta, statistics, unmasked is not None)
@@ -158,29 +158,27 @@ def _backwards(statistics: fx.Node | None) -> list[fx.Node] | None:
 
 def _masked(dy: Any, relu: fx.Node) -> fx.Node | None:
     """Return the gradient g if dy is g masked by relu > 0, else None."""
-    if _is(dy, aten.threshold_backward.default) and _through(dy.args[1]) is relu and dy.args[2] == 0:
+    if is_call(dy, aten.threshold_backward.default) and _through(dy.args[1]) is relu and dy.args[2] == 0:
         return dy.args[0]  # type: ignore[no-any-return]
-    if _is(dy, aten.where.self):
+    if is_call(dy, aten.where.self):
         le, zero, gradient = dy.args
-        if _is(le, aten.le.Scalar) and _through(le.args[0]) is relu and le.args[1] == 0 and _is_zero(zero):
+        if is_call(le, aten.le.Scalar) and _through(le.args[0]) is relu and le.args[1] == 0 and _is_zero(zero):
             return gradient  # type: ignore[no-any-return]
     return None
 
 
 def _outputs(node: fx.Node) -> dict[Any, fx.Node]:
-    return {user.args[1]: user for user in node.users if _is(user, operator.getitem)}
-
-
-def _is(node: Any, target: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is target
+    return {user.args[1]: user for user in node.users if is_call(user, operator.getitem)}
 
 
 def _is_zero(node: Any) -> bool:
-    return (_is(node, aten.full.default) and node.args[1] == 0) or (_is(node, aten.scalar_tensor.default) and node.args[0] == 0)
+    return (is_call(node, aten.full.default) and node.args[1] == 0) or (
+        is_call(node, aten.scalar_tensor.default) and node.args[0] == 0
+    )
 
 
 def _through(node: Any) -> Any:
-    while _is(node, aten.detach.default) or _is(node, aten.alias.default):
+    while is_call(node, aten.detach.default) or is_call(node, aten.alias.default):
         node = node.args[0]
     return node
 

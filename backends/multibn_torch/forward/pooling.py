@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor import ir, lowering
+from torch._inductor import config, ir, lowering
 from torch._inductor.virtualized import ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils._sympy.functions import FloorDiv
 
-from .elementary import call
+from .elementary import call, is_call
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 INDICES = "_low_memory_max_pool_offsets_to_indices"
-"""Inductor's operator that makes indices in an image of places in windows, by name: not every PyTorch has it."""
+"""Name of Inductor's operator that turns places in windows into indices of an image; not every PyTorch has it."""
 
 torch.library.define(
     "multibn::max_pool2d_backward",
@@ -33,15 +33,7 @@ torch.library.define(
 )
 
 OURS = torch.ops.multibn.max_pool2d_backward.default
-"""Return dx, (N, C, *size), of dy and the place of each maximum in its window, counted row by row."""
-
-
-@torch.library.impl("multibn::max_pool2d_backward", "CompositeExplicitAutograd")
-def max_pool2d_backward(dy: Tensor, places: Tensor, kernel: Any, size: Any, stride: Any, padding: Any) -> Tensor:
-    """Scatter, as Inductor does."""
-    indices = getattr(prims, INDICES)(places, kernel, size, stride, padding, [1, 1])
-    zeros = dy.new_zeros((*dy.shape[:2], size[0] * size[1]))
-    return zeros.scatter_add(2, indices.flatten(2), dy.flatten(2)).view(*dy.shape[:2], *size)
+"""dx, (N, C, *size), of dy and of the place of each maximum in its window, counted row by row. Only Inductor computes it."""
 
 
 @torch.library.register_fake("multibn::max_pool2d_backward")  # type: ignore[untyped-decorator]
@@ -51,6 +43,8 @@ def _(dy: Tensor, places: Tensor, kernel: Any, size: Any, stride: Any, padding: 
 
 def replace(graph: fx.Graph) -> int:
     """Replace the gradients of max-poolings in float32 and float64 on the CPU; return how many there were."""
+    if getattr(config, "fallback_by_default", False):  # Inductor calls operators instead of compiling them
+        return 0
     found = 0
     for scatter in list(graph.nodes):
         given = _given_to_pooling(scatter) if scatter.target is aten.scatter_add.default else None
@@ -72,7 +66,7 @@ def _given_to_pooling(scatter: Any) -> Any:
         return None
     zeros, axis, *flat = scatter.args
     indices, dy = (_before_flattening(each) for each in flat)
-    is_zero = _is(zeros, aten.full.default) and zeros.args[1:] == (0,)
+    is_zero = is_call(zeros, aten.full.default) and zeros.args[1:] == (0,)
     if not is_zero or axis != 1 or str(indices.target) != f"prims.{INDICES}.default":
         return None
     places, kernel, size, stride, padding, dilation = indices.args
@@ -87,13 +81,9 @@ def _given_to_pooling(scatter: Any) -> Any:
     shapes += [(user, (n, c, height, width)) for user in scatter.users]
     if not value.is_cpu or value.dtype not in (torch.float32, torch.float64):
         return None
-    if not all(_is(user, aten.view.default) for user in scatter.users):
+    if not all(is_call(user, aten.view.default) for user in scatter.users):
         return None
     return (dy, places, kernel, size, stride, padding) if all(_has(each, shape) for each, shape in shapes) else None
-
-
-def _is(node: Any, target: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is target
 
 
 def _has(node: Any, shape: Any) -> bool:
@@ -106,7 +96,7 @@ def _before_flattening(node: Any) -> Any:
 
 
 def _input_of(node: Any, target: Any) -> Any:
-    return node.args[0] if _is(node, target) else node
+    return node.args[0] if is_call(node, target) else node
 
 
 def _lower(dy: Any, places: Any, kernel: Any, size: Any, stride: Any, padding: Any) -> Any:
@@ -122,7 +112,7 @@ def _lower(dy: Any, places: Any, kernel: Any, size: Any, stride: Any, padding: A
         return reduce(ops.add, (of_window(index, steps) for steps in steps_back), ops.constant(0.0, dtype))
 
     def of_window(index: Any, steps: Any) -> Any:
-        """What dx has of the window that is some steps before the last one over a value."""
+        """Return what one of the windows over a value adds to it: the last one, or one that is some steps before."""
         window, place, is_over = list(index[:2]), 0, []
         for i, back, k, s, p, n in zip(index[2:], steps, kernel, stride, padding, shape[2:], strict=True):
             at = FloorDiv(i + p, s) - back
@@ -145,7 +135,7 @@ def _holds(relation: Any, a: Any, b: Any) -> Any:
 
 
 def _scatter(dy: Any, places: Any, kernel: Any, size: Any, stride: Any, padding: Any) -> Any:
-    """``max_pool2d_backward``, by Inductor's operators."""
+    """Return dx as Inductor computes it."""
     lower, (n, c, *windows) = lowering.lowerings, dy.get_size()
     indices = lower[getattr(prims, INDICES).default](places, kernel, size, stride, padding, [1, 1])
     indices, dy = (lower[aten.view](each, [n * c, windows[0] * windows[1]]) for each in (indices, dy))
