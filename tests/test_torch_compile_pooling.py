@@ -30,7 +30,8 @@ def _nothing_compiled(monkeypatch: Any) -> Any:
     torch.compiler.reset()
     torch.manual_seed(0)
     monkeypatch.setattr(passes, "counts", dict.fromkeys(passes.counts, 0))
-    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+    # for one thread, Inductor writes a loop instead of calling scatter
+    with inductor.patch({"fx_graph_cache": False, "cpp.threads": 2}), functorch.patch(enable_autograd_cache=False):
         yield
 
 
