@@ -87,10 +87,10 @@ def run(kind: str, shape: tuple[int, int, int], at_end: bool, forward: bool, gro
     x, dy = (new(size, kind, halves.get(kind, values)) for _ in range(2))
     y, (gamma, beta, mean, var, dgamma, dbeta) = new(size, kind), (new(channels, parameter, 1) for _ in range(6))
     saved, sums, means = new(2 * channels, "float64", 1), new(4 * cut.blocks * channels, "float64"), new(3 * channels, "float64")
-    lanes = new(ALL, "float64")
+    lanes, taken = new(ALL, "float64"), new(1, "int64")
     its = new(1, schedule.CALL).view(np.recarray)[0]
     arrays = {"x": x, "y": y, "dy": dy, "dx": y, "gamma": gamma, "beta": beta, "moving_mean": mean, "moving_var": var}
-    arrays |= {"dgamma": dgamma, "dbeta": dbeta, "saved": saved, "sums": sums, "means": means, "lanes": lanes}
+    arrays |= {"dgamma": dgamma, "dbeta": dbeta, "saved": saved, "sums": sums, "means": means, "lanes": lanes, "taken": taken}
     for name, array in arrays.items():
         its[name] = array.ctypes.data
     its["n"], its["channels"], its["s"], its["blocks"] = n, channels, s, cut.blocks
@@ -100,9 +100,10 @@ def run(kind: str, shape: tuple[int, int, int], at_end: bool, forward: bool, gro
     body = BODY((bodies.forward if forward else bodies.backward).address)
     for stage in stages(groups, training or not forward):
         count = cut.groups if stage == 0 else channels if stage == 2 else cut.groups * cut.blocks
-        its["stage"], its["count"], its["pieces"], its["next"], its["seat"] = stage, count, 1, 0, 0
+        its["stage"], its["count"], its["pieces"], its["threads"], its["seat"] = stage, count, 1, 1, 0
+        taken[:] = 0
         body(its.__array_interface__["data"][0] if hasattr(its, "__array_interface__") else 0)
-    del x, dy, y, gamma, beta, mean, var, dgamma, dbeta, saved, sums, means, lanes, its, arrays
+    del x, dy, y, gamma, beta, mean, var, dgamma, dbeta, saved, sums, means, lanes, taken, its, arrays
     new.free()
 
 

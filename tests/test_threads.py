@@ -6,9 +6,11 @@ import ctypes
 import os
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
+from numba import njit
 
 from multibn.kernel import entry as kernel
 from multibn.kernel import schedule, threads
@@ -23,15 +25,19 @@ BODY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
 @pytest.fixture(params=["the system's", "OpenMP's"])
 def starters(request: pytest.FixtureRequest) -> Array:
     """The addresses of what starts each kind of threads."""
-    here = np.ctypeslib.as_array((ctypes.c_int64 * len(threads.STARTERS)).from_address(threads.starters())).copy()
-    if request.param == "the system's":
-        here[0] = 0
-    elif here[0] == 0:
+    if request.param == "OpenMP's" and addresses()[0] == 0:
         pytest.importorskip("torch", reason="nothing here brings GNU OpenMP")
-        here[0] = ctypes.c_int64.from_address(threads.starters()).value
-        if here[0] == 0:
+        if addresses()[0] == 0:
             pytest.skip("PyTorch has not loaded GNU OpenMP")
+    here = addresses()
+    if request.param == "the system's":
+        here[: len(threads.OPENMP)] = 0
     return here
+
+
+def addresses() -> Array:
+    """A copy of what compiled code finds at the address of ``threads.starters``."""
+    return np.ctypeslib.as_array((ctypes.c_int64 * len(threads.STARTERS)).from_address(threads.starters())).copy()
 
 
 def forward(body: int, starters: Array, count: int, shape: tuple[int, int, int], use_batch: bool = True) -> Array:
@@ -78,8 +84,38 @@ def test_threads_give_the_bits_of_one(starters: Array, count: int, shape: tuple[
     assert alone.tobytes() == together.tobytes()
 
 
+claimed: Any = njit(lambda address, seat: schedule.claimed(address, seat))
+seat: Any = njit(lambda address: schedule.seat_of_a_thread(address))
+
+
+def described(shares: int, pieces: int, count: int, number: int = 0) -> tuple[Array, int]:
+    """Return the memory of a stage, and its address."""
+    memory = np.zeros(schedule.CALL.itemsize // 8 + shares, np.int64)
+    its = memory[: schedule.CALL.itemsize // 8].view(schedule.CALL)
+    at = memory.ctypes.data
+    its["threads"], its["pieces"], its["count"], its["number"] = shares, pieces, count, number
+    its["taken"] = at + schedule.CALL.itemsize
+    return memory, at
+
+
+def test_a_thread_takes_its_own_share_and_then_what_others_left() -> None:
+    memory, at = described(3, 7, 14)
+    taken = [claimed(at, each) for each in (1, 1, 1, 0, 1, 2, 1, 0)]
+    assert taken == [(4, 6), (6, 8), (8, 10), (0, 2), (10, 12), (12, 14), (2, 4), (0, 0)]
+    assert memory is not None, "the address is of it"
+
+
+def test_pieces_go_to_the_thread_that_has_the_same_part_of_other_tensors() -> None:
+    """By OpenMP's number, of which C returns 32 bits; else as they arrive."""
+    number = ctypes.CFUNCTYPE(ctypes.c_int64)(lambda: (1 << 32) + 2)
+    for function, expected in ((0, [0, 1, 2]), (ctypes.cast(number, ctypes.c_void_p).value or 0, [2, 2, 2])):
+        memory, at = described(3, 7, 14, function)
+        assert [seat(at) for _ in expected] == expected
+        assert memory is not None, "the address is of it"
+
+
 def test_one_does_it_all_where_no_thread_can_be_started() -> None:
-    body, nobody = kernel.prepare(np.float32).forward.address, np.zeros(3, np.int64)
+    body, nobody = kernel.prepare(np.float32).forward.address, np.zeros(len(threads.STARTERS), np.int64)
     assert forward(body, nobody, 3, STAGED).tobytes() == forward(body, nobody, 1, STAGED).tobytes()
 
 

@@ -48,16 +48,15 @@ def part(_: Any, array: Any, start: Any, width: Any) -> Any:  # pragma: no cover
 
 @intrinsic
 def call(_: Any, address: Any, arguments: Any) -> Any:  # pragma: no cover - runs in the compiler
-    """Call the C function at an address; the arguments are a tuple of integers or addresses; the result is discarded."""
+    """Call the C function at an address; the arguments are a tuple of integers or addresses; return the result."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         word = ir.IntType(64)
         given = unpack_tuple(builder, values[1])
         function = ir.FunctionType(word, [word] * len(given)).as_pointer()
-        builder.call(builder.inttoptr(values[0], function), given)
-        return context.get_dummy_value()
+        return builder.call(builder.inttoptr(values[0], function), given)
 
-    return types.void(types.int64, arguments), generate
+    return types.int64(types.int64, arguments), generate
 
 
 @intrinsic

@@ -31,24 +31,24 @@ forward_pass.
 """
 
 _INTEGERS = (
-    *(
-        "next",
-        "left",
-        "seat",
-        "pieces",
-        "stage",
-        "count",
-    ),  # next: first piece that no thread has taken; left: channels not updated (BN-11)
+    *("left", "seat"),
+    *("number", "threads", "taken", "pieces", "stage", "count"),
     *("n", "channels", "s"),
     *("x", "y", "dy", "dx", "gamma", "beta", "moving_mean", "moving_var", "dgamma", "dbeta"),
     *("saved", "sums", "means", "lanes", "started"),
     *("blocks", "unbiased", "use_batch", "update", "through", "rectify", "large"),
 )
 CALL = np.dtype([*((name, np.int64) for name in _INTEGERS), ("eps", np.float64), ("old", np.float64)])
-"""Descriptor of a forward or backward call. ``next`` (first unclaimed piece), ``left`` (channels not updated, BN-11) and ``seat``
-(index of the next thread) come first and are incremented atomically.
+"""Descriptor of a forward or backward call. ``left`` (channels not updated, BN-11) and ``seat`` (how many threads have arrived)
+come first and are incremented atomically, as are the counters at ``taken``, one for each thread's share of the pieces.
+``number`` is the address of OpenMP's function for a thread's number, or 0.
 """
-_SIZE, _LEFT, _SEAT = CALL.itemsize // 8, 8, 16
+_SIZE, _LEFT, _SEAT = CALL.itemsize // 8, 0, 8
+
+
+Team = tuple[int, int, int, int]
+"""The address of the body, the address of ``threads.starters``, the number of threads, and the output size in bytes from which on
+non-temporal stores are used. A plain tuple is unboxed by Numba twice as fast as a NamedTuple."""
 
 
 @inner
@@ -58,26 +58,52 @@ def described(address: int) -> Any:
 
 
 @inner
-def claimed(address: int) -> tuple[int, int]:
-    """Claim the next piece of the stage; return its tasks first..last (last excluded), or (0, 0) if none is left."""
+def seat_of_a_thread(address: int) -> int:
+    """This thread's number among those of the stage: OpenMP's, or the order of arrival.
+
+    PyTorch and Inductor give a thread of OpenMP the same share of every tensor, in order. A thread that claims the same share
+    finds what it wrote in its own cache.
+    """
     its = described(address)
-    piece: int = fetch_add(address, 1)
-    if piece >= its.pieces:
-        return 0, 0
-    return its.count * piece // its.pieces, its.count * (piece + 1) // its.pieces
+    if its.number != 0:
+        return call(its.number, ()) & 0x7FFFFFFF
+    return fetch_add(address + _SEAT, 1)
 
 
 @inner
-def lanes_of_a_thread(address: int) -> Any:
-    """Claim this thread's scratch memory. It was allocated before the first pass, so that no pass can run out of memory."""
-    return carray(pointer(described(address).lanes + 8 * ALL * fetch_add(address + _SEAT, 1)), ALL, np.float64)
+def claimed(address: int, seat: int) -> tuple[int, int]:
+    """Claim a piece of the stage; return its tasks first..last (last excluded), or (0, 0) if none is left.
+
+    A thread takes the pieces of its own share first, then those that others have left.
+    """
+    its = described(address)
+    for k in range(its.threads):
+        owner = (seat + k) % its.threads
+        piece = its.pieces * owner // its.threads + fetch_add(its.taken + 8 * owner, 1)
+        if piece < its.pieces * (owner + 1) // its.threads:
+            return its.count * piece // its.pieces, its.count * (piece + 1) // its.pieces
+    return 0, 0
+
+
+@inner
+def lanes_of_a_thread(address: int, seat: int) -> Any:
+    """This thread's scratch memory. It was allocated before the first pass, so that no pass can run out of memory."""
+    return carray(pointer(described(address).lanes + 8 * ALL * seat), ALL, np.float64)
+
+
+@inner
+def memory_for(team: Team) -> tuple[Any, Any]:
+    """The memory of a call: descriptor, threads and counters in one zeroed array, and the threads' lanes."""
+    threads = team[2]
+    return np.zeros(_SIZE + 2 * threads, np.int64), np.empty(threads * ALL)
 
 
 @inner
 def begun(memory: Any, lanes: Any, shape: tuple[int, int, int]) -> Any:
-    """A new description in zeroed memory: the shape, and where a pass finds its lanes and its threads."""
+    """A new description in ``memory_for``'s arrays: the shape, and where a pass finds its lanes, threads and counters."""
     its = described(memory.ctypes.data)
     its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _SIZE
+    its.taken = its.started + 8 * (lanes.size // ALL)
     its.n, its.channels, its.s = shape
     return its
 
@@ -115,15 +141,16 @@ def forward_body(kind: str) -> Any:
         var = carray(pointer(its.moving_var), channels, parameters)
         saved = carray(pointer(its.saved), (2, channels), np.float64)
         sums = carray(pointer(its.sums), (4, its.blocks, channels), np.float64)
-        lanes, mode = lanes_of_a_thread(address), set_default_mode()
-        first, last = claimed(address)
+        seat = seat_of_a_thread(address)
+        lanes, mode = lanes_of_a_thread(address, seat), set_default_mode()
+        first, last = claimed(address, seat)
         while first < last:
             left = forward_stage(
                 its.stage, first, last, shape, x, y, gamma, beta, mean, var, saved, sums, lanes,
                 its.eps, its.old, its.unbiased != 0, its.use_batch != 0, its.update != 0, its.rectify != 0, its.large,
             )  # fmt: skip
             fetch_add(address + _LEFT, left)
-            first, last = claimed(address)
+            first, last = claimed(address, seat)
         restore_mode(mode)
         return 0
 
@@ -144,14 +171,15 @@ def backward_body(kind: str) -> Any:
         saved = carray(pointer(its.saved), (2, channels), np.float64)
         sums = carray(pointer(its.sums), (2, its.blocks, channels), np.float64)
         means = carray(pointer(its.means), (3, channels), np.float64)
-        lanes, mode = lanes_of_a_thread(address), set_default_mode()
-        first, last = claimed(address)
+        seat = seat_of_a_thread(address)
+        lanes, mode = lanes_of_a_thread(address, seat), set_default_mode()
+        first, last = claimed(address, seat)
         while first < last:
             backward_stage(
                 its.stage, first, last, shape, x, dy, dx, gamma, beta, saved, dgamma, dbeta, sums, means, lanes,
                 its.through != 0, its.rectify != 0, its.large,
             )  # fmt: skip
-            first, last = claimed(address)
+            first, last = claimed(address, seat)
         restore_mode(mode)
         return 0
 
@@ -163,21 +191,19 @@ def _types(kind: str) -> tuple[Any, Any]:
     return values, np.float64 if values is np.float64 else np.float32
 
 
-Team = tuple[int, int, int, int]
-"""The address of the body, the address of ``threads.starters``, the number of threads, and the output size in bytes from which on
-non-temporal stores are used. A plain tuple is unboxed by Numba twice as fast as a NamedTuple."""
-
-
 @inner
 def run_stage(team: Team, address: int, stage: int, count: int, threads: int) -> None:
     """Run a stage of ``count`` tasks on ``threads`` threads and wait for all of them."""
     body, place, _, _ = team
     its = described(address)
     its.stage, its.count, its.pieces = stage, count, 1 if threads == 1 else min(count, PIECES * threads)
-    its.next, its.seat = 0, 0
-    starters = carray(pointer(place), 3, np.int64)
-    openmp, create, join = starters[0], starters[1], starters[2]
+    its.seat, its.number, its.threads = 0, 0, threads
+    taken = carray(pointer(its.taken), threads, np.int64)
+    taken[:] = 0
+    starters = carray(pointer(place), 4, np.int64)
+    openmp, number, create, join = starters[0], starters[1], starters[2], starters[3]
     if threads > 1 and openmp != 0:
+        its.number = number
         call(openmp, (body, address, threads, 0))
         return
     started = carray(pointer(its.started), threads, np.int64)
@@ -215,7 +241,7 @@ def forward_at(
     ``batches`` is the address of an int64 that counts the updates, or 0; ``rectify`` fuses a ReLU.
     """
     plan = plan_of(shape)
-    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    memory, lanes = memory_for(team)
     sums = np.empty((4, plan.blocks, plan.channels))
     its = begun(memory, lanes, shape)
     its.x, its.y, its.gamma, its.beta, its.moving_mean, its.moving_var = x, y, gamma, beta, moving_mean, moving_var
@@ -235,7 +261,7 @@ def backward_at(
 ) -> None:  # fmt: skip
     """The backward of ``kernel.run_backward`` on addresses; beta is read only with a fused ReLU."""
     plan = plan_of(shape)
-    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    memory, lanes = memory_for(team)
     sums, means = np.empty((2, plan.blocks, plan.channels)), np.empty((3, plan.channels))
     its = begun(memory, lanes, shape)
     its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, dx, gamma, beta, saved, dgamma, dbeta
@@ -253,7 +279,7 @@ def normalise_at(
     saved: address of (2, C) float64, mean and 1/sqrt(var+eps). scale: (C,) float64, gamma/sqrt(var+eps).
     """
     plan = plan_of(shape)
-    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    memory, lanes = memory_for(team)
     sums = np.empty((4, plan.blocks, plan.channels))
     sums[0, 0] = scale
     its = begun(memory, lanes, shape)
@@ -274,7 +300,7 @@ def propagate_at(
     means, (3, C) float64: the mean of dy, the factor of x-mean, and gamma/sqrt(var+eps).
     """
     plan = plan_of(shape)
-    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    memory, lanes = memory_for(team)
     sums = np.empty((2, plan.blocks, plan.channels))
     its = begun(memory, lanes, shape)
     its.x, its.dy, its.dx, its.gamma, its.beta, its.saved, its.dgamma, its.dbeta = x, dy, dx, beta, beta, saved, beta, beta
@@ -293,7 +319,7 @@ def describe_at(team: Team, shape: tuple[int, int, int], x: int, rows: int, eps:
             that moving statistics take (BN-06); and ones, or zeros if not ``counted``.
     """
     plan, m = plan_of(shape), shape[0] * shape[2]
-    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    memory, lanes = memory_for(team)
     sums = np.empty((4, plan.blocks, plan.channels))
     its = begun(memory, lanes, shape)
     its.x, its.y, its.gamma, its.beta, its.moving_mean, its.moving_var = x, x, rows, rows, rows, rows  # only x is read
@@ -317,7 +343,7 @@ def correlate_at(
         rows: where (5, C) float64 stands. Filled with what ``propagate_at`` takes, dgamma, and dbeta.
     """
     plan = plan_of(shape)
-    memory, lanes = np.zeros(_SIZE + team[2], np.int64), np.empty(team[2] * ALL)
+    memory, lanes = memory_for(team)
     sums, unused = np.empty((2, plan.blocks, plan.channels)), np.empty(plan.channels)
     its = begun(memory, lanes, shape)
     its.x, its.dy, its.dx, its.gamma, its.beta, its.saved = x, dy, x, gamma, beta, saved

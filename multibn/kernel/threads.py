@@ -14,7 +14,8 @@ from functools import cache
 
 import numpy as np
 
-STARTERS = ("GOMP_parallel", "pthread_create", "pthread_join")
+OPENMP, SYSTEM = ("GOMP_parallel", "omp_get_thread_num"), ("pthread_create", "pthread_join")
+STARTERS = (*OPENMP, *SYSTEM)
 """The C functions whose addresses ``starters`` holds."""
 
 
@@ -49,7 +50,7 @@ def starters() -> int:
     if _openmp is None and hasattr(os, "RTLD_NOLOAD"):
         try:
             _openmp = ctypes.CDLL("libgomp.so.1", os.RTLD_NOLOAD | os.RTLD_NOW)
-            _starters[0] = _address(_openmp, STARTERS[0])
+            _starters[: len(OPENMP)] = [_address(_openmp, name) for name in OPENMP]
         except OSError:  # not loaded yet
             pass
     return _place
@@ -74,7 +75,7 @@ def _forget() -> None:
 _libc = ctypes.CDLL(None) if os.name == "posix" else None
 _openmp: ctypes.CDLL | None = None
 """GNU OpenMP; None if not loaded yet; libc (a sentinel) in a forked child, so that ``starters`` does not look again."""
-_starters = np.array([0, *(_address(_libc, name) if _libc else 0 for name in STARTERS[1:])], np.int64)
+_starters = np.array([0, 0, *(_address(_libc, name) if _libc else 0 for name in SYSTEM)], np.int64)
 _place: int = _starters.ctypes.data
 
 if hasattr(os, "register_at_fork"):

@@ -21,9 +21,8 @@ from numba import carray, types
 
 from multibn.kernel.addresses import keep, part, pointer
 from multibn.kernel.jit import SOURCES, c_function, compiled, inlined, inner
-from multibn.kernel.lanes import ALL
 from multibn.kernel.processor import restore_mode, set_default_mode
-from multibn.kernel.schedule import CALL, Team, claimed, described, lanes_of_a_thread, run_stage
+from multibn.kernel.schedule import Team, begun, claimed, described, lanes_of_a_thread, memory_for, run_stage, seat_of_a_thread
 from multibn.layer.types import Array
 
 from .limbs import NARROW, WIDE, Range, bits_of, carry, deposit, power
@@ -43,7 +42,6 @@ LINE = 8
 _PAD = 24
 _STRIDE = LANES + _PAD
 
-_WORDS = CALL.itemsize // 8
 """Of a description. Of its fields a pass uses x, dy as d, sums, means and saved for the sums of values, of products, and ``bad``,
 and blocks for the shares into which the samples are cut, each with sums of its own: (splits, C, limbs), (splits, C)."""
 
@@ -303,8 +301,9 @@ def _narrow_body(address: int) -> int:
     x, d = carray(pointer(its.x), n * c * s, np.float32), carray(pointer(its.dy), n * c * s, np.float32)
     x_bits, d_bits = x.view(np.uint32), d.view(np.uint32)
     same = its.x == its.dy
-    lanes, mode = lanes_of_a_thread(address).view(np.int64), set_default_mode()
-    first, last = claimed(address)
+    seat = seat_of_a_thread(address)
+    lanes, mode = lanes_of_a_thread(address, seat).view(np.int64), set_default_mode()
+    first, last = claimed(address, seat)
     while first < last:
         for task in range(first, last):
             group, split = task // its.blocks, task % its.blocks
@@ -326,7 +325,7 @@ def _narrow_body(address: int) -> int:
                     x, d, x_bits, d_bits, same, c, s, group * together, min(c, (group + 1) * together), begin, end,
                     values, products, bad, lanes,
                 )  # fmt: skip
-        first, last = claimed(address)
+        first, last = claimed(address, seat)
     restore_mode(mode)
     return 0
 
@@ -335,8 +334,8 @@ def _wide_body(address: int) -> int:
     its = described(address)
     n, c, s = its.n, its.channels, its.s
     x, d = carray(pointer(its.x), n * c * s, np.float64), carray(pointer(its.dy), n * c * s, np.float64)
-    mode = set_default_mode()
-    first, last = claimed(address)
+    seat, mode = seat_of_a_thread(address), set_default_mode()
+    first, last = claimed(address, seat)
     while first < last:
         for task in range(first, last):
             group, split = task // its.blocks, task % its.blocks
@@ -356,7 +355,7 @@ def _wide_body(address: int) -> int:
                         )
                     else:
                         bad[k] += 1
-        first, last = claimed(address)
+        first, last = claimed(address, seat)
     restore_mode(mode)
     return 0
 
@@ -370,10 +369,8 @@ def run(
     team: Team, shape: tuple[int, int, int], x: int, d: int, values: int, products: int, bad: int, splits: int, groups: int
 ) -> None:  # fmt: skip
     """Run the body of a team: see ``local_sums``."""
-    memory, lanes = np.zeros(_WORDS + team[2], np.int64), np.empty(team[2] * ALL)
-    its = described(memory.ctypes.data)
-    its.lanes, its.started = lanes.ctypes.data, memory.ctypes.data + 8 * _WORDS
-    its.n, its.channels, its.s = shape
+    memory, lanes = memory_for(team)
+    its = begun(memory, lanes, shape)
     its.x, its.dy, its.sums, its.means, its.saved, its.blocks = x, d, values, products, bad, splits
     run_stage(team, memory.ctypes.data, 0, groups * splits, team[2])
     keep((memory, lanes))
