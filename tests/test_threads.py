@@ -18,7 +18,7 @@ from multibn.layer.types import Array
 
 GROUPS, STAGED = (2, 4096, 64), (70, 3, 37 * 39)
 """Enough groups to give each thread some, and too few."""
-STAGE = schedule.CALL.fields["stage"][1] if schedule.CALL.fields else 0
+STAGE, NUMBER = (schedule.CALL.fields[name][1] if schedule.CALL.fields else 0 for name in ("stage", "number"))
 BODY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
 
 
@@ -112,6 +112,20 @@ def test_pieces_go_to_the_thread_that_has_the_same_part_of_other_tensors() -> No
         memory, at = described(3, 7, 14, function)
         assert [seat(at) for _ in expected] == expected
         assert memory is not None, "the address is of it"
+
+
+def test_only_openmps_threads_have_openmps_numbers(starters: Array) -> None:
+    seen: set[tuple[int, int]] = set()
+
+    def body(address: int) -> int:
+        stage, number = (ctypes.c_int64.from_address(address + place).value for place in (STAGE, NUMBER))
+        seen.add((stage, number))
+        return 0
+
+    wrapped = BODY(body)
+    forward(ctypes.cast(wrapped, ctypes.c_void_p).value or 0, starters, 2, STAGED)
+    assert seen == {(1, starters[1]), (2, 0), (3, starters[1])}, "stage 2 is the caller's alone"
+    assert (starters[0] == 0) == (starters[1] == 0)
 
 
 def test_one_does_it_all_where_no_thread_can_be_started() -> None:
