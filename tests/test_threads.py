@@ -88,30 +88,27 @@ claimed: Any = njit(lambda address, seat: schedule.claimed(address, seat))
 seat: Any = njit(lambda address: schedule.seat_of_a_thread(address))
 
 
-def described(shares: int, pieces: int, count: int, number: int = 0) -> tuple[Array, int]:
-    """Return the memory of a stage, and its address."""
+def described(shares: int, pieces: int, count: int, number: int = 0) -> Array:
+    """Return the descriptor of a stage, and behind it the counters of the shares."""
     memory = np.zeros(schedule.CALL.itemsize // 8 + shares, np.int64)
     its = memory[: schedule.CALL.itemsize // 8].view(schedule.CALL)
-    at = memory.ctypes.data
     its["threads"], its["pieces"], its["count"], its["number"] = shares, pieces, count, number
-    its["taken"] = at + schedule.CALL.itemsize
-    return memory, at
+    its["taken"] = memory.ctypes.data + schedule.CALL.itemsize
+    return memory
 
 
 def test_a_thread_takes_its_own_share_and_then_what_others_left() -> None:
-    memory, at = described(3, 7, 14)
-    taken = [claimed(at, each) for each in (1, 1, 1, 0, 1, 2, 1, 0)]
+    memory = described(3, 7, 14)
+    taken = [claimed(memory.ctypes.data, each) for each in (1, 1, 1, 0, 1, 2, 1, 0)]
     assert taken == [(4, 6), (6, 8), (8, 10), (0, 2), (10, 12), (12, 14), (2, 4), (0, 0)]
-    assert memory is not None, "the address is of it"
 
 
 def test_pieces_go_to_the_thread_that_has_the_same_part_of_other_tensors() -> None:
     """By OpenMP's number, of which C returns 32 bits; else as they arrive."""
     number = ctypes.CFUNCTYPE(ctypes.c_int64)(lambda: (1 << 32) + 2)
     for function, expected in ((0, [0, 1, 2]), (ctypes.cast(number, ctypes.c_void_p).value or 0, [2, 2, 2])):
-        memory, at = described(3, 7, 14, function)
-        assert [seat(at) for _ in expected] == expected
-        assert memory is not None, "the address is of it"
+        memory = described(3, 7, 14, function)
+        assert [seat(memory.ctypes.data) for _ in expected] == expected
 
 
 def test_only_openmps_threads_have_openmps_numbers(starters: Array) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 OPENMP, SYSTEM = ("GOMP_parallel", "omp_get_thread_num"), ("pthread_create", "pthread_join")
 STARTERS = (*OPENMP, *SYSTEM)
-"""The C functions whose addresses ``starters`` holds."""
+"""The C functions whose addresses ``starters`` holds: those of GNU OpenMP, then the system's."""
 
 
 def limit() -> int:

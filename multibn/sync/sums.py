@@ -42,9 +42,6 @@ LINE = 8
 _PAD = 24
 _STRIDE = LANES + _PAD
 
-"""Of a description. Of its fields a pass uses x, dy as d, sums, means and saved for the sums of values, of products, and ``bad``,
-and blocks for the shares into which the samples are cut, each with sums of its own: (splits, C, limbs), (splits, C)."""
-
 
 @inner
 def _magic(exponent: Any) -> Any:
@@ -287,7 +284,9 @@ def _one_by_one(x: Any, d: Any, values_lowest: int, products_lowest: int, values
                 deposit(products, products_lowest, a1 * b1, e + f + 52)
 
 
-# A pass as threads share it.
+# A pass as threads share it. Of a call's descriptor it uses x, dy as d, sums, means and saved for the sums of values, of
+# products, and ``bad``, and blocks for the shares into which the samples are cut, each with sums of its own:
+# (splits, C, limbs), (splits, C).
 
 
 @inner
