@@ -42,10 +42,13 @@ class CFunction:
         self.address = ctypes.cast(self.ctypes, ctypes.c_void_p).value
 
 
+builder = SimpleNamespace(fadd=np.add, fsub=np.subtract, fmul=np.multiply, select=np.where)
+"""NumPy's operators for the compiler's."""
+builder.fcmp_ordered = lambda sign, a, b: a < b if sign == "<" else a <= b
+
+
 def by_lines(lanes: Sequence[int], formula: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """``simd.by_lines``, with NumPy's operators for the compiler's."""
-    builder = SimpleNamespace(fadd=np.add, fsub=np.subtract, fmul=np.multiply, select=np.where)
-    builder.fcmp_ordered = lambda sign, a, b: a < b if sign == "<" else a <= b
+    """``simd.by_lines`` in NumPy."""
 
     def write(out: Array, inputs: Sequence[Array], start: int, row: int, scratch: Array, j: int, number: float) -> None:
         n = simd.LINE // out.itemsize
@@ -54,6 +57,20 @@ def by_lines(lanes: Sequence[int], formula: Callable[..., Any]) -> tuple[Callabl
             out[i : i + n] = formula(builder, number, *given, *(scratch[j + lane : j + lane + n] for lane in lanes))
 
     return write, write
+
+
+def into_lanes(lanes: Sequence[int], sums: Sequence[int], formula: Callable[..., Any]) -> Callable[..., None]:
+    """``simd.into_lanes`` in NumPy."""
+
+    def add(inputs: Sequence[Array], start: int, stride: int, count: int, scratch: Array, j: int, number: float) -> None:
+        n = simd.LINE // inputs[0].itemsize
+        for i in range(start, start + count * stride, stride):
+            given = [each[i : i + n].astype(np.float64) for each in inputs]
+            of_lanes = (scratch[j + lane : j + lane + n].copy() for lane in (*lanes, *sums))
+            for lane, new in zip(sums, formula(builder, number, *given, *of_lanes), strict=True):
+                scratch[j + lane : j + lane + n] = new
+
+    return add
 
 
 # What the compiler would make of these is known to it alone.
@@ -69,7 +86,7 @@ vars(processor).update(set_default_mode=lambda: 0, restore_mode=lambda mode: Non
 
 from multibn.kernel import simd
 
-vars(simd).update(by_lines=by_lines)
+vars(simd).update(by_lines=by_lines, into_lanes=into_lanes)
 
 from golden_bits import FILE, NAMES, SHAPES, SPEC, golden
 

@@ -11,8 +11,8 @@ from .addresses import part, unsigned
 from .halves import load, store, vanishes
 from .jit import inlined, inner
 from .lanes import BETA, MEAN, SCALE, A, B, clear, fold_blocks, fold_lanes, spread
-from .plan import Plan, channels_of, chunk_of, chunks_of_four, lanes_in_use, plan_of, steps_of, tasks
-from .simd import ROWS, by_lines, goes_past, has_vectors, whole_lines
+from .plan import Plan, channels_of, chunk_of, lanes_in_use, plan_of, run_of, steps_of, tasks
+from .simd import ROWS, by_lines, goes_past, has_vectors, into_lanes, lines_in, whole_lines
 
 
 @inner
@@ -23,14 +23,12 @@ def _correlate(a: Any, da: Any, lanes: Any) -> None:
         lanes[j + B] += dp * (p - lanes[j + MEAN])
 
 
-@inner
-def _correlate4(a: Any, b: Any, c: Any, d: Any, da: Any, db: Any, dc: Any, dd: Any, lanes: Any) -> None:
-    for j in range(a.shape[0]):
-        mean = lanes[j + MEAN]
-        dp, dq, dr, ds = load(da[j]), load(db[j]), load(dc[j]), load(dd[j])
-        p, q, r, s = load(a[j]) - mean, load(b[j]) - mean, load(c[j]) - mean, load(d[j]) - mean
-        lanes[j + A] = (((lanes[j + A] + dp) + dq) + dr) + ds
-        lanes[j + B] = (((lanes[j + B] + dp * p) + dq * q) + dr * r) + ds * s
+def _correlate_vector(b: Any, _: Any, x: Any, dy: Any, mean: Any, total: Any, products: Any) -> tuple[Any, Any]:
+    """LLVM code of ``_correlate`` on SIMD vectors (b is the LLVM builder)."""
+    return b.fadd(total, dy), b.fadd(products, b.fmul(dy, b.fsub(x, mean)))
+
+
+_correlate_lines = into_lanes((MEAN,), (A, B), _correlate_vector)
 
 
 @inner
@@ -44,17 +42,40 @@ def _correlate_rectified(a: Any, da: Any, lanes: Any) -> None:
         lanes[j + B] += dp * p
 
 
+def _correlate_rectified_vector(
+    b: Any, least: Any, x: Any, dy: Any, mean: Any, scale: Any, beta: Any, total: Any, products: Any
+) -> tuple[Any, Any]:
+    """``_correlate_rectified`` of vectors."""
+    p = b.fsub(x, mean)
+    dy = _rectified(b, least, dy, p, scale, beta)
+    return b.fadd(total, dy), b.fadd(products, b.fmul(dy, p))
+
+
+def _rectified(b: Any, least: Any, dy: Any, p: Any, scale: Any, beta: Any) -> Any:
+    """Dy, or 0 where the fused ReLU's input rounds to 0 or less."""
+    return b.select(b.fcmp_ordered("<=", b.fadd(b.fmul(p, scale), beta), least), b.fsub(least, least), dy)
+
+
+_correlate_rectified_lines = into_lanes((MEAN, SCALE, BETA), (A, B), _correlate_rectified_vector)
+
+
 @inner
-def _correlate_rectified4(a: Any, b: Any, c: Any, d: Any, da: Any, db: Any, dc: Any, dd: Any, lanes: Any) -> None:
-    least = vanishes(a)
-    for j in range(a.shape[0]):
-        mean, scale, beta = lanes[j + MEAN], lanes[j + SCALE], lanes[j + BETA]
-        dp, dq, dr, ds = load(da[j]), load(db[j]), load(dc[j]), load(dd[j])
-        p, q, r, s = load(a[j]) - mean, load(b[j]) - mean, load(c[j]) - mean, load(d[j]) - mean
-        dp, dq = 0.0 if p * scale + beta <= least else dp, 0.0 if q * scale + beta <= least else dq
-        dr, ds = 0.0 if r * scale + beta <= least else dr, 0.0 if s * scale + beta <= least else ds
-        lanes[j + A] = (((lanes[j + A] + dp) + dq) + dr) + ds
-        lanes[j + B] = (((lanes[j + B] + dp * p) + dq * q) + dr * r) + ds * s
+def _correlate_run(x: Any, dy: Any, start: int, width: int, distance: int, count: int, rectify: bool, lanes: Any) -> None:
+    """``_correlate`` or ``_correlate_rectified`` of a run (see ``plan.run_of``)."""
+    line, whole = lines_in(x, width)
+    if rectify:
+        for j in range(0, whole, line):
+            _correlate_rectified_lines((x, dy), start + j, distance, count, lanes, j, vanishes(x))
+    else:
+        for j in range(0, whole, line):
+            _correlate_lines((x, dy), start + j, distance, count, lanes, j, 0.0)
+    for i in range(start + whole, start + whole + count * distance, distance):
+        a: Any = part(x, i, width - whole)
+        da: Any = part(dy, i, width - whole)
+        if rectify:
+            _correlate_rectified(a, da, part(lanes, whole, lanes.shape[0] - whole))
+        else:
+            _correlate(a, da, part(lanes, whole, lanes.shape[0] - whole))
 
 
 @inner
@@ -93,7 +114,7 @@ def _propagate_rectified_vector(
 ) -> Any:
     """``_propagate_rectified`` of vectors."""
     p = b.fsub(x, mean)
-    dy = b.select(b.fcmp_ordered("<=", b.fadd(b.fmul(p, scale), beta), least), b.fsub(least, least), dy)
+    dy = _rectified(b, least, dy, p, scale, beta)
     return b.fmul(b.fsub(b.fsub(dy, offset), b.fmul(p, slope)), scale)
 
 
@@ -159,20 +180,9 @@ def _correlate_blocks(
         clear(lanes, used)
         chunk, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
         while chunk < end:
-            i, w = chunk_of(plan, group, chunk)
-            four, j, k, m = chunks_of_four(plan, group, chunk, end)
-            if four:
-                xs = part(flat, i, w), part(flat, j, w), part(flat, k, w), part(flat, m, w)
-                dys = part(dy, i, w), part(dy, j, w), part(dy, k, w), part(dy, m, w)
-                if rectify:
-                    _correlate_rectified4(*xs, *dys, lanes)
-                else:
-                    _correlate4(*xs, *dys, lanes)
-            elif rectify:
-                _correlate_rectified(part(flat, i, w), part(dy, i, w), lanes)
-            else:
-                _correlate(part(flat, i, w), part(dy, i, w), lanes)
-            chunk += 4 if four else 1
+            i, width, distance, alike = run_of(plan, group, chunk, end)
+            _correlate_run(flat, dy, i, width, distance, alike, rectify, lanes)
+            chunk += alike
         fold_lanes(lanes, unsigned(A), plan, group, sums[0, block])
         fold_lanes(lanes, unsigned(B), plan, group, sums[1, block])
 

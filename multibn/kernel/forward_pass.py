@@ -1,8 +1,8 @@
 """The forward pass: batch statistics, moving statistics, and normalising (BN-02 to BN-07).
 
 The loops process several chunks at a time, each from a different sample: the values of a lane (mean, scale, accumulators) are
-loaded once for all chunks, and more independent loads are in flight. Loops that write as much as they read are vectorised by hand
-(see ``simd``). Threads take whole blocks of chunks or whole groups of channels.
+loaded once for all chunks, and more independent loads are in flight. They are vectorised by hand (see ``simd``), except in half
+precision. Threads take whole blocks of chunks or whole groups of channels.
 """
 
 from __future__ import annotations
@@ -17,18 +17,10 @@ from .addresses import part, unsigned
 from .halves import load, store
 from .jit import inlined, inner
 from .lanes import BETA, MEAN, SCALE, A, B, add, clear, fold_blocks, fold_lanes, spread
-from .plan import Plan, channels_of, chunk_of, chunks_of_four, count_of, lanes_in_use, plan_of, steps_of, tasks
-from .simd import ROWS, by_lines, goes_past, has_vectors, whole_lines
+from .plan import Plan, channels_of, chunk_of, count_of, lanes_in_use, plan_of, run_of, steps_of, tasks
+from .simd import ROWS, by_lines, goes_past, has_vectors, into_lanes, lines_in, whole_lines
 
-# Inner loops. The ...4 variants add four chunks to each lane in order, as four calls would, but load and store the lane only
-# once.
-
-
-@inner
-def _add4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
-    """Set the lanes to the sum of four chunks, overwriting them."""
-    for j in range(a.shape[0]):
-        lanes[j] = ((load(a[j]) + load(b[j])) + load(c[j])) + load(d[j])
+# Inner loops. A run is several chunks at equal distances, which are added one after the other (see ``plan.run_of``).
 
 
 @inner
@@ -39,13 +31,22 @@ def _deviate(a: Any, lanes: Any) -> None:
         lanes[j + B] += p * p
 
 
+def _deviate_vector(b: Any, _: Any, x: Any, mean: Any, total: Any, squares: Any) -> tuple[Any, Any]:
+    """LLVM code of ``_deviate`` on SIMD vectors (b is the LLVM builder)."""
+    p = b.fsub(x, mean)
+    return b.fadd(total, p), b.fadd(squares, b.fmul(p, p))
+
+
+_deviate_lines = into_lanes((MEAN,), (A, B), _deviate_vector)
+
+
 @inner
-def _deviate4(a: Any, b: Any, c: Any, d: Any, lanes: Any) -> None:
-    for j in range(a.shape[0]):
-        mean = lanes[j + MEAN]
-        p, q, r, s = load(a[j]) - mean, load(b[j]) - mean, load(c[j]) - mean, load(d[j]) - mean
-        lanes[j + A] = (((lanes[j + A] + p) + q) + r) + s
-        lanes[j + B] = (((lanes[j + B] + p * p) + q * q) + r * r) + s * s
+def _deviate_run(x: Any, start: int, width: int, distance: int, count: int, lanes: Any) -> None:
+    line, whole = lines_in(x, width)
+    for j in range(0, whole, line):
+        _deviate_lines((x,), start + j, distance, count, lanes, j, 0.0)
+    for i in range(start + whole, start + whole + count * distance, distance):
+        _deviate(part(x, i, width - whole), part(lanes, whole, lanes.shape[0] - whole))
 
 
 @inner
@@ -62,7 +63,7 @@ def _at_least(value: float, least: float) -> float:
 
 
 def _normalise_vector(b: Any, least: Any, x: Any, mean: Any, scale: Any, beta: Any) -> Any:
-    """LLVM code of ``_normalise`` on SIMD vectors (b is the LLVM builder)."""
+    """``_normalise`` of vectors."""
     y = b.fadd(b.fmul(b.fsub(x, mean), scale), beta)
     return b.select(b.fcmp_ordered("<", y, least), least, y)
 
@@ -99,15 +100,10 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
         begin, end = block * BLOCK, min(plan.chunks, (block + 1) * BLOCK)
 
         few = min(begin + PIVOT, end)
-        i, width = chunk_of(plan, group, begin)
-        four, j, k, m = chunks_of_four(plan, group, begin, few)
-        if four:
-            _add4(part(flat, i, width), part(flat, j, width), part(flat, k, width), part(flat, m, width), lanes)
-        else:
-            clear(lanes, used)
-            for chunk in range(begin, few):
-                i, width = chunk_of(plan, group, chunk)
-                add(part(flat, i, width), lanes)
+        clear(lanes, used)
+        for chunk in range(begin, few):
+            i, width = chunk_of(plan, group, chunk)
+            add(part(flat, i, width), lanes)
         fold_lanes(lanes, unsigned(A), plan, group, sums[0, block])
         first_channel, last_channel = channels_of(plan, group)
         count = count_of(plan, begin, few)
@@ -118,13 +114,9 @@ def _describe_blocks(plan: Plan, flat: Any, sums: Any, first: int, last: int, la
         clear(lanes, used)
         chunk = begin
         while chunk < end:
-            i, width = chunk_of(plan, group, chunk)
-            four, j, k, m = chunks_of_four(plan, group, chunk, end)
-            if four:
-                _deviate4(part(flat, i, width), part(flat, j, width), part(flat, k, width), part(flat, m, width), lanes)
-            else:
-                _deviate(part(flat, i, width), lanes)
-            chunk += 4 if four else 1
+            i, width, distance, alike = run_of(plan, group, chunk, end)
+            _deviate_run(flat, i, width, distance, alike, lanes)
+            chunk += alike
         fold_lanes(lanes, unsigned(A), plan, group, sums[1, block])
         fold_lanes(lanes, unsigned(B), plan, group, sums[2, block])
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from multibn.spec.clauses import BLOCK, JOINED, LANES
 
 from .jit import compiled, inner
-from .simd import ROWS
+from .simd import ROWS, RUN
 
 EVEN = 4
 """Groups come in multiples of this number where there are few, so that two or four threads get equal shares.
@@ -103,15 +103,19 @@ def steps_of(plan: Plan, block: int) -> tuple[int, int]:
 
 
 @inner
-def chunks_of_four(plan: Plan, group: int, chunk: int, end: int) -> tuple[bool, int, int, int]:
-    """Whether this chunk and the next three have equal width, and the offsets of those three."""
-    if chunk + 3 >= end:
-        return False, 0, 0, 0
-    _, width = chunk_of(plan, group, chunk)
-    j, width_j = chunk_of(plan, group, chunk + 1)
-    k, width_k = chunk_of(plan, group, chunk + 2)
-    m, width_m = chunk_of(plan, group, chunk + 3)
-    return width == width_j == width_k == width_m, j, k, m
+def run_of(plan: Plan, group: int, chunk: int, end: int) -> tuple[int, int, int, int]:
+    """A run: the chunks from this one on, before ``end`` and at most RUN, that have equal widths and distances.
+
+    Returns the offset of the first, the number of values of each, their distance, and their number.
+    """
+    start, width = chunk_of(plan, group, chunk)
+    if plan.joined > 1:
+        alike, distance = plan.n // plan.joined - chunk, plan.row
+    elif plan.pieces == 1:
+        alike, distance = end - chunk, plan.row
+    else:
+        alike, distance = plan.s // plan.width - chunk % plan.pieces, plan.width
+    return start, width, distance, max(1, min(alike, end - chunk, RUN))
 
 
 @inner
