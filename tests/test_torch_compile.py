@@ -479,6 +479,15 @@ def test_copies_for_backward_are_not_stored_by_forward(fusions: Any) -> None:
     assert "assert_size_stride(clone" not in code[-1]  # an input of backward
 
 
+@pytest.mark.parametrize("before", [nn.ReLU(), nn.MaxPool2d(2)])
+def test_what_backward_takes_of_an_input_is_stored_in_its_own_type(fusions: Any, before: Any) -> None:
+    """Not in float64 too, where an operator that Inductor computes makes the input."""
+    compiled = torch.compile(nn.Sequential(before, ours.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), fullgraph=True)
+    x = torch.randn(4, 4, 8, 8, requires_grad=True)
+    _, (forward, _) = run_and_get_code(lambda: compiled(x).sum().backward())
+    assert set(re.findall(r"empty_strided_cpu\(\(\d+, \d+, \d+, \d+\), .*, torch\.(float\d+)\)", forward)) == {"float32"}
+
+
 def gradient_of_a_convolution() -> Any:
     def gradient(x: Any, w: Any) -> Any:
         return torch.autograd.grad(nn.functional.conv2d(x, w).sum(), w)

@@ -58,15 +58,17 @@ def evaluate(node: fx.Node, mode: Any) -> None:
 
 
 class Writer:
-    """Append nodes to a graph.
+    """Append nodes to a graph, where its ``inserting_before`` says.
 
     Args:
-        graph: where ``inserting_before`` says.
+        graph: the first node is appended to it at once: x in float64, since Inductor's partitioner would store what is computed
+            from x after the statistics, for backward, rather than compute it again.
         x: the layer's input, (N, C, ...).
     """
 
     def __init__(self, graph: fx.Graph, x: fx.Node) -> None:
         self._graph, self._x, self._value = graph, x, x.meta["val"]
+        self._wide = self._double(x)
 
     def statistics(self, eps: float, unbiased: bool) -> fx.Node:
         """The rows of ``multibn::statistics``."""
@@ -128,7 +130,7 @@ class Writer:
 
     def y(self, mean: Any, scale: Any, beta: Any) -> fx.Node:
         """The output."""
-        y = self._mul(self._call(aten.sub.Tensor, self._double(self._x), mean), scale)
+        y = self._mul(self._call(aten.sub.Tensor, self._wide, mean), scale)
         return self._convert(self._call(aten.add.Tensor, y, self._along(self._double(beta))), self._value.dtype)
 
     def folded(self, mean: Any, scale: Any, beta: Any) -> fx.Node:
@@ -144,7 +146,7 @@ class Writer:
         dx = self._double(dy)
         if through:
             scale = self.row(sums, 2)
-            deviation = self._mul(self._call(aten.sub.Tensor, self._double(self._x), mean), self.row(sums, 1))
+            deviation = self._mul(self._call(aten.sub.Tensor, self._wide, mean), self.row(sums, 1))
             dx = self._call(aten.sub.Tensor, self._call(aten.sub.Tensor, dx, self.row(sums, 0)), deviation)
         return self._convert(self._mul(dx, scale), self._value.dtype)
 

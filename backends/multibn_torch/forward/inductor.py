@@ -116,8 +116,10 @@ def _write_out(graph: fx.Graph, forward: fx.Node) -> bool:
         return False
     if update and not use_batch:  # backward would read the moving statistics anew, after the update
         return False
-    write = Writer(graph, x)
+    frozen = config.freezing and not (use_batch or backwards)
+    foldable = frozen and is_call(x, aten.convolution.default) and len(x.users) == 1
     with graph.inserting_before(forward):
+        write = Writer(graph, x)
         if use_batch:
             statistics = write.statistics(eps, unbiased)
             if update:
@@ -125,10 +127,7 @@ def _write_out(graph: fx.Graph, forward: fx.Node) -> bool:
                     _replace(outputs.get(2 + i), new)
         normalised_by = (write.row(statistics, 0), write.row(statistics, 1)) if use_batch else write.constants(mean, var, eps)
         scale = write.scale(gamma, normalised_by[1])
-        if config.freezing and not (use_batch or backwards) and is_call(x, aten.convolution.default) and len(x.users) == 1:
-            new = write.folded(normalised_by[0], scale, beta)
-        else:
-            new = write.y(normalised_by[0], scale, beta)
+        new = write.folded(normalised_by[0], scale, beta) if foldable else write.y(normalised_by[0], scale, beta)
         _replace(y, new)
         if backwards and not use_batch:
             statistics = write.stacked(*normalised_by)
